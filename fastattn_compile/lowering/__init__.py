@@ -1,0 +1,1 @@
+"""A chosen operator brought to a target."""

@@ -1,0 +1,1 @@
+"""What the operators are: one folder each, one interface."""

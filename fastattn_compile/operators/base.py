@@ -1,0 +1,355 @@
+"""What an operator is: configuration, abilities, reference, kernels, parameters, cost. Everything comes through here.
+
+An operator is an efficient attention. It never sees a graph: a site is described to it by a ``SiteSpec``, tensors reach it
+as ``AttentionInputs`` in the one canonical layout ``(batch, heads, length, head_dim)``. To add one, write a folder beside
+``fma`` with a frozen configuration and a subclass of ``Operator``, and name it in ``registry.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.operators.mask import NO_MASK, MaskStructure
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an operator can serve a site. Falsy with a reason when it cannot.
+
+    Args:
+        reason: Empty for yes; otherwise a sentence a user can act on.
+    """
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+YES = Support()
+
+
+def no(reason: str) -> Support:
+    """A refusal. ``reason`` says what was found and what the operator can do instead."""
+    return Support(reason)
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One softmax attention as an operator sees it: sizes, types and structure.
+
+    Sizes may be symbolic (``torch.SymInt``) under dynamic shapes: comparing one then installs a guard, so compare only
+    what the decision needs.
+
+    Args:
+        batch: Number of sequences.
+        heads: Query heads.
+        kv_heads: Key and value heads; divides ``heads``.
+        query_len: Queries a sequence.
+        key_len: Keys a sequence.
+        head_dim: Channels of query and key.
+        value_dim: Channels of value.
+        dtype: Type of the values.
+        device: Device type, ``"cpu"`` or ``"cuda"``.
+        kind: ``"self"`` when queries and keys stand at the same positions, else ``"cross"``.
+        mask: The mask as structure.
+        bias: Additive bias on the scores: ``"none"``, ``"alibi"``, ``"bucketed"`` or ``"dense"``.
+        softcap: Scores are ``softcap * tanh(scores / softcap)``; 0 is none.
+        sink_logits: A learned logit a head takes part in the softmax without a value.
+        dropout: Probability of dropout on the attention weights, 0 when not training.
+        weights_used: Something besides the product with the values reads the attention weights.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    query_len: int
+    key_len: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    kind: str = "self"
+    mask: MaskStructure = NO_MASK
+    bias: str = "none"
+    softcap: float = 0.0
+    sink_logits: bool = False
+    dropout: float = 0.0
+    weights_used: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The tensors of one attention, in canonical layout.
+
+    Args:
+        query: ``(batch, heads, query_len, head_dim)``, floating point.
+        key: ``(batch, kv_heads, key_len, head_dim)``. Query head ``h`` reads key head ``h // (heads // kv_heads)``.
+        value: ``(batch, kv_heads, key_len, value_dim)``.
+        scale: Factor on the scores.
+        mask: Structure of the mask.
+        key_padding: ``(batch, key_len)`` boolean, true where a token is real. Present exactly when ``mask.key_padding``.
+        segments: ``(batch, key_len)`` integer. Present exactly when ``mask.segments``.
+        bias: Tensor of an additive bias; its meaning is the operator's (``SiteSpec.bias``).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    mask: MaskStructure = NO_MASK
+    key_padding: Tensor | None = None
+    segments: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def spec(self) -> SiteSpec:
+        """The description of these tensors that ``Operator.supports`` and ``Operator.cost`` read."""
+        batch, heads, query_len, head_dim = self.query.shape
+        _, kv_heads, key_len, value_dim = self.value.shape
+        return SiteSpec(
+            batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, self.value.dtype, self.value.device.type,
+            kind="self" if query_len == key_len else "cross", mask=self.mask,
+            bias="dense" if self.bias is not None else "none",
+        )  # fmt: skip
+
+    def validated(self) -> AttentionInputs:
+        """Returns itself when the shapes and types agree.
+
+        Raises:
+            ValueError: They do not; the text says what was expected and what was given.
+            TypeError: A tensor is not of floating-point type.
+        """
+        q, k, v = self.query, self.key, self.value
+        for name, tensor in (("query", q), ("key", k), ("value", v)):
+            if tensor.dim() != 4:
+                raise ValueError(
+                    f"{name} must have shape (batch, heads, length, head_dim), got {tuple(tensor.shape)}"
+                )
+            if not tensor.dtype.is_floating_point:
+                raise TypeError(f"{name} must be of floating-point type, got {tensor.dtype}")
+        if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+            raise ValueError(
+                "query (b, h, n, d), key (b, g, m, d) and value (b, g, m, e) do not agree: "
+                f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            )
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
+        for name, tensor, wanted in (
+            ("key_padding", self.key_padding, self.mask.key_padding),
+            ("segments", self.segments, self.mask.segments),
+        ):
+            if (tensor is not None) != wanted:
+                raise ValueError(f"{name} is {'missing' if wanted else 'given'} but the mask is {self.mask}")
+            if tensor is not None and tuple(tensor.shape) != (k.shape[0], k.shape[2]):
+                raise ValueError(
+                    f"{name} must have shape (batch, key_len) = {(k.shape[0], k.shape[2])}, got {tuple(tensor.shape)}"
+                )
+        if self.key_padding is not None and self.key_padding.dtype != torch.bool:
+            raise TypeError(f"key_padding must be boolean, true where a token is real; got {self.key_padding.dtype}")
+        return self
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """Which keys the given query rows may see, all terms of the mask together.
+
+        Args:
+            rows: ``(r,)`` query positions.
+
+        Returns:
+            ``(batch or 1, 1, r, key_len)`` boolean.
+        """
+        query_len, key_len = self.query.shape[2], self.key.shape[2]
+        keys = torch.arange(key_len, device=rows.device)
+        seen = self.mask.visible(rows[:, None], keys[None], query_len, key_len)[None, None]
+        if self.key_padding is not None:
+            seen = seen & self.key_padding[:, None, None, :]
+        if self.segments is not None:
+            seen = seen & (self.segments[:, None, rows, None] == self.segments[:, None, None, :])
+        return seen
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """What an operator returns.
+
+    Args:
+        out: ``(batch, heads, query_len, value_dim)``, the values' type. Rows that see no key are 0.
+        log_sum_exp: ``(batch, heads, query_len)``, natural logarithm of the normaliser, float32 (float64 for float64
+            inputs). Rows that see no key are -inf.
+    """
+
+    out: Tensor
+    log_sum_exp: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one attention, each of its input's shape and type.
+
+    Args:
+        query: Gradient of the queries.
+        key: Gradient of the keys.
+        value: Gradient of the values.
+        parameters: One for each learned parameter, in order.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    parameters: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one attention, forward, as counted from its definition.
+
+    Args:
+        flops: Floating-point operations (a multiply-add is 2).
+        bytes: Bytes that must move between memory and processor once.
+        keys_per_query: Mean number of score products a query takes part in, exact or pooled.
+    """
+
+    flops: float
+    bytes: float
+    keys_per_query: float
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """Base of the configurations: frozen, validated at construction, serialisable.
+
+    Args:
+        version: Version of the meaning of the fields; raised when a field changes meaning.
+    """
+
+    version: int = 1
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+        """Builds the configuration from plain values.
+
+        Args:
+            values: Field name to value. ``{}`` gives the defaults.
+
+        Raises:
+            ValueError: A name is unknown (the text lists the valid ones) or a value is out of range.
+            TypeError: A value has the wrong type.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(
+                f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)} of {cls.__name__}; "
+                f"valid options: {', '.join(name for name in fields)}"
+            )
+        for name, value in values.items():
+            default = fields[name].default
+            if default is not dataclasses.MISSING and default is not None:
+                right = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+                if not right and not (isinstance(default, float) and type(value) is int):
+                    raise TypeError(
+                        f"option {name} of {cls.__name__} must be {type(default).__name__}, got {value!r}"
+                    )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
+
+
+class Operator(ABC, Generic[ConfigT]):
+    """An efficient attention.
+
+    Subclasses set ``name``, ``config_type`` and ``implementation`` and fill the abstract methods. ``implementation`` is
+    raised with every change of numerics: it travels in the operator's token, because compile caches do not hash code.
+
+    Args:
+        config: The configuration; the defaults when ``None``.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[OperatorConfig]]
+    implementation: ClassVar[int] = 1
+
+    def __init__(self, config: ConfigT | None = None) -> None:
+        self.config: ConfigT = config if config is not None else self.config_type()  # type: ignore[assignment]
+
+    @property
+    def token(self) -> str:
+        """Name, implementation and configuration as one canonical string: the ``config`` argument of the torch op."""
+        values = {"operator": self.name, "implementation": self.implementation, **self.config.to_dict()}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self.config, f.name)!r}" for f in dataclasses.fields(self.config) if f.name != "version"
+        ]
+        return f"{self.name}({', '.join(changed)})"
+
+    @abstractmethod
+    def supports(self, spec: SiteSpec) -> Support:
+        """Whether this operator can serve the site, with a reason when it cannot."""
+
+    @abstractmethod
+    def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """The plain, readable, differentiable definition; O(n^2) memory is allowed. The judge of every kernel."""
+
+    @abstractmethod
+    def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """The fast path, without autograd."""
+
+    @abstractmethod
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> Gradients:
+        """The gradients of ``forward``, given the gradients of its output and of its log-sum-exp."""
+
+    @abstractmethod
+    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        """Which keys the given query rows meet one by one, not through a pooled summary.
+
+        Args:
+            inputs: The tensors of the site.
+            rows: ``(r,)`` query positions.
+
+        Returns:
+            Boolean, broadcastable to ``(batch, heads, r, key_len)``.
+        """
+
+    @abstractmethod
+    def cost(self, spec: SiteSpec) -> Cost:
+        """Work of the forward pass on a site."""
+
+    def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the learned parameters at a site, in order. Empty when there are none."""
+        return {}
+
+    def initial_parameters(
+        self, spec: SiteSpec, sample: AttentionInputs | None = None
+    ) -> dict[str, Tensor]:
+        """Initial values of the learned parameters, in the order of ``parameter_shapes``.
+
+        Args:
+            spec: The site.
+            sample: Calibration tensors of the site, used by operators whose start depends on data.
+        """
+        return {}

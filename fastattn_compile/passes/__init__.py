@@ -1,0 +1,1 @@
+"""Graph in, graph out: view, find, mask structure, choose, rewrite."""

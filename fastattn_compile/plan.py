@@ -1,0 +1,111 @@
+"""A plan: which operator serves which site, and why. Serialisable; written by hand, by a search, or by the backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastattn_compile.errors import PlanError
+from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.registry import make_operator
+
+SCHEMA = "fastattn.plan/1"
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """What a plan says of one site.
+
+    Args:
+        operator: Name of an operator; ``"exact"`` keeps the softmax attention.
+        options: Fields of the operator's configuration; the defaults fill the rest.
+        reason: Why, in words.
+    """
+
+    operator: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    def build(self) -> Operator:
+        """The configured operator."""
+        return make_operator(self.operator, **self.options)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Site names to operators.
+
+    Args:
+        sites: Name of a site, as ``fa.scan`` prints it, to what serves it. A site that is not named stays exact.
+        provenance: Where the plan came from (versions, hashes), free form.
+    """
+
+    sites: Mapping[str, PlannedSite]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, site in self.sites.items():
+            try:
+                site.build()
+            except (ValueError, TypeError) as error:
+                raise PlanError(f"plan, site {name!r}: {error}") from error
+
+    @staticmethod
+    def uniform(names: list[str], operator: str, **options: Any) -> Plan:
+        """The same operator at every named site."""
+        return Plan({name: PlannedSite(operator, options, "the same operator at every site") for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON document, schema ``fastattn.plan/1``."""
+        return {
+            "schema": SCHEMA,
+            "sites": {
+                name: {"operator": s.operator, "options": dict(s.options), "reason": s.reason}
+                for name, s in self.sites.items()
+            },
+            "provenance": dict(self.provenance),
+        }
+
+    @staticmethod
+    def from_json(document: Any) -> Plan:
+        """Reads a plan document.
+
+        Raises:
+            PlanError: It is not a plan, or names an operator or option that does not exist.
+        """
+        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+            found = document.get("schema") if isinstance(document, Mapping) else type(document).__name__
+            raise PlanError(f"expected a plan with schema {SCHEMA!r}, got {found!r}")
+        sites = document.get("sites")
+        if not isinstance(sites, Mapping):
+            raise PlanError("a plan holds 'sites': {name: {'operator': ..., 'options': {...}}}")
+        planned = {}
+        for name, entry in sites.items():
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("operator"), str):
+                raise PlanError(f"plan, site {name!r}: expected {{'operator': name, 'options': {{...}}}}, got {entry!r}")
+            planned[name] = PlannedSite(entry["operator"], dict(entry.get("options", {})), entry.get("reason", ""))
+        return Plan(planned, dict(document.get("provenance", {})))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan beside the target and renames it, so that a killed run leaves no half file."""
+        from fastattn_compile.files import write_json
+
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Reads a plan file.
+
+        Raises:
+            PlanError: The file is missing, is not JSON, or is not a plan.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"the plan {path} is not JSON: {error}") from error
+        return Plan.from_json(document)

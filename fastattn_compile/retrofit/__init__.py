@@ -1,0 +1,1 @@
+"""Learned parameters of operators as parameters of the model."""
