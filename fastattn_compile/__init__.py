@@ -1,1 +1,62 @@
-"""Sub-quadratic attention for any model, at compile time, with the accuracy it cost."""
+"""Sub-quadratic attention for any model, at compile time, with the accuracy it cost.
+
+    import torch
+    fast = torch.compile(model, backend="fastattn", options={"operator": "fma"})
+
+    import fastattn_compile as fa
+    fa.scan(model, input_ids).print()
+
+Importing the package is cheap: torch and everything else come with the first use of a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastattn_compile.version import __version__
+
+if TYPE_CHECKING:
+    from fastattn_compile.backend import fastattn
+    from fastattn_compile.operators.library import attend
+    from fastattn_compile.operators.mask import MaskStructure
+    from fastattn_compile.operators.registry import make_operator
+    from fastattn_compile.plan import Plan, PlannedSite
+    from fastattn_compile.report.document import Report
+    from fastattn_compile.report.evaluate import evaluate
+    from fastattn_compile.report.of_model import report
+    from fastattn_compile.retrofit.attach import attach, detach
+    from fastattn_compile.scan import Scan, scan
+
+_HOMES = {
+    "MaskStructure": "operators.mask",
+    "Plan": "plan",
+    "PlannedSite": "plan",
+    "Report": "report.document",
+    "Scan": "scan",
+    "attach": "retrofit.attach",
+    "detach": "retrofit.attach",
+    "attend": "operators.library",
+    "evaluate": "report.evaluate",
+    "fastattn": "backend",
+    "make_operator": "operators.registry",
+    "report": "report.of_model",
+    "scan": "scan",
+}
+
+__all__ = [
+    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "detach", "evaluate", "fastattn",
+    "make_operator", "report", "scan",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -175,7 +175,8 @@ class AttentionInputs:
         if self.key_padding is not None:
             seen = seen & self.key_padding[:, None, None, :]
         if self.segments is not None:
-            seen = seen & (self.segments[:, None, rows, None] == self.segments[:, None, None, :])
+            place = rows + (key_len - query_len) if self.mask.end_aligned else rows
+            seen = seen & (self.segments[:, None, place, None] == self.segments[:, None, None, :])
         return seen
 
 
@@ -271,6 +272,28 @@ class OperatorConfig:
 ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
 
 
+class Decoder(ABC):
+    """Causal attention one token at a time: a prefill and its steps give what one pass over all tokens gives."""
+
+    @abstractmethod
+    def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
+        """Attends a first stretch of tokens and keeps what later tokens need of it."""
+
+    @abstractmethod
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Attends the next token.
+
+        Args:
+            query: ``(batch, heads, 1, head_dim)``.
+            key: ``(batch, kv_heads, 1, head_dim)``.
+            value: ``(batch, kv_heads, 1, value_dim)``.
+        """
+
+    @abstractmethod
+    def stored_rows(self) -> int:
+        """Rows of keys (exact or pooled) held for one key head: what decoding costs in memory and time."""
+
+
 class Operator(ABC, Generic[ConfigT]):
     """An efficient attention.
 
@@ -338,6 +361,20 @@ class Operator(ABC, Generic[ConfigT]):
     @abstractmethod
     def cost(self, spec: SiteSpec) -> Cost:
         """Work of the forward pass on a site."""
+
+    def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
+        """State for causal decoding token by token; ``None`` when the operator has no form of it.
+
+        Args:
+            scale: Factor on the scores.
+            parameters: Learned parameters, in order.
+        """
+        return None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the operator has learned parameters in this configuration."""
+        return False
 
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the learned parameters at a site, in order. Empty when there are none."""

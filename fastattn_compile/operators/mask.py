@@ -131,11 +131,7 @@ class MaskStructure:
         Args:
             *abilities: Field names the operator honours, for example ``"right"``, ``"key_padding"``.
         """
-        return [
-            f.name
-            for f in fields(self)
-            if getattr(self, f.name) not in (None, False, "") and f.name not in abilities
-        ]
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name not in abilities]
 
     def visible(self, rows: Tensor, keys: Tensor, query_len: int, key_len: int) -> Tensor:
         """Evaluates the position terms.

@@ -156,6 +156,6 @@ def as_size(value: Any) -> Size:
 
 def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for every value of their symbols."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
+    if a == b or (isinstance(a, int) and isinstance(b, int)):
+        return bool(a == b)
     return bool(sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0)

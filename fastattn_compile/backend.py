@@ -1,0 +1,217 @@
+"""The torch.compile backend: find, choose, rewrite, hand the rest to Inductor."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+
+from fastattn_compile import measure
+from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.options import Options, parse_options
+from fastattn_compile.passes.analyse import Analysis, analyse
+from fastattn_compile.passes.choose import Choice, choose_measured, choose_operator, choose_planned
+from fastattn_compile.passes.learned import take_parameters
+from fastattn_compile.passes.names import module_ids
+from fastattn_compile.passes.rewrite import Replacement, rewrite
+from fastattn_compile.passes.site import NOT_ATTENTION, Site, Softmax
+
+_KEPT_RECORDS = 256
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the backend did with one softmax.
+
+    Args:
+        name: Name of the site.
+        operator: Name of the operator that serves it; ``"exact"`` when it was left as it was.
+        options: The operator's configuration.
+        reason: Why.
+        error: Measured relative output error, when it was measured at compile time.
+        softmax: What was found.
+    """
+
+    name: str
+    operator: str
+    options: Mapping[str, Any]
+    reason: str
+    error: float | None
+    softmax: Softmax
+
+
+@dataclass
+class CompiledGraph:
+    """One graph the backend compiled.
+
+    Args:
+        modules: Identities of the modules the graph came from.
+        decisions: One for each softmax.
+        monitor: Errors sampled at run time.
+    """
+
+    modules: set[int]
+    decisions: list[Decision]
+    monitor: measure.Monitor | None = None
+    stop: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+_compiled: list[CompiledGraph] = []
+
+
+def fastattn(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compiles a captured graph with its attention replaced; see ``Options`` for what may be asked.
+
+    Args:
+        gm: The graph, from Dynamo.
+        example_inputs: Its inputs.
+        mode: A torch.compile mode for the rest of the graph.
+        options: The user's options.
+
+    Raises:
+        OptionError: An option is unknown or bad.
+        UnsupportedSiteError: ``strict``, and a site cannot be served.
+    """
+    parsed = parse_options(options, mode)
+    modules = module_ids(gm)
+    analyses = analyse(gm)
+    # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
+    learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
+    choices = _choose(gm, example_inputs, [line for a in analyses for line in a.softmaxes], parsed, learned)
+    for analysis in analyses:
+        _apply(analysis, choices, learned)
+    record = CompiledGraph(modules, [_decision(c) for c in choices.values()])
+    replaced = {c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"}
+    if parsed.monitor and replaced:
+        record.monitor = measure.Monitor(parsed.monitor)
+        record.stop = record.monitor.watch(replaced)
+    _compiled.append(record)
+    for forgotten in _compiled[:-_KEPT_RECORDS]:
+        forgotten.stop()
+    del _compiled[:-_KEPT_RECORDS]
+    if choices and not parsed.quiet:
+        print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
+    return _compile(gm, example_inputs, parsed)
+
+
+def reset() -> None:
+    """Forgets everything compiled so far; ``torch.compiler.reset()`` calls it."""
+    for record in _compiled:
+        record.stop()
+    _compiled.clear()
+
+
+fastattn.reset = reset  # type: ignore[attr-defined]
+
+
+def records(model: torch.nn.Module | None = None) -> list[CompiledGraph]:
+    """The graphs compiled so far, of one model or of all.
+
+    Args:
+        model: A model, compiled or not.
+    """
+    if model is None:
+        return list(_compiled)
+    own = {id(module) for module in getattr(model, "_orig_mod", model).modules()}
+    return [record for record in _compiled if record.modules & own]
+
+
+def decisions(model: torch.nn.Module | None = None) -> list[Decision]:
+    """What was done with each softmax of a model; the latest compilation of a site counts."""
+    latest: dict[str, Decision] = {}
+    for record in records(model):
+        for decision in record.decisions:
+            latest[decision.name] = decision
+    return list(latest.values())
+
+
+def summary(made: Sequence[Decision]) -> str:
+    """One line that says what was done."""
+    attention = [d for d in made if d.softmax.status != NOT_ATTENTION]
+    by_operator = Counter(d.operator for d in attention)
+    others = len(made) - len(attention)
+    text = f"{len(attention)} attention site{'s' if len(attention) != 1 else ''}: " + ", ".join(
+        f"{count} {name}" for name, count in by_operator.most_common()
+    )
+    reasons = Counter(d.reason for d in attention if d.operator == "exact" and d.reason)
+    if reasons:
+        reason, count = reasons.most_common(1)[0]
+        text += f" (exact because: {reason}{f', and {len(reasons) - 1} other reasons' if len(reasons) > 1 else ''})"
+    return text + (f"; {others} softmax{'es' if others > 1 else ''} not attention" if others else "")
+
+
+def _choose(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    softmaxes: list[Softmax],
+    options: Options,
+    learned: Collection[str],
+) -> dict[str, Choice]:
+    operator = options.build_operator()
+    if operator is not None:
+        made = choose_operator(softmaxes, operator, options.strict, learned)
+    elif options.plan is not None:
+        planned = {name: (site.build(), site.reason) for name, site in options.plan.sites.items()}
+        made = choose_planned(softmaxes, planned, options.strict, learned)
+    else:
+
+        def errors(sites: Sequence[Site], candidate: Operator) -> Mapping[str, float]:
+            return measure.measure_graph(gm, example_inputs, sites, candidate)
+
+        real = errors if measure.is_real(example_inputs) else None
+        made = choose_measured(softmaxes, make_operator("fma"), options.tolerance, real)
+    return {choice.line.name: choice for choice in made}
+
+
+def _apply(
+    analysis: Analysis, choices: Mapping[str, Choice], learned: Mapping[str, tuple[torch.fx.Node, ...]]
+) -> None:
+    replacements = []
+    for line in analysis.softmaxes:
+        operator = choices[line.name].operator
+        if operator is not None and line.site is not None:
+            parameters = learned[line.name] if operator.learned else ()
+            replacements.append(Replacement(line.site, operator, parameters))
+    rewrite(analysis.gm, replacements)
+
+
+def _decision(choice: Choice) -> Decision:
+    operator = choice.operator
+    return Decision(
+        choice.line.name,
+        operator.name if operator is not None else "exact",
+        operator.config.to_dict() if operator is not None else {},
+        choice.reason,
+        choice.error,
+        choice.line,
+    )
+
+
+def _compile(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.registry import lookup_backend
+
+        compiled: Callable[..., Any] = lookup_backend("aot_eager")(gm, list(example_inputs))
+        return compiled
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(options.inductor_mode)) if options.inductor_mode else {}
+    patches.update(options.inductor)
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return compiled

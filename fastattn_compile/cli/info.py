@@ -1,0 +1,99 @@
+"""``fastattn info``: what this machine and this installation can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from typing import Any
+
+from fastattn_compile.cli import common
+
+_EXTRAS = {
+    "hf": ("transformers", "tokenizers", "gguf", "accelerate"),
+    "onnx": ("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+    "mlir": ("torch-mlir",),
+    "report": ("matplotlib", "jinja2"),
+}
+_BASE = ("torch", "numpy", "safetensors", "networkx", "sympy", "typer", "rich")
+
+
+def info(json: common.Json = False, out: common.Out = None, threads: common.Threads = None) -> None:
+    """Show versions, device, compilers, operators and which extras are installed."""
+    common.set_threads(threads)
+    document = gather()
+    common.deliver(document, json, out)
+    if not json:
+        _print(document)
+
+
+def gather() -> dict[str, Any]:
+    """What there is to know, as a JSON document."""
+    import torch
+
+    from fastattn_compile.operators.registry import operator_names
+    from fastattn_compile.report.provenance import device_name, versions
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "schema": "fastattn.info/1",
+        "versions": versions(),
+        "device": {
+            "type": device.type,
+            "name": device_name(device),
+            "cpu": device_name(torch.device("cpu")),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "compilers": {"cpp": _cpp_compiler(), "triton": _version("triton")},
+        "operators": operator_names(),
+        "backends": _backends(),
+        "packages": {name: _version(name) for name in _BASE},
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpp_compiler() -> str | None:
+    """The C++ compiler Inductor would call, by name; without one it cannot lower for the CPU."""
+    wanted = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    found = next((name for name in wanted if name and shutil.which(name)), None)
+    return os.path.basename(found) if found else None
+
+
+def _backends() -> list[str]:
+    """Names that ``torch.compile(backend=...)`` takes here; installing the package adds ``fastattn``."""
+    import torch
+
+    return list(torch.compiler.list_backends())
+
+
+def _print(document: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    from fastattn_compile.report.terminal import console, pairs_table
+
+    device, compilers = document["device"], document["compilers"]
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())),
+        ("device", device["name"]),
+        ("instructions", device["cpu_capability"]),
+        ("threads", f"{device['threads']} of {device['cores']} cores"),
+        ("C++ compiler", compilers["cpp"] or "none found: Inductor cannot lower for the CPU"),
+        ("Triton", compilers["triton"] or "not installed"),
+        ("operators", ", ".join(document["operators"])),
+        ("backends", ", ".join(document["backends"])),
+    ]
+    for extra, packages in document["extras"].items():
+        there = [f"{name} {version}" for name, version in packages.items() if version]
+        missing = [name for name, version in packages.items() if not version]
+        text = ", ".join(there) + ("; " if there and missing else "")
+        rows.append((f"extra {extra}", text + (f"missing: {', '.join(missing)}" if missing else "")))
+    console().print(pairs_table([(name, escape(str(value))) for name, value in rows]))

@@ -1,0 +1,52 @@
+"""``fastattn scan``: which softmax attentions a model has, and what can be done with each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastattn_compile.cli import common
+from fastattn_compile.cli.load import Loaded, load
+
+if TYPE_CHECKING:
+    from fastattn_compile.scan import Scan
+
+
+def scan(
+    model: common.Model,
+    length: common.Length = 256,
+    attn: common.Attention = "sdpa",
+    dtype: common.Type = "float32",
+    text: common.Text = None,
+    full: Annotated[bool, typer.Option("--full", help="One line a softmax, alike or not.")] = False,
+    out: common.Out = None,
+    json: common.Json = False,
+    threads: common.Threads = None,
+    seed: common.Seed = 0,
+) -> None:
+    """Find every softmax of a model: taken, exact, or not attention, and why."""
+    common.set_threads(threads)
+    with common.progress_bar() as progress:
+        progress("load the model", 0, 0)
+        loaded = load(model, length=length, attention=attn, dtype=dtype, text=text, seed=seed)
+        progress("scan the graph", 0, 0)
+        found = scan_loaded(loaded)
+    for line in loaded.notices:
+        common.notice(line)
+    common.deliver(found.to_json(), json, out)
+    if not json:
+        from fastattn_compile.report.terminal import print_scan
+
+        print_scan(found, full=full)
+    if not found.counts["taken"]:
+        raise typer.Exit(common.NOTHING_FOUND)
+
+
+def scan_loaded(loaded: Loaded) -> Scan:
+    """Scans a loaded model on its inputs."""
+    from fastattn_compile.scan import scan as scan_model
+
+    if isinstance(loaded.inputs, tuple):
+        return scan_model(loaded.model, *loaded.inputs)
+    return scan_model(loaded.model, **loaded.inputs)

@@ -1,0 +1,195 @@
+"""Exact softmax attention on ATen, forward and backward, in tiles of query rows: never an n x n tensor.
+
+Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys, ``d`` channels of query and
+key, ``e`` of value. Query head ``i`` reads key head ``i // (h // g)``; keys are never repeated, the query
+heads that share a key head stand as further rows of one tile.
+
+A mask arrives as two functions: ``visible(batch, rows, keys)`` gives a ``(r, c)`` boolean tensor,
+``span(start, stop)`` the range of keys outside of which the query rows ``start`` to ``stop`` see nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels.tiles import (
+    SCORE_TILE,
+    all_finite,
+    normalise,
+    poison,
+    probabilities_,
+    statistics_dtype,
+    without_nonfinite,
+    work_dtype,
+)
+
+Visible = Callable[[int, Tensor, Tensor], Tensor]
+Span = Callable[[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some query rows of some key heads of one sequence, and the range of keys they may see."""
+
+    batch: int
+    heads: slice
+    rows: slice
+    keys: slice
+    visible: Tensor | None
+
+
+def _tiles(query: Tensor, key: Tensor, visible: Visible | None, span: Span | None) -> Iterator[_Tile]:
+    batch, heads, query_len, _ = query.shape
+    kv_heads, key_len = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    rows = max(1, min(query_len, max(32, 4 * SCORE_TILE // max(1, group * key_len))))
+    for b in range(batch):
+        for start in range(0, query_len, rows):
+            stop = min(start + rows, query_len)
+            first, last = span(start, stop) if span is not None else (0, key_len)
+            seen = None
+            if visible is not None and first < last:
+                place = torch.arange(start, stop, device=query.device)
+                seen = visible(b, place, torch.arange(first, last, device=query.device))
+            size = max(1, group * (stop - start) * (last - first))
+            together = min(kv_heads, max(1, 4 * SCORE_TILE // size))
+            for head in range(0, kv_heads, together):
+                chosen = slice(head, min(head + together, kv_heads))
+                yield _Tile(b, chosen, slice(start, stop), slice(first, max(first, last)), seen)
+
+
+def _queries(x: Tensor, tile: _Tile, group: int, dtype: torch.dtype) -> Tensor:
+    """The tile's part of a ``(b, h, n, d)`` tensor as ``(heads, group * rows, d)``."""
+    part = x[tile.batch].unflatten(0, (-1, group))[tile.heads, :, tile.rows]
+    return part.to(dtype).flatten(1, 2)
+
+
+def _keys(x: Tensor, tile: _Tile, dtype: torch.dtype) -> Tensor:
+    """The tile's part of a ``(b, g, m, d)`` tensor as ``(heads, keys, d)``."""
+    return x[tile.batch, tile.heads, tile.keys].to(dtype)
+
+
+def _put(x: Tensor, tile: _Tile, group: int, part: Tensor) -> None:
+    """The way back of ``_queries``: writes ``(heads, group * rows, d)`` into ``(b, h, n, d)``."""
+    target = x[tile.batch].unflatten(0, (-1, group))[tile.heads, :, tile.rows]
+    target.copy_(part.unflatten(1, (group, -1)))
+
+
+def _scores(query: Tensor, key: Tensor, tile: _Tile, group: int, scale: float) -> Tensor:
+    scores = torch.bmm(query * scale, key.mT)
+    if tile.visible is not None:
+        scores.unflatten(1, (group, -1)).masked_fill_(~tile.visible, -torch.inf)
+    return scores
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    visible: Visible | None = None,
+    span: Span | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention.
+
+    Args:
+        query: ``(b, h, n, d)``, floating point, any strides.
+        key: ``(b, g, m, d)``; types may differ between the three (autocast), the work is done in float32 or
+            float64.
+        value: ``(b, g, m, e)``.
+        scale: Factor on the scores.
+        visible: The mask; ``None`` when every query sees every key.
+        span: The keys that matter to a range of query rows; all of them when ``None``.
+
+    Returns:
+        Output ``(b, h, n, e)``, the values' type, contiguous, 0 where a query sees no key; log-sum-exp ``(b,
+        h, n)``, float32 (float64 for float64 values), -inf where a query sees no key.
+    """
+    batch, heads, query_len, _ = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    dtype = work_dtype(query, key, value)
+    out = value.new_empty(batch, heads, query_len, value.shape[3])
+    log_sum_exp = value.new_empty(batch, heads, query_len, dtype=statistics_dtype(value))
+    finite = all_finite(key, value)
+    for tile in _tiles(query, key, visible, span):
+        q = _queries(query, tile, group, dtype)
+        k, v = (_keys(x, tile, dtype) for x in (key, value))
+        if k.shape[1] == 0:
+            tile_out = q.new_zeros(*q.shape[:2], v.shape[2])
+            tile_lse = q.new_full((*q.shape[:2], 1), -torch.inf)
+        else:
+            clean_k, clean_v = (k, v) if finite else (without_nonfinite(k), without_nonfinite(v))
+            scores = _scores(q, clean_k, tile, group, scale)
+            weights = torch.empty_like(scores)
+            tile_lse = normalise(scores, weights)
+            tile_out = torch.bmm(weights, clean_v).masked_fill_(tile_lse == -torch.inf, 0)
+            if not finite:
+                poison(tile_out, tile_lse, _repeated(tile, scores, group), k, v)
+        _put(out, tile, group, tile_out)
+        _put(log_sum_exp[..., None], tile, group, tile_lse)
+    return out, log_sum_exp
+
+
+def _repeated(tile: _Tile, scores: Tensor, group: int) -> Tensor:
+    """The tile's mask for every head and member of the query group, shape of ``scores``."""
+    if tile.visible is None:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return tile.visible.repeat(group, 1).expand(scores.shape)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    grad_out: Tensor,
+    grad_log_sum_exp: Tensor | None = None,
+    visible: Visible | None = None,
+    span: Span | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward``; with P the weights, ``dS = P * (dO . v - dO . o + dlse)``.
+
+    Args:
+        query: As in ``forward``.
+        key: As in ``forward``.
+        value: As in ``forward``.
+        scale: As in ``forward``.
+        out: Output of ``forward``.
+        log_sum_exp: Log-sum-exp of ``forward``.
+        grad_out: Gradient of the output, its shape.
+        grad_log_sum_exp: Gradient of the log-sum-exp, its shape; ``None`` is zero.
+        visible: As in ``forward``.
+        span: As in ``forward``.
+
+    Returns:
+        Gradients of query, key and value, each of its input's shape and type, contiguous.
+    """
+    group = query.shape[1] // key.shape[1]
+    dtype = work_dtype(query, key, value)
+    grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
+    finite = all_finite(key, value)
+    slope = (grad_out.to(dtype) * out).sum(-1)
+    if grad_log_sum_exp is not None:
+        slope = slope - grad_log_sum_exp
+    for tile in _tiles(query, key, visible, span):
+        k, v = (_keys(x, tile, dtype) for x in (key, value))
+        if k.shape[1] == 0:
+            continue
+        if not finite:
+            k, v = without_nonfinite(k), without_nonfinite(v)
+        q, grad_o = (_queries(x, tile, group, dtype) for x in (query, grad_out))
+        lse, slope_rows = (_queries(x[..., None], tile, group, dtype) for x in (log_sum_exp, slope))
+        weights = probabilities_(_scores(q, k, tile, group, scale), lse)
+        grad_value[tile.batch, tile.heads, tile.keys] += torch.bmm(weights.mT, grad_o)
+        grad_scores = torch.bmm(grad_o, v.mT).sub_(slope_rows).mul_(weights)
+        _put(grad_query, tile, group, torch.bmm(grad_scores, k).mul_(scale))
+        grad_key[tile.batch, tile.heads, tile.keys] += torch.bmm(grad_scores.mT, q).mul_(scale)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)

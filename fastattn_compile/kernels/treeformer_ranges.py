@@ -1,0 +1,191 @@
+"""Who meets whom in leaf attention: for every query a range in a list of keys that is sorted by tree node.
+
+Keys are sorted, stably, by their node at a level: the visible keys of a node are then one range of the list, in order of
+position. Nothing here grows faster than the tokens times the height.
+
+Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys. Query head ``i`` reads key head
+``i // (h // g)``. A key is named by its row in ``key.flatten(0, 2)``, a query by its row in ``query.flatten(0, 2)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys the mask shows each query: an interval of positions, of the query's segment, that are real.
+
+    Args:
+        low: ``(n,)`` first visible position.
+        high: ``(n,)`` one past the last; at least ``low``.
+        length: Number of keys.
+        real: ``(b, m)`` boolean or ``None``.
+        key_segment: ``(b, m)`` segment numbers from 0 on, or ``None``.
+        query_segment: ``(b, n)`` likewise.
+    """
+
+    low: Tensor
+    high: Tensor
+    length: int
+    real: Tensor | None = None
+    key_segment: Tensor | None = None
+    query_segment: Tensor | None = None
+
+    @property
+    def segments(self) -> int:
+        """Number of segments."""
+        return 1 if self.key_segment is None else int(self.key_segment.max()) + 1
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A range of a key list for every query.
+
+    Args:
+        order: Rows of keys, the lists of all units and levels one after another; each list is ``m`` long.
+        start: ``(b, h, n)`` index into ``order``.
+        stop: ``(b, h, n)``; equal to ``start`` where a query meets nothing.
+        level: ``(b, h, n)`` level of the node the query reads.
+        levels: Level of each list of one unit, in order.
+        node: ``(b, h, n)`` that node, with the segment before it.
+        first: ``(b, h, n)`` position of the first key of the range.
+        found: Keys in the ranges before a capacity cut them.
+    """
+
+    order: Tensor
+    start: Tensor
+    stop: Tensor
+    level: Tensor
+    levels: tuple[int, ...]
+    node: Tensor
+    first: Tensor
+    found: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def _sorted_keys(code: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions sorted by code, ``(units, m)``, and the ascending numbers ``code * m + position``."""
+    length = code.shape[-1]
+    ordered, order = torch.sort(code, dim=-1, stable=True)
+    return order, ordered * length + order
+
+
+def node_ranges(
+    key_leaf: Tensor,
+    query_leaf: Tensor,
+    height: int,
+    sight: Sight,
+    deepest: int,
+    ancestors: bool,
+    capacity: int = 0,
+    dropped: Tensor | None = None,
+) -> Ranges:
+    """The visible keys of every query's node; of its deepest ancestor that has any, if asked.
+
+    Args:
+        key_leaf: ``(b, g, m)`` leaf of each key.
+        query_leaf: ``(b, h, n)`` leaf of each query.
+        height: Of the tree.
+        sight: The mask.
+        deepest: Level at which to look first.
+        ancestors: Climb while a query finds no visible key.
+        capacity: Most keys a query meets, the newest are kept; 0 is no limit.
+        dropped: ``(b, g, m)`` boolean, keys that are in no node.
+    """
+    batch, kv_heads, length = key_leaf.shape
+    heads, queries = query_leaf.shape[1:]
+    units, device = batch * kv_heads, key_leaf.device
+    gone = torch.zeros_like(key_leaf, dtype=torch.bool) if dropped is None else dropped
+    if sight.real is not None:
+        gone = gone | ~sight.real[:, None]
+    orders, levels = [], []
+    start = torch.zeros(batch, heads, queries, dtype=torch.int64, device=device)
+    stop, level_of, node = (torch.zeros_like(start) for _ in range(3))
+    waiting = torch.ones_like(start, dtype=torch.bool)
+    unit = torch.arange(units, device=device).view(batch, kv_heads, 1).repeat_interleave(heads // kv_heads, 1)
+    for level in range(deepest, -1, -1):
+        code, wanted = key_leaf >> (height - level), query_leaf >> (height - level)
+        if sight.key_segment is not None and sight.query_segment is not None:
+            code = code + (sight.key_segment << level)[:, None]
+            wanted = wanted + (sight.query_segment << level)[:, None]
+        code = code.masked_fill(gone, sight.segments << level)
+        order, ladder = _sorted_keys(code.flatten(0, 1))
+        at = (wanted * length).view(units, -1, queries)
+        low, high = (
+            torch.searchsorted(ladder, (at + edge).flatten(1)).view(batch, heads, queries)
+            for edge in (sight.low, sight.high)
+        )
+        here = waiting & (high > low) if ancestors and level > 0 else waiting
+        # Lists are numbered as they are made; they are put side by side, unit by unit, below.
+        base = len(orders) * length
+        start, stop = torch.where(here, low + base, start), torch.where(here, high + base, stop)
+        level_of, node = level_of.masked_fill(here, level), torch.where(here, wanted, node)
+        orders.append(order + length * torch.arange(units, device=device)[:, None])
+        levels.append(level)
+        waiting = waiting & ~here
+        if not ancestors or not bool(waiting.any()):
+            break
+    table = torch.stack(orders, 1).flatten()
+    base = unit * (len(orders) * length)
+    start, stop = start + base, stop + base
+    found = (stop - start).sum()
+    if capacity:
+        start = torch.maximum(start, stop - capacity)
+    first = table[start.clamp(max=table.numel() - 1)] % length
+    return Ranges(table, start, stop, level_of, tuple(levels), node, first, found)
+
+
+def near_ranges(
+    heads: int, kv_heads: int, batch: int, sight: Sight, low: Tensor, high: Tensor, only: Tensor | None = None
+) -> Ranges:
+    """The visible keys between two positions.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key heads.
+        batch: Number of sequences.
+        sight: The mask.
+        low: ``(b or 1, h or 1, n)`` first position wanted.
+        high: Likewise, one past the last.
+        only: ``(b, m)`` boolean, keys that take part; all when ``None``.
+    """
+    queries = low.shape[-1]
+    code = torch.zeros(batch, kv_heads, sight.length, dtype=torch.int64, device=low.device)
+    wanted = torch.zeros(batch, heads, queries, dtype=torch.int64, device=low.device)
+    if sight.key_segment is not None and sight.query_segment is not None:
+        code = code + sight.key_segment[:, None]
+        wanted = wanted + sight.query_segment[:, None]
+    if sight.real is not None:
+        code = code.masked_fill(~sight.real[:, None], sight.segments)
+    if only is not None:
+        code = code.masked_fill(~only[:, None], sight.segments)
+    order, ladder = _sorted_keys(code.flatten(0, 1))
+    low = torch.maximum(low, sight.low)
+    high = torch.maximum(torch.minimum(high, sight.high), low)
+    start, stop = (
+        torch.searchsorted(ladder, (wanted * sight.length + edge).view(ladder.shape[0], -1)).view_as(wanted)
+        for edge in (low, high)
+    )
+    units = batch * kv_heads
+    rows = sight.length * torch.arange(units, device=low.device)
+    base = rows.view(batch, kv_heads, 1).repeat_interleave(heads // kv_heads, 1)
+    zero = torch.zeros_like(start)
+    return Ranges((order + rows[:, None]).flatten(), start + base, stop + base, zero, (0,), zero, zero)
+
+
+def sink_keys(sight: Sight, batch: int, sinks: int) -> Tensor:
+    """Which keys are the first ``sinks`` real ones of their segment, ``(b, m)``."""
+    real = sight.real
+    if real is None:
+        real = torch.ones(batch, sight.length, dtype=torch.bool, device=sight.low.device)
+    if sight.key_segment is None:
+        return real & (real.cumsum(1) <= sinks)
+    code = sight.key_segment.masked_fill(~real, sight.segments)
+    ordered, order = torch.sort(code, dim=1, stable=True)
+    begin = torch.searchsorted(ordered, ordered.contiguous())
+    place = torch.arange(sight.length, device=code.device) - begin
+    early = torch.zeros_like(real).scatter(1, order, place < sinks)
+    return real & early

@@ -1,0 +1,157 @@
+"""CAST as an operator (van Engelenhoven, Strisciuglio, Talavera, arXiv 2402.04239)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn_compile.kernels import cast_aten, cast_causal
+from fastattn_compile.kernels.cast_affinity import Rule
+from fastattn_compile.operators.base import (
+    AttentionInputs,
+    AttentionOutput,
+    Cost,
+    Decoder,
+    Gradients,
+    Operator,
+    SiteSpec,
+    Support,
+    no,
+)
+from fastattn_compile.operators.cast.config import CastConfig
+from fastattn_compile.operators.cast.cost import cast_cost
+from fastattn_compile.operators.cast.decoder import CastDecoder
+from fastattn_compile.operators.cast.parameters import (
+    check,
+    initial,
+    packed_gradients,
+    shapes,
+    sharpness,
+    unpacked,
+)
+from fastattn_compile.operators.cast.reference import cast_attention
+from fastattn_compile.operators.exact.operator import refuse_extras
+
+
+class CastAttention(Operator[CastConfig]):
+    """Attention inside clusters of tokens chosen by learned surrogates, and a summary of every other cluster.
+
+    Serves bidirectional self-attention, and causal self-attention under ``token_choice``, with key padding, at any length
+    that the clusters hold.
+    """
+
+    name = "cast"
+    config_type = CastConfig
+
+    def supports(self, spec: SiteSpec) -> Support:
+        """Self-attention whose mask fits the clustering; anything else is refused with the reason."""
+        mask, config = spec.mask, self.config
+        if not mask.understood:
+            return no(f"the mask is not understood as structure ({mask.opaque})")
+        for term in mask.conflicts("right", "end_aligned", "key_padding"):
+            return no(f"the mask term {term} is not supported: clusters and summaries span what it separates ({mask})")
+        if spec.kind != "self":
+            return no("cross attention is not supported: a token's cluster comes from its query and its key together")
+        if spec.query_len == 1:
+            return no("a single query (decoding) has nothing to cluster; token_choice decodes through its decoder")
+        if spec.query_len != spec.key_len:
+            return no(
+                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
+            )
+        if mask.right is not None and mask.right != 0:
+            return no(f"a band that ends {mask.right} positions from the query is not supported, only causal or none")
+        if mask.causal and not config.causal:
+            return no(
+                f"{config.clustering} looks at all tokens, so a future token would move past ones between clusters; "
+                "set clustering='token_choice', which is causal, with a cluster_size"
+            )
+        if config.causal and not mask.causal:
+            return no("token_choice shows a token its past alone and this site is not causal; use topk or sa_topk")
+        if config.cluster_size is not None and not config.causal:
+            if spec.key_len < config.cluster_size:
+                return no(f"a cluster of {config.cluster_size} is larger than the sequence of {spec.key_len} tokens")
+            if config.clustering == "sa_topk" and spec.key_len > config.clusters * config.cluster_size:
+                return no(
+                    f"{config.clusters} clusters of {config.cluster_size} hold fewer than {spec.key_len} tokens; "
+                    "raise clusters or cluster_size, or leave cluster_size out"
+                )
+        return refuse_extras(spec)
+
+    def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """The dense definition."""
+        check(self.config, parameters, inputs)
+        return cast_attention(self.config, inputs, parameters)
+
+    def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """Clusters gathered into tiles, or chunks of a causal scan."""
+        check(self.config, parameters, inputs)
+        kernel = cast_causal if self.config.causal else cast_aten
+        return AttentionOutput(
+            *kernel.forward(
+                inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
+                unpacked(self.config, parameters, inputs.query.shape[1]), inputs.key_padding,
+            )
+        )  # fmt: skip
+
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> Gradients:
+        """Gradients of ``forward``, computed anew; none passes the choice of clusters (specification 1.7)."""
+        kernel = cast_causal if self.config.causal else cast_aten
+        *main, learned = kernel.backward(
+            inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
+            unpacked(self.config, parameters, inputs.query.shape[1]), grad_out, grad_log_sum_exp, inputs.key_padding,
+        )  # fmt: skip
+        return Gradients(*main, packed_gradients(self.config, learned, parameters))
+
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """The keys that share a cluster with the query, under token choice the most recent ones.
+
+        Clusters depend on learned parameters: without them no key is known to be met one by one, and none is marked.
+        """
+        seen = inputs.visible(rows)
+        if not parameters:
+            return seen & False
+        kernel = cast_causal if self.config.causal else cast_aten
+        return seen & kernel.exact_keys(
+            inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
+            unpacked(self.config, parameters, inputs.query.shape[1]), rows, inputs.key_padding,
+        )  # fmt: skip
+
+    def cost(self, spec: SiteSpec) -> Cost:
+        """Counted from the definition; ``keys_per_query`` is the pairs inside clusters and one for each summary."""
+        return cast_cost(self.config, spec)
+
+    def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
+        """A cache of buckets and summaries under ``token_choice``; the bidirectional clusterings have none."""
+        if not self.config.causal:
+            return None
+        return CastDecoder(self.config, self.rule(1), scale, parameters)
+
+    @property
+    def learned(self) -> bool:
+        """Always: without surrogate tokens there are no clusters."""
+        return True
+
+    def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+        """Surrogates, gate and temperature, as far as the configuration has them; lengths do not matter."""
+        return shapes(self.config, spec)
+
+    def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
+        """Surrogates at the centroids of the sample's keys, random without a sample; a gate of 0."""
+        return initial(self.config, spec, sample)
+
+    def rule(self, length: int) -> Rule:
+        """The configuration as the kernels read it, for a sequence of ``length`` tokens."""
+        config = self.config
+        return Rule(
+            config.clusters, config.size(length), config.clustering, config.sa_order == "pair", config.head_reduce,
+            config.affinity_scale == "sqrt_width", config.select, sharpness(config),
+            config.own_summary == "included", config.combine == "lse",
+        )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Configuration of fast multipole attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastattn_compile.operators.base import OperatorConfig
+
+BASES = ("mean", "depthwise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FmaConfig(OperatorConfig):
+    """What fast multipole attention can be told.
+
+    Args:
+        block: Tokens of a finest group. Queries meet their own and the neighbouring blocks exactly. Any
+            positive number; kernels are fastest at 64 and 128.
+        rank: Pooled rows that stand for one group at every level; divides ``block``.
+        basis: How a group is pooled: ``"mean"``, row ``r`` is the mean of the ``r``-th part of the group;
+            ``"depthwise"``, every row is a learned combination of the group's tokens, channel by channel,
+            that starts as the mean.
+        scale_attn: A pooled row counts as many keys as it stands for (adds ``log(count)`` to its score).
+            Turning it off is for models trained so.
+        sinks: First real tokens of a sequence that every query keeps meeting exactly; at most ``block``.
+    """
+
+    block: int = 64
+    rank: int = 4
+    basis: str = "mean"
+    scale_attn: bool = True
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block must be a positive number of tokens, got {self.block}")
+        if not 1 <= self.rank <= self.block:
+            raise ValueError(f"rank must be between 1 and block ({self.block}), got {self.rank}")
+        if self.block % self.rank:
+            fitting = [r for r in range(1, self.block + 1) if self.block % r == 0]
+            raise ValueError(
+                f"rank must divide block: block {self.block} is not a multiple of rank {self.rank}; "
+                f"ranks that fit: {', '.join(map(str, fitting))}"
+            )
+        if not 0 <= self.sinks <= self.block:
+            raise ValueError(f"sinks must be between 0 and block ({self.block}), got {self.sinks}")
+        if self.basis not in BASES:
+            raise ValueError(f"unknown basis {self.basis!r}; bases: {', '.join(BASES)}")
+
+
+def level_count(length: int, block: int) -> int:
+    """Pooled levels of a sequence: ``max(0, ceil(log2(ceil(length / block))) - 1)`` (specification 4.1).
+
+    Args:
+        length: Tokens of the sequence.
+        block: Tokens of a finest group.
+    """
+    blocks = -(-length // block)
+    return max(0, (blocks - 1).bit_length() - 1)

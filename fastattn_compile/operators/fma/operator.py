@@ -1,0 +1,182 @@
+"""Fast multipole attention as an operator (Kang, Tran, De Sterck, arXiv 2310.11960)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels import fma_aten
+from fastattn_compile.kernels.fma_plan import Pattern
+from fastattn_compile.operators.base import (
+    AttentionInputs,
+    AttentionOutput,
+    Cost,
+    Gradients,
+    Operator,
+    SiteSpec,
+    Support,
+    no,
+)
+from fastattn_compile.operators.exact.operator import exact_backward, exact_forward, refuse_extras
+from fastattn_compile.operators.fma.config import FmaConfig, level_count
+from fastattn_compile.operators.fma.cost import multipole_cost
+from fastattn_compile.operators.fma.reference import multipole_attention, near_field, sink_tokens
+
+_TERMS = {
+    "chunk": "chunked attention",
+    "prefix": "a bidirectional prefix",
+    "segments": "packed documents",
+}
+
+
+class FastMultipoleAttention(Operator[FmaConfig]):
+    """Near tokens exactly, far tokens as pooled rows of growing groups, one softmax over all: O(n log n).
+
+    Serves self-attention, causal and bidirectional, with sliding windows, bands and key padding, at any
+    length; a sequence of at most two blocks is attended exactly. A pooled row is seen only where every
+    position it covers is visible, so nothing outside the mask ever has influence.
+    """
+
+    name = "fma"
+    config_type = FmaConfig
+
+    def supports(self, spec: SiteSpec) -> Support:
+        """Yes for self-attention with causal, windowed, banded or padded masks; else no, with the reason."""
+        mask = spec.mask
+        if not mask.understood:
+            return no(f"the mask is not understood as structure ({mask.opaque})")
+        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+            return no(f"{_TERMS[term]} is not supported: groups would span what the mask separates ({mask})")
+        if spec.kind != "self":
+            return no("cross attention has no shared positions, so no key is near a query; exact serves it")
+        if spec.query_len == 1:
+            return no(
+                "a single query (decoding) gains nothing from keys pooled for one step; exact is faster"
+            )
+        if spec.query_len != spec.key_len:
+            return no(
+                f"{spec.query_len} queries and {spec.key_len} keys do not stand at the same positions; "
+                "exact serves that"
+            )
+        if mask.right is not None and mask.right < 0:
+            return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
+        if mask.left is not None and mask.left < 0:
+            return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
+        return refuse_extras(spec)
+
+    def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """The dense definition."""
+        self._check_parameters(inputs, parameters)
+        return multipole_attention(self.config, inputs, parameters)
+
+    def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """A few blocks of queries at a time, in O(n) memory."""
+        self._check_parameters(inputs, parameters)
+        if self._levels(inputs) == 0:
+            return exact_forward(inputs)
+        q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+        pattern, used = self._pattern(inputs), self._used(inputs, parameters)
+        return AttentionOutput(*fma_aten.forward(q, k, v, scale, pattern, inputs.key_padding, used))
+
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> Gradients:
+        """Gradients of ``forward``, from scores computed a second time; unused levels get zeros."""
+        if self._levels(inputs) == 0:
+            grads = exact_backward(inputs, output, grad_out, grad_log_sum_exp)
+            return Gradients(*grads, tuple(torch.zeros_like(p) for p in parameters))
+        q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+        out, lse = output.out, output.log_sum_exp
+        pattern, used = self._pattern(inputs), self._used(inputs, parameters)
+        grad_query, grad_key, grad_value, learned = fma_aten.backward(
+            q, k, v, scale, pattern, out, lse, grad_out, grad_log_sum_exp, inputs.key_padding, used
+        )
+        unused = tuple(torch.zeros_like(p) for p in parameters[len(used) :])
+        return Gradients(grad_query, grad_key, grad_value, learned + unused)
+
+    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        """The near field and the sinks, as far as the mask shows them."""
+        real = inputs.key_padding
+        length = inputs.key.shape[2]
+        if real is None:
+            real = torch.ones(1, length, dtype=torch.bool, device=rows.device)
+        sinks = sink_tokens(real, self.config.sinks)[:, None, None, :]
+        near = near_field(rows[:, None], torch.arange(length, device=rows.device), self.config.block)
+        return inputs.visible(rows) & (near | sinks)
+
+    def cost(self, spec: SiteSpec) -> Cost:
+        """Counted from the lists of the definition (specification section 2), sinks and windows included."""
+        return multipole_cost(self.config, spec)
+
+    @property
+    def learned(self) -> bool:
+        """The depthwise basis is learned, the mean is not."""
+        return self.config.basis != "mean"
+
+    def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+        """Learned combinations for the levels of ``spec.key_len``; shorter sequences use the first ones."""
+        return dict(self._parameters(spec))
+
+    def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
+        """The combinations that are means of the parts of a group, without bias (specification 5.1)."""
+        initial = {}
+        for name, shape in self._parameters(spec):
+            initial[name] = torch.zeros(shape)
+            if len(shape) == 3:
+                part = shape[2] // shape[1]
+                for row in range(shape[1]):
+                    initial[name][:, row, row * part : (row + 1) * part] = 1 / part
+        return initial
+
+    def _parameters(self, spec: SiteSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if self.config.basis == "mean":
+            return
+        rank = self.config.rank
+        for level in range(level_count(int(spec.key_len), self.config.block)):
+            width = self.config.block << level
+            for side, channels in (("key", spec.head_dim), ("value", spec.value_dim)):
+                yield f"{side}_weight_{level + 1}", (channels, rank, width)
+                yield f"{side}_bias_{level + 1}", (channels, rank)
+
+    def _levels(self, inputs: AttentionInputs) -> int:
+        return level_count(inputs.key.shape[2], self.config.block)
+
+    def _used(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The parameters of the levels that this length has."""
+        return parameters[: 4 * self._levels(inputs)]
+
+    def _pattern(self, inputs: AttentionInputs) -> Pattern:
+        config, mask = self.config, inputs.mask
+        return Pattern(
+            config.block, config.rank, config.sinks, mask.causal, mask.left, mask.right,
+            config.scale_attn, config.basis == "depthwise",
+        )  # fmt: skip
+
+    def _check_parameters(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> None:
+        """Refuses parameters that are not those of this configuration, sizes and length."""
+        spec = inputs.spec()
+        if self.config.basis == "mean":
+            if parameters:
+                raise ValueError(f"fma with basis 'mean' has no parameters, got {len(parameters)}")
+            return
+        if len(parameters) % 4:
+            raise ValueError(f"fma with basis 'depthwise' takes 4 parameters a level, got {len(parameters)}")
+        needed, given = self._levels(inputs), len(parameters) // 4
+        if given < needed:
+            made_for = self.config.block << (given + 1)
+            raise ValueError(
+                f"the parameters of this fma were created for at most {made_for} tokens ({given} levels), "
+                f"the sequence has {inputs.key.shape[2]} ({needed} levels); create them for the longer length"
+            )
+        for (name, shape), parameter in zip(self._parameters(spec), parameters):
+            if tuple(parameter.shape) != shape:
+                raise ValueError(
+                    f"parameter {name} of fma must have shape {shape}, got {tuple(parameter.shape)}"
+                )

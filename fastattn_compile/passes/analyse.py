@@ -1,0 +1,77 @@
+"""From a captured graph to its softmaxes: clean up, view, find, name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.fx
+
+from fastattn_compile.passes.expand import expand
+from fastattn_compile.passes.find import channel_sizes, find
+from fastattn_compile.passes.functionalize import functionalize
+from fastattn_compile.passes.fx_view import view
+from fastattn_compile.passes.graph import GraphView
+from fastattn_compile.passes.names import unique_names
+from fastattn_compile.passes.site import Softmax
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A graph and what was found in it.
+
+    Args:
+        gm: The graph, cleaned up in place.
+        view: Its normalised view.
+        softmaxes: One for each softmax, in execution order.
+    """
+
+    gm: torch.fx.GraphModule
+    view: GraphView
+    softmaxes: list[Softmax]
+
+
+def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
+    """A graph and the graphs inside it (bodies of checkpointed or conditional regions)."""
+    for _, module in gm.named_modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield module
+
+
+def analyse(gm: torch.fx.GraphModule) -> list[Analysis]:
+    """Finds every softmax in a graph and the graphs inside it.
+
+    Args:
+        gm: A graph as Dynamo or ``torch.export`` captures it. In-place operators on fresh tensors are made functional and
+            opaque attention calls are expanded, in place; what the graph computes does not change.
+    """
+    found = []
+    for body in bodies(gm):
+        expand(body)
+        tainted = functionalize(body)
+        normalised = view(body, tainted)
+        if _specialise(body, normalised):
+            normalised = view(body, tainted)
+        found.append((body, normalised, find(normalised)))
+    names = iter(unique_names([line.name for _, _, lines in found for line in lines]))
+    return [Analysis(body, normalised, [_named(line, next(names)) for line in lines]) for body, normalised, lines in found]
+
+
+def _named(line: Softmax, name: str) -> Softmax:
+    site = dataclasses.replace(line.site, name=name) if line.site is not None else None
+    return dataclasses.replace(line, name=name, site=site)
+
+
+def _specialise(gm: torch.fx.GraphModule, normalised: GraphView) -> bool:
+    """Makes symbolic head and channel sizes numbers, with guards. True when there were any."""
+    wanted = {size for size in channel_sizes(normalised) if not isinstance(size, int)}
+    wanted = {symbol for size in wanted for symbol in size.free_symbols}
+    if not wanted:
+        return False
+    for node in gm.graph.nodes:
+        tensor = node.meta.get("example_value")
+        for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.expr in wanted:
+                int(size)
+    return True

@@ -1,0 +1,172 @@
+"""Deciding what serves each site: an explicit operator, a plan, or what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from fastattn_compile.errors import UnsupportedSiteError
+from fastattn_compile.operators.base import Operator, SiteSpec
+from fastattn_compile.operators.speed import crossover
+from fastattn_compile.passes.axes import leaves
+from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
+
+Measure = Callable[[Sequence[Site], Operator], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a site.
+
+    Args:
+        line: The softmax.
+        operator: Its operator; ``None`` leaves the site as it was.
+        reason: Why.
+        error: Measured relative output error (95th percentile over sampled queries), ``None`` when not measured.
+    """
+
+    line: Softmax
+    operator: Operator | None
+    reason: str
+    error: float | None = None
+
+
+def symbolic_spec(site: Site) -> SiteSpec:
+    """The site's description with sizes as ``torch.SymInt`` where they are symbolic, so that a comparison is guarded."""
+    known: dict[Any, Any] = {}
+    for operand in (site.query, site.key, site.value):
+        for node in (operand.origin, operand.node):
+            meta = getattr(node.origin, "meta", {})
+            tensor = meta.get("example_value", meta.get("val"))
+            for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt):
+                    known[size.node.expr] = size
+    if not known:
+        return site.spec
+
+    def sized(expression: Any) -> Any:
+        if not isinstance(expression, sympy.Expr):
+            return expression
+        if expression in known:
+            return known[expression]
+        factors: Any = 1
+        for factor in sympy.Mul.make_args(expression):
+            factors = factors * (int(factor) if factor.is_number else known.get(factor, factor))
+        return factors
+
+    sizes = {
+        name: sized(getattr(site.spec, name))
+        for name in ("batch", "heads", "kv_heads", "query_len", "key_len", "head_dim", "value_dim")
+    }
+    return dataclasses.replace(site.spec, **sizes)
+
+
+def choose_operator(
+    softmaxes: Sequence[Softmax], operator: Operator, strict: bool, learned: Collection[str] = ()
+) -> list[Choice]:
+    """Serves every site with one operator.
+
+    Args:
+        softmaxes: What was found.
+        operator: The operator.
+        strict: Raise when a site cannot be served.
+        learned: Names of the sites that learned parameters are attached to.
+
+    Raises:
+        UnsupportedSiteError: ``strict``, and a softmax attention cannot be served.
+    """
+    return _strictly([_serve(line, operator, "named by the user", learned) for line in softmaxes], strict)
+
+
+def choose_planned(
+    softmaxes: Sequence[Softmax],
+    planned: Mapping[str, tuple[Operator, str]],
+    strict: bool,
+    learned: Collection[str] = (),
+) -> list[Choice]:
+    """Serves each site as a plan says; sites the plan does not name stay exact.
+
+    Args:
+        softmaxes: What was found.
+        planned: Name of a site to its operator and the plan's reason.
+        strict: Raise when a planned site cannot be served.
+        learned: Names of the sites that learned parameters are attached to.
+
+    Raises:
+        UnsupportedSiteError: ``strict``, and a planned site cannot be served.
+    """
+    choices = []
+    for line in softmaxes:
+        if line.name not in planned:
+            choices.append(Choice(line, None, line.reason or "not named by the plan"))
+            continue
+        operator, reason = planned[line.name]
+        if operator.name == "exact":
+            choices.append(Choice(line, None, reason or "exact by the plan"))
+        else:
+            choices.append(_serve(line, operator, reason or "named by the plan", learned))
+    named = {name for name, (operator, _) in planned.items() if operator.name != "exact"}
+    return _strictly(choices, strict, named)
+
+
+def choose_measured(
+    softmaxes: Sequence[Softmax], candidate: Operator, tolerance: float, measure: Measure | None
+) -> list[Choice]:
+    """Serves a site with the candidate where it is predicted faster and its measured error is within tolerance.
+
+    Args:
+        softmaxes: What was found.
+        candidate: The operator to consider.
+        tolerance: Largest relative output error.
+        measure: Gives the error of an operator at some sites; ``None`` when there is no real batch to measure on.
+    """
+    choices: dict[str, Choice] = {}
+    worthwhile: list[Site] = []
+    for line in softmaxes:
+        choice = _serve(line, candidate, "")
+        if choice.operator is not None and line.site is not None:
+            spec = symbolic_spec(line.site)
+            shortest = crossover(candidate, spec)
+            # Comparing a symbolic length installs a guard: a shorter batch is compiled anew and decided anew.
+            if not bool(spec.key_len >= shortest):
+                choice = Choice(
+                    line, None, f"exact attention is predicted to be as fast below {shortest} keys on {spec.device}"
+                )
+            elif measure is None:
+                choice = Choice(line, None, "no real batch at compile time to measure the error on")
+            else:
+                worthwhile.append(line.site)
+        choices[line.name] = choice
+    errors = measure(worthwhile, candidate) if worthwhile and measure is not None else {}
+    for name, error in errors.items():
+        within = error <= tolerance
+        verdict = f"measured error {error:.3g} is {'within' if within else 'above'} tolerance {tolerance:g}"
+        choices[name] = Choice(choices[name].line, candidate if within else None, verdict, error)
+    return list(choices.values())
+
+
+def _serve(line: Softmax, operator: Operator, reason: str, learned: Collection[str] = ()) -> Choice:
+    if line.status != TAKEN or line.site is None:
+        return Choice(line, None, line.reason)
+    if operator.learned and line.name not in learned:
+        return Choice(
+            line, None, f"{operator} has learned parameters and none are attached here; call fa.attach before compiling"
+        )
+    support = operator.supports(symbolic_spec(line.site))
+    return Choice(line, operator, reason) if support else Choice(line, None, support.reason)
+
+
+def _strictly(choices: list[Choice], strict: bool, named: set[str] | None = None) -> list[Choice]:
+    refused = [
+        c for c in choices
+        if c.operator is None and c.line.status != NOT_ATTENTION and (named is None or c.line.name in named)
+    ]  # fmt: skip
+    if strict and refused:
+        lines = "\n".join(f"  {c.line.name} ({c.line.source}): {c.reason}" for c in refused)
+        raise UnsupportedSiteError(f"strict: {len(refused)} attention sites cannot be served:\n{lines}")
+    return choices

@@ -1,0 +1,106 @@
+"""The call without a side effect that an in-place call stands for."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from fastattn_compile.passes.fx_meta import example, same_sizes
+from fastattn_compile.passes.fx_vocabulary import target_name, words
+
+# A function or the name of a method, its arguments, its keyword arguments.
+FunctionalCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+_OPERATORS = {
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+}
+# Spelled like an in-place operation, changes no element.
+HARMLESS = words("requires_grad_ retain_grad_")
+# They change sizes, strides or the autograd history instead of elements.
+_METADATA = words(
+    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ sparse_resize_ set_ "
+    "as_strided_ rename_ detach_ share_memory_"
+)
+# Their functional forms draw other random numbers, or are rounded otherwise under autocast.
+_KEPT = words(
+    "normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ dropout_ alpha_dropout_ "
+    "feature_dropout_ rrelu_ addmm_ addbmm_ baddbmm_ addmv_"
+)
+
+
+def functional_form(node: torch.fx.Node, target: torch.fx.Node) -> FunctionalCall | None:
+    """The call without side effect that gives what ``target`` holds after ``node``."""
+    if node.target is operator.setitem:
+        return _functional_setitem(node, target)
+    if "out" in node.kwargs or node.target in (None,):
+        return None
+    args, kwargs = node.args, dict(node.kwargs)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _functional_overload(node)
+    name, _ = target_name(node)
+    if name in _METADATA or name in _KEPT:
+        return None
+    if node.op == "call_function" and node.target in _OPERATORS:
+        return _OPERATORS[node.target], args, kwargs
+    if kwargs.get("inplace") is True:
+        # torch.nn.functional.relu(x, inplace=True)
+        return None if "dropout" in name else (node.target, args, {**kwargs, "inplace": False})
+    if name.startswith("__") and name.endswith("__"):
+        bare = name[2:-2]
+        return f"__{bare[1:]}__", args, kwargs
+    if not name.endswith("_"):
+        return None  # an in-place flag that was given by position
+    if name == "zero_":
+        return torch.zeros_like, (target,), {}
+    if name == "fill_":
+        value = args[1] if len(args) > 1 else kwargs.get("value")
+        return None if isinstance(value, torch.fx.Node) else (torch.full_like, (target, value), {})
+    if name == "copy_":
+        return _functional_copy(args, target)
+    bare = name[:-1]
+    if node.op == "call_method":
+        return (bare, args, kwargs) if hasattr(torch.Tensor, bare) else None
+    for home in (torch, torch.nn.functional):
+        if getattr(home, name, None) is node.target and hasattr(home, bare):
+            return getattr(home, bare), args, kwargs
+    return None
+
+
+def _functional_overload(node: torch.fx.Node) -> FunctionalCall | None:
+    overload: Any = node.target
+    namespace, name = overload._schema.name.split("::")
+    if namespace != "aten" or not name.endswith("_") or name in _METADATA | _KEPT | {"copy_"}:
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    functional = getattr(packet, overload._overloadname, None)
+    return None if functional is None else (functional, node.args, dict(node.kwargs))
+
+
+def _functional_copy(args: tuple[Any, ...], target: torch.fx.Node) -> FunctionalCall | None:
+    """``x.copy_(source)`` over all of ``x`` is a copy of the source in the type of ``x``."""
+    source = args[1] if len(args) > 1 else None
+    if not isinstance(source, torch.fx.Node):
+        return None
+    old, new = example(target), example(source)
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return None
+    if old.device != new.device or not same_sizes(old.shape, new.shape):
+        return None
+    return "to", (source, old.dtype), {"copy": True}
+
+
+def _functional_setitem(node: torch.fx.Node, target: torch.fx.Node) -> FunctionalCall | None:
+    """``x[mask] = number`` with a mask of the shape of ``x`` is a masked fill."""
+    _, mask, value = node.args
+    if not isinstance(mask, torch.fx.Node) or not isinstance(value, (bool, int, float)):
+        return None
+    old, where = example(target), example(mask)
+    if not isinstance(old, torch.Tensor) or not isinstance(where, torch.Tensor) or where.dtype != torch.bool:
+        return None
+    if not same_sizes(old.shape, where.shape):
+        return None
+    return "masked_fill", (target, mask, value), {}

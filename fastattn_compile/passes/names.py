@@ -1,0 +1,221 @@
+"""Names of sites: the path of the module that made a node, as ``model.named_modules()`` spells it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx
+
+# Spelled-out accesses: L['self']._modules['layers']._modules['0'], layers["0"], layers[0], getattr(layers,
+# "0").
+_REGISTRY = re.compile(r"\._(?:modules|parameters|buffers)\[")
+_SUBSCRIPT = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]")
+_GETATTR = re.compile(r"getattr\(([^(),]*), *['\"]([^'\"]*)['\"]\)")
+_ROOT = re.compile(r"^(?:[LG]\[(?:'[^']*'|\"[^\"]*\")\]|self\b)")
+_FLAT_STEP = re.compile(r"(?:^|_)(?:modules|parameters|buffers)_")
+_STACK_LINE = re.compile(r'^\s*File "([^"]+)", line (\d+)', re.MULTILINE)
+_PACKAGES = re.compile(r"(?:site|dist)-packages/")
+
+
+def normalise_path(path: str) -> str:
+    """A module path without its frame root and in dotted form.
+
+    Args:
+        path: As Dynamo or export wrote it, for example ``L['self']._modules['layers']._modules['0'].attn``.
+
+    Returns:
+        The fully qualified name relative to the frame's root module, ``""`` for the root itself.
+    """
+    while (match := _GETATTR.search(path)) is not None:
+        path = f"{path[: match.start()]}{match[1]}.{match[2]}{path[match.end() :]}"
+    root = _ROOT.match(path)
+    rest = path[root.end() :] if root else f".{path}"
+    rest = _REGISTRY.sub("[", rest)
+    rest = _SUBSCRIPT.sub(lambda m: "." + next(group for group in m.groups() if group is not None), rest)
+    return rest.replace("._modules.", ".").strip(".")
+
+
+def module_stack(node: torch.fx.Node) -> list[tuple[str, str]]:
+    """Modules a node was made in, outermost first: the key (``id``, with ``@call`` when repeated) and the
+    path."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = []
+    for key, value in stack.items():
+        path = value[0] if isinstance(value, (tuple, list)) else value
+        found.append((str(key), normalise_path(str(path))))
+    return found
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Path of the innermost module that made a node, ``""`` at the root or when unknown.
+
+    A module that is called again (a layer that is shared) gets the number of the call:
+    ``"block.attention@1"``.
+    """
+    stack = module_stack(node)
+    if not stack:
+        return ""
+    key, path = stack[-1]
+    _, _, call = key.partition("@")
+    return f"{path}@{call}" if call and path else path
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """``file:line`` of the statement that made a node, ``""`` when unknown.
+
+    The file is given from its package on (``transformers/models/...``), or by its name outside an installed
+    package.
+    """
+    frames = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    file = file.replace("\\", "/")
+    parts = _PACKAGES.split(file)
+    return f"{parts[-1] if len(parts) > 1 else file.rsplit('/', 1)[-1]}:{line}"
+
+
+def parameter_path(node: torch.fx.Node) -> str:
+    """Fully qualified name of a parameter or buffer from its placeholder, ``""`` when it is none.
+
+    Dynamo's source object spells the access exactly; a node that lost it (a copy, a higher-order body) is
+    decoded from its name, in which a dot and an underscore that was not in the source cannot be told apart.
+    """
+    if node.op == "get_attr":
+        return normalise_path(str(node.target))
+    source = source_name(node)
+    if source:
+        return normalise_path(source) if _is_member(source) else ""
+    return decode_placeholder(str(node.target))
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """How Dynamo reaches the value of a placeholder (``L['self']._modules[...]``), ``""`` when not
+    recorded."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    # A method up to torch 2.9, a property after.
+    return str(name() if callable(name) else name)
+
+
+def decode_placeholder(name: str) -> str:
+    """Fully qualified name from ``L_self_modules_layers_modules_0_modules_q_proj_parameters_weight_``.
+
+    Returns:
+        ``"layers.0.q_proj.weight"``; ``""`` when the name is not of this form.
+    """
+    steps = _FLAT_STEP.split(name)
+    if len(steps) < 2 or not re.match(r"^[LlGg]_", name):
+        return ""
+    return ".".join(step.strip("_") for step in steps[1:])
+
+
+def _is_member(source: str) -> bool:
+    return _REGISTRY.search(source) is not None
+
+
+def role(node: torch.fx.Node, value: Any) -> str:
+    """Whether a placeholder is a learned weight, a buffer, or an input of the model.
+
+    Args:
+        node: A placeholder.
+        value: Its fake value.
+
+    Returns:
+        ``"parameter"``, ``"constant"`` or ``"input"``.
+    """
+    if isinstance(value, torch.nn.Parameter):
+        return "parameter"
+    target = str(node.target)
+    path = source_name(node) or (target if decode_placeholder(target) else "")
+    # The innermost access decides: a module may be named like a registry.
+    last = {"parameter": path.rfind("_parameters"), "constant": path.rfind("_buffers")}
+    kind = max(last, key=last.__getitem__)
+    if last[kind] >= 0:
+        return kind
+    if "example_value" not in node.meta and "val" in node.meta:
+        # Exported programs name parameters p_, buffers b_ and lifted constants c_.
+        return {"p_": "parameter", "b_": "constant", "c_": "constant"}.get(target[:2], "input")
+    return "input"
+
+
+def parameter_prefix(operands: Sequence[torch.fx.Node], limit: int = 200) -> str:
+    """Path shared by the parameters nearest upstream of some nodes: the module that owns their projections.
+
+    Args:
+        operands: Queries, keys and values of a site.
+        limit: Nodes to look at for each operand.
+
+    Returns:
+        The common prefix of the parameters' owners, ``""`` when there is none.
+    """
+    owners = [path.split(".")[:-1] for operand in operands for path in _nearest_parameters(operand, limit)]
+    if not owners:
+        return ""
+    if all(owner == owners[0] for owner in owners):
+        # One projection for all (a fused qkv): the attention is the module around it.
+        return ".".join(owners[0][:-1])
+    common = []
+    for parts in zip(*owners):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _nearest_parameters(start: torch.fx.Node, limit: int) -> list[str]:
+    seen: set[torch.fx.Node] = set()
+    layer = [start]
+    while layer and len(seen) < limit:
+        found = [
+            p for node in layer if node.op in ("placeholder", "get_attr") and (p := parameter_path(node))
+        ]
+        if found:
+            return found
+        seen.update(layer)
+        layer = list(dict.fromkeys(i for node in layer for i in node.all_input_nodes if i not in seen))
+    return []
+
+
+def site_name(node: torch.fx.Node, operands: Sequence[torch.fx.Node] = ()) -> str:
+    """Name of a site: its module path, else the module of the parameters behind it, else its source line.
+
+    Args:
+        node: The softmax or fused attention of the site.
+        operands: Its queries, keys and values.
+
+    Returns:
+        Never empty; the node's own name is the last resort. Not unique: see ``unique_names``.
+    """
+    return module_path(node) or parameter_prefix(operands) or source_line(node) or node.name
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Tells repeated names apart: the second of a name gets ``#1``, the third ``#2``, in order."""
+    seen: Counter[str] = Counter()
+    taken = set(names)
+    result = []
+    for name in names:
+        unique = name
+        while seen[name] and (unique := f"{name}#{seen[name]}") in taken:
+            seen[name] += 1
+        seen[name] += 1
+        taken.add(unique)
+        result.append(unique)
+    return result
+
+
+def module_ids(gm: torch.fx.GraphModule) -> set[int]:
+    """``id`` of every module that made a node of the graph, by which a model's own modules are recognised."""
+    found: set[int] = set()
+    for node in gm.graph.nodes:
+        for key, _ in module_stack(node):
+            number, _, _ = key.partition("@")
+            if number.isdigit():
+                found.add(int(number))
+    return found

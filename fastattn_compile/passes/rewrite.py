@@ -1,0 +1,105 @@
+"""Replacing a site by a call of its operator. All or nothing per site; a rewritten graph always runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+
+from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator
+from fastattn_compile.operators.base import Operator
+from fastattn_compile.passes.axes import Axes, leaves
+from fastattn_compile.passes.contraction import Operand
+from fastattn_compile.passes.functionalize import erase_dead
+from fastattn_compile.passes.graph import Node
+from fastattn_compile.passes.mask_structure import emit
+from fastattn_compile.passes.relayout import Relayout
+from fastattn_compile.passes.site import Site
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A site and what is to serve it.
+
+    Args:
+        site: The site.
+        operator: Its operator.
+        parameters: Nodes of the operator's learned parameters.
+    """
+
+    site: Site
+    operator: Operator
+    parameters: tuple[torch.fx.Node, ...] = ()
+
+
+def rewrite(gm: torch.fx.GraphModule, replacements: Sequence[Replacement]) -> None:
+    """Rewrites a graph in place.
+
+    Args:
+        gm: The graph the sites were found in.
+        replacements: In execution order.
+    """
+    facts: dict[Any, torch.fx.Node] = {}
+    for replacement in replacements:
+        _replace(gm.graph, replacement, facts)
+    if replacements:
+        erase_dead(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, torch.fx.Node]) -> None:
+    site, out = replacement.site, replacement.site.out.origin
+    groups = site.groups
+    kept_heads = [atom for atom in leaves(groups.heads) if atom not in leaves(groups.repeated)]
+    with graph.inserting_before(out):
+        layout = Relayout(graph, [(x.origin.origin, x.origin_axes) for x in (site.query, site.key, site.value)])
+
+        def canonical(operand: Operand, heads: Axes, length: Axes, channels: Axes) -> torch.fx.Node:
+            wanted = [groups.batch, *heads, *length, *channels]
+            return layout.emit(operand.origin.origin, operand.origin_axes, wanted)
+
+        query = canonical(site.query, [groups.heads], [groups.query], [groups.channels])
+        key = canonical(site.key, [kept_heads], [groups.key], [groups.channels])
+        value = canonical(site.value, [kept_heads], [groups.key], [groups.value_channels])
+        nodes = CanonicalNodes(
+            query, key, value,
+            _fact(graph, layout, site, "key_padding", facts), _fact(graph, layout, site, "segments", facts),
+            replacement.parameters,
+        )  # fmt: skip
+        result = call_operator(
+            graph, replacement.operator, nodes, site.scale, site.mask.structure, site.name
+        )
+        result = layout.emit(
+            result, [groups.batch, groups.heads, groups.query, groups.value_channels], site.out_axes
+        )
+        if site.out.dtype is not None and site.out.dtype != site.spec.dtype:
+            result = graph.call_method("to", (result, site.out.dtype))
+    result.meta = dict(out.meta)
+    out.replace_all_uses_with(result)
+    graph.erase_node(out)
+
+
+def _fact(
+    graph: torch.fx.Graph, layout: Relayout, site: Site, name: str, facts: dict[Any, torch.fx.Node]
+) -> torch.fx.Node | None:
+    """A ``(batch, key_len)`` tensor of the mask, made once for all sites that share it."""
+    expression = getattr(site.mask, name)
+    if expression is None:
+        return None
+    batch, keys = leaves(site.groups.batch), leaves(site.groups.key)
+    identity = (name, expression, tuple(a.size for a in batch), tuple(a.size for a in keys))
+    if identity not in facts:
+
+        def load(node: Node) -> torch.fx.Node:
+            found: torch.fx.Node = node.origin
+            return found
+
+        facts[identity] = emit(
+            expression, ("batch", "key"), (layout.product(batch), layout.product(keys)),
+            torch.device(site.spec.device), graph.call_function, load,
+        )  # fmt: skip
+    return facts[identity]

@@ -1,0 +1,46 @@
+"""``fa.report``: what the backend did with a model, as a report document."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from fastattn_compile.backend import Decision, records
+from fastattn_compile.report.document import Report, ReportError, SiteReport
+from fastattn_compile.report.provenance import versions
+
+
+def report(model: torch.nn.Module | None = None) -> Report:
+    """What serves each attention of a compiled model, why, and what error was measured.
+
+    It costs nothing: it collects what is known from compilation and, under ``monitor``, from the calls since. For the delta
+    end to end use ``fa.evaluate``.
+
+    Args:
+        model: A compiled model, or the model inside; every model compiled so far when ``None``.
+
+    Raises:
+        ReportError: Nothing has been compiled for this model yet.
+    """
+    found = records(model)
+    if not found:
+        raise ReportError(
+            'nothing was compiled for this model yet; call torch.compile(model, backend="fastattn") and run it once'
+        )
+    sites: dict[str, SiteReport] = {}
+    for record in found:
+        watched = record.monitor.errors if record.monitor is not None else {}
+        for decision in record.decisions:
+            if decision.softmax.status != "not_attention":
+                sites[decision.name] = _site(decision, watched.get(decision.name, []))
+    calls = sum(len(errors) for r in found if r.monitor is not None for errors in r.monitor.errors.values())
+    return Report(tuple(sites.values()), provenance={"versions": versions(), "monitored_calls": calls})
+
+
+def _site(decision: Decision, watched: list[float]) -> SiteReport:
+    # Both are 95th percentiles over the sampled queries of one batch; the monitor's is the median over batches.
+    error = statistics.median(watched) if watched else decision.error
+    return SiteReport(
+        decision.name, decision.operator, decision.reason, own_error_p95=error, options=decision.options
+    )

@@ -1,0 +1,135 @@
+"""Learned parameters of operators as parameters of the model: in ``state_dict``, seen by the optimizer, sharded with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn_compile.errors import PlanError
+from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.parameters import mark_parameters
+from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.passes.site import TAKEN, Softmax
+from fastattn_compile.plan import Plan
+from fastattn_compile.scan import scan
+
+ATTRIBUTE = "fastattn"
+
+
+class LearnedParameters(nn.Module):
+    """The learned parameters of one site, as a submodule of the module that holds the attention.
+
+    Args:
+        site: Name of the site.
+        operator: The operator they belong to.
+        values: Initial values by name, in the operator's order.
+    """
+
+    def __init__(self, site: str, operator: Operator, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.site = site
+        self.operator = operator
+        self._order = list(values)
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters in the operator's order."""
+        return [getattr(self, name) for name in self._order]
+
+    def extra_repr(self) -> str:
+        return f"{self.site}: {self.operator}, {sum(p.numel() for p in self.parameters())} parameters"
+
+
+def attach(
+    model: nn.Module, operator: str | Plan, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> dict[str, LearnedParameters]:
+    """Gives the sites of a model the learned parameters of their operators. Call it before the optimizer and the compiler.
+
+    The parameters of a site become ``<module of the site>.fastattn.<name>``: they are in ``state_dict`` and in
+    ``parameters()``. Compiled with the same operator or plan, the model uses them and trains them; run without
+    compilation it computes exact attention and does not.
+
+    Args:
+        model: The model; changed in place.
+        operator: Name of an operator, or a plan.
+        *args: Arguments of one call of the model, to find its sites and their lengths: the parameters serve sequences up
+            to the length of this call.
+        options: Fields of the operator's configuration, when a name is given.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        Name of each site to its parameters. Empty when no operator has any.
+
+    Raises:
+        PlanError: The plan names a site the model does not have.
+        ValueError: The operator is unknown, an option is bad, or the model has parameters attached already.
+    """
+    if any(isinstance(module, LearnedParameters) for module in model.modules()):
+        raise ValueError("learned parameters are attached to this model already; call fa.detach(model) to start over")
+    lines = {line.name: line for line in scan(model, *args, **kwargs).softmaxes if line.site is not None}
+    operators = _operators(lines, operator, dict(options or {}))
+    attached: dict[str, LearnedParameters] = {}
+    for name, chosen in operators.items():
+        site = lines[name].site
+        if site is None or not chosen.supports(site.spec):
+            continue
+        values = chosen.initial_parameters(site.spec)
+        if not values:
+            continue
+        owner, ordinal = _owner(model, name)
+        like = next(owner.parameters(), None)
+        values = {key: value.to(like) if like is not None else value for key, value in values.items()}
+        bundle = LearnedParameters(name, chosen, values)
+        owner.register_module(ATTRIBUTE + ordinal, bundle)
+        owner.register_forward_pre_hook(_Mark(ATTRIBUTE + ordinal))
+        attached[name] = bundle
+    return attached
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the learned parameters off a model again."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LearnedParameters):
+                delattr(module, name)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Mark):
+                del module._forward_pre_hooks[key]
+
+
+class _Mark:
+    """A forward hook that makes the parameters of a site inputs of any graph captured from the module."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        # Read through the module tree, so that a copied or sharded model marks its own parameters.
+        bundle = getattr(module, self.attribute)
+        mark_parameters(bundle.tensors(), bundle.site)
+
+
+def _operators(lines: Mapping[str, Softmax], operator: str | Plan, options: dict[str, Any]) -> dict[str, Operator]:
+    if isinstance(operator, Plan):
+        missing = sorted(set(operator.sites) - set(lines))
+        if missing:
+            raise PlanError(f"the plan names sites the model does not have: {', '.join(missing)}; it has {sorted(lines)}")
+        return {name: site.build() for name, site in operator.sites.items()}
+    return {name: make_operator(operator, **options) for name, line in lines.items() if line.status == TAKEN}
+
+
+def _owner(model: nn.Module, site: str) -> tuple[nn.Module, str]:
+    """The module a site is in, and its ordinal there (empty for the first)."""
+    path, _, ordinal = site.partition("#")
+    path = path.partition("@")[0]
+    try:
+        return model.get_submodule(path), f"_{ordinal}" if ordinal else ""
+    except AttributeError as error:
+        raise PlanError(
+            f"site {site!r} is not inside a module of the model, so it cannot own parameters; "
+            "put the attention into an nn.Module of its own"
+        ) from error
