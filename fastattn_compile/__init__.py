@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from fastattn_compile.operators.library import attend
     from fastattn_compile.operators.mask import MaskStructure
     from fastattn_compile.operators.registry import make_operator
-    from fastattn_compile.plan import Plan, PlannedSite
+    from fastattn_compile.plans import Plan, PlannedSite
     from fastattn_compile.report.document import Report
     from fastattn_compile.report.evaluate import evaluate
     from fastattn_compile.report.of_model import report
     from fastattn_compile.retrofit.attach import attach, detach
-    from fastattn_compile.scan import Scan, scan
+    from fastattn_compile.scanning import Scan, scan
 
 _HOMES = {
     "MaskStructure": "operators.mask",
-    "Plan": "plan",
-    "PlannedSite": "plan",
+    "Plan": "plans",
+    "PlannedSite": "plans",
     "Report": "report.document",
-    "Scan": "scan",
+    "Scan": "scanning",
     "attach": "retrofit.attach",
     "detach": "retrofit.attach",
     "attend": "operators.library",
@@ -41,7 +41,7 @@ _HOMES = {
     "fastattn": "backend",
     "make_operator": "operators.registry",
     "report": "report.of_model",
-    "scan": "scan",
+    "scan": "scanning",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 from fastattn_compile.errors import OptionError
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.registry import operator_class, operator_names
-from fastattn_compile.plan import Plan
+from fastattn_compile.plans import Plan
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 

@@ -57,7 +57,7 @@ def single_call(target: Any, *args: Any, **kwargs: Any) -> tuple[torch.fx.GraphM
 
     def operand(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if value not in inputs.keys():
+            if value not in inputs:
                 node = graph.placeholder(f"x{len(inputs)}")
                 node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
                 inputs[value] = node

@@ -1,4 +1,4 @@
-"""The judge of every kernel: definitions in float64, and tolerances derived from what the type itself costs."""
+"""The judge of every kernel: definitions in float64, tolerances derived from what a type itself costs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from fastattn_compile.operators.mask import MaskStructure
 
 
 def make_inputs(
-    mask: str = "causal", batch: int = 2, heads: int = 4, kv_heads: int = 2, length: int = 75, head_dim: int = 8,
-    value_dim: int | None = None, dtype: torch.dtype = torch.float32, key_len: int | None = None, seed: int = 0,
-) -> AttentionInputs:  # fmt: skip
-    """Random tensors of one attention; padding is ragged on the right of one sequence and on the left of the next."""
+    mask: str = "causal",
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    length: int = 75,
+    head_dim: int = 8,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    key_len: int | None = None,
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random tensors of one attention; padding is ragged, right in one sequence and left in the next."""
     generator = torch.Generator().manual_seed(seed)
     key_len = length if key_len is None else key_len
     value_dim = head_dim if value_dim is None else value_dim
@@ -47,7 +55,9 @@ def make_parameters(operator: Operator, inputs: AttentionInputs, noise: float = 
     made = []
     for value in operator.initial_parameters(inputs.spec(), inputs).values():
         size = value.abs().max().clamp(min=0.1)
-        made.append((value + noise * size * torch.randn(value.shape, generator=generator)).to(inputs.value.dtype))
+        made.append(
+            (value + noise * size * torch.randn(value.shape, generator=generator)).to(inputs.value.dtype)
+        )
     return tuple(made)
 
 
@@ -69,26 +79,28 @@ def run(operator: Operator, inputs: AttentionInputs, parameters: tuple[Tensor, .
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Frobenius norm of the difference over that of ``wanted``; infinities must stand at the same places."""
-    got, wanted = got.double(), wanted.double()
+    got, wanted = got.detach().double(), wanted.detach().double()
     infinite = torch.isinf(wanted)
     assert torch.equal(infinite, torch.isinf(got)), "infinities differ"
     difference = (got - wanted).masked_fill(infinite, 0).norm()
     return float(difference / wanted.masked_fill(infinite, 0).norm().clamp(min=1e-30))
 
 
-def assert_as_accurate(name: str, got: Tensor, formula: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
-    """A kernel may err twice as much as its formula evaluated in that type, and one rounding more.
+def assert_as_good_as(got: Tensor, *, oracle: Tensor, formula: Tensor, name: str = "output") -> None:
+    """A kernel may err twice as much as its formula evaluated in its type, and one rounding more.
 
     Args:
-        name: Of the quantity, for the message.
         got: What the kernel gave.
-        formula: What the definition gives, evaluated in ``dtype``.
         oracle: What the definition gives in float64 from the same numbers.
-        dtype: The type.
+        formula: What the definition gives, evaluated in the kernel's type.
+        name: Of the quantity, for the message.
     """
     assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
-    error, allowed = relative_error(got, oracle), 2 * relative_error(formula, oracle) + torch.finfo(dtype).eps
-    assert error <= allowed, f"{name}: relative error {error:.2e}, the formula in {dtype} allows {allowed:.2e}"
+    error, typical = relative_error(got, oracle), relative_error(formula, oracle)
+    allowed = 2 * typical + torch.finfo(got.dtype).eps
+    assert error <= allowed, (
+        f"{name}: relative error {error:.2e}, its formula in {got.dtype} errs {typical:.2e}"
+    )
 
 
 def gradients(

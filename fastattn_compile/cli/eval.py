@@ -73,7 +73,7 @@ def eval_(
 def _check(operator: str | None, settings: dict[str, Any], plan: Any, compiler: str) -> Any:
     """Refuses bad options before a model is loaded; returns the plan."""
     from fastattn_compile.options import parse_options
-    from fastattn_compile.plan import Plan
+    from fastattn_compile.plans import Plan
 
     planned = Plan.load(plan) if plan is not None else None
     named = {"operator": operator, "plan": planned, "compiler": compiler}

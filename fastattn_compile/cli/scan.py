@@ -10,7 +10,7 @@ from fastattn_compile.cli import common
 from fastattn_compile.cli.load import Loaded, load
 
 if TYPE_CHECKING:
-    from fastattn_compile.scan import Scan
+    from fastattn_compile.scanning import Scan
 
 
 def scan(
@@ -45,7 +45,7 @@ def scan(
 
 def scan_loaded(loaded: Loaded) -> Scan:
     """Scans a loaded model on its inputs."""
-    from fastattn_compile.scan import scan as scan_model
+    from fastattn_compile.scanning import scan as scan_model
 
     if isinstance(loaded.inputs, tuple):
         return scan_model(loaded.model, *loaded.inputs)

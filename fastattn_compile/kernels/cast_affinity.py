@@ -1,8 +1,8 @@
 """Affinities of tokens to surrogate tokens: what clustering, mixing and summaries of CAST are made from.
 
-Heads are laid out for the products that follow: queries ``(g, b, n, r, d)`` with ``r`` query heads that share one of ``g`` key
-heads, keys ``(g, b, n, d)``, values ``(g, b, n, e)``; ``c`` clusters. A gate ``phi`` of every token is shared by all heads
-(``p = 1``) or belongs to a key head (``p = g``).
+Heads are laid out for the products that follow: queries ``(g, b, n, r, d)`` with ``r`` query heads that share
+one of ``g`` key heads, keys ``(g, b, n, d)``, values ``(g, b, n, e)``; ``c`` clusters. A gate ``phi`` of
+every token is shared by all heads (``p = 1``) or belongs to a key head (``p = g``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn_compile.kernels.tiles import work_dtype
+from fastattn_compile.kernels.tiles import all_finite, without_nonfinite, work_dtype
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,12 @@ class Tokens:
             split_heads(q, key.shape[1]), k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous(), real
         )
 
+    def finite(self) -> Tokens:
+        """The same tokens with 0 in place of keys and values that are not finite."""
+        if all_finite(self.key, self.value):
+            return self
+        return Tokens(self.query, without_nonfinite(self.key), without_nonfinite(self.value), self.real)
+
     def gradients(
         self, query: Tensor, key: Tensor, value: Tensor, like: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
@@ -137,7 +143,9 @@ class Affinities:
         if weights.gate is not None and weights.gate_bias is not None:
             projection = weights.gate.unflatten(1, (kv_heads, group))
             gate = torch.einsum("gbnrd,pgrd->pbn", tokens.query, projection)
-            self.gate = gate + weights.gate_bias[:, None, None]
+            gate = gate + weights.gate_bias[:, None, None]
+            # Others meet a token through its gate: without this, NaN in a query would leave its row.
+            self.gate = gate.masked_fill(~torch.isfinite(gate), 0)
 
     def selection(self) -> tuple[Tensor, Tensor]:
         """The affinity that clusters tokens, and what breaks its ties (specification 1.2, 4), both ``(b, n, c)``.

@@ -1,7 +1,8 @@
 """Assigning tokens to clusters by affinity: expert choice, single assignment with capacity, token choice.
 
-Sizes: ``b`` batch, ``n`` tokens, ``c`` clusters, ``s`` slots of a cluster. Ties of the affinity are broken by a second
-tensor of its shape (affinities are softmaxed and reach exactly 1), then by the lower token, then by the lower cluster.
+Sizes: ``b`` batch, ``n`` tokens, ``c`` clusters, ``s`` slots of a cluster. Ties of the affinity are broken by
+a second tensor of its shape (affinities are softmaxed and reach exactly 1), then by the lower token, then by
+the lower cluster.
 """
 
 from __future__ import annotations
@@ -65,16 +66,17 @@ def single_assignment(
 ) -> Tensor:
     """Greedy assignment of every token to exactly one cluster that holds at most ``size``.
 
-    The greedy order is followed exactly, in rounds: as long as no cluster is full, every token gets its first choice, so a
-    round hands out tokens in order up to the first that finds its choice full. Each round fills a cluster, so there are at
-    most ``c`` of them.
+    The greedy order is followed exactly, in rounds: as long as no cluster is full, every token gets its first
+    choice, so a round hands out tokens in order up to the first that finds its choice full. Each round fills
+    a cluster, so there are at most ``c`` of them.
 
     Args:
         affinity: ``(b, n, c)``.
         tie: ``(b, n, c)``.
         size: Capacity of a cluster.
         real: ``(b, n)`` boolean; others get no cluster.
-        by_pair: Visit (token, cluster) pairs by descending affinity, instead of tokens by their largest affinity.
+        by_pair: Visit (token, cluster) pairs by descending affinity, instead of tokens by their largest
+            affinity.
 
     Returns:
         ``(b, n)`` int64 cluster numbers, -1 where the token is not real.

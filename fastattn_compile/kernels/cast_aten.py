@@ -1,11 +1,12 @@
 """CAST on ATen, bidirectional: exact attention inside clusters, one summary for every other, in O(n (size + clusters)).
 
-Both combinations are one mixture ``out_i = sum_c W_ic x_ic`` with ``x_ic`` the attention of token ``i`` inside its own
-cluster ``c`` or the summary of a foreign one, and ``W_i = softmax_c(Z_i)``. The paper's ``Z`` are learned affinities; one
-softmax over own tokens and summaries has as ``Z`` the log-sum-exp of the former and the scores of the latter.
+Both combinations are one mixture ``out_i = sum_c W_ic x_ic`` with ``x_ic`` the attention of token ``i``
+inside its own cluster ``c`` or the summary of a foreign one, and ``W_i = softmax_c(Z_i)``. The paper's ``Z``
+are learned affinities; one softmax over own tokens and summaries has as ``Z`` the log-sum-exp of the former
+and the scores of the latter.
 
-Layout as in ``cast_affinity``: queries ``(g, b, n, r, d)``, keys ``(g, b, n, d)``; ``c`` clusters of ``s`` slots; ``m`` is the
-number of filled slots of the batch.
+Layout as in ``cast_affinity``: queries ``(g, b, n, r, d)``, keys ``(g, b, n, d)``; ``c`` clusters of ``s``
+slots; ``m`` is the number of filled slots of the batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class _Slots:
         token: ``(b c s,)`` row of the flat ``(b n)`` tokens in each slot; 0 in an empty slot.
         filled: ``(b, c, s)`` boolean.
         members: ``(m,)`` numbers of the filled slots.
-        share: ``(b, c, s)`` by how much a token counts in a cluster: one over the number of its clusters; 0 when empty.
+        share: ``(b, c, s)`` by how much a token counts in a cluster: one over the number of its clusters; 0
+            when empty.
         own: ``(m r,)`` places of (member, own cluster) in a flat ``(b, n, r, c)``.
         own_key: ``(m,)`` the same in a flat ``(b, n, c)``.
     """
@@ -60,7 +62,9 @@ class _Slots:
         count = torch.zeros(batch * length, dtype=dtype, device=table.device)
         count.index_add_(0, token, filled.flatten().to(dtype))
         share = (filled / count[token].view_as(filled).clamp(min=1)).to(dtype)
-        number = torch.arange(clusters, device=table.device)[None, :, None].expand(table.shape).flatten()[members]
+        number = (
+            torch.arange(clusters, device=table.device)[None, :, None].expand(table.shape).flatten()[members]
+        )
         rows = token[members]
         place = torch.arange(group, device=table.device)
         own = ((rows[:, None] * group + place) * clusters + number[:, None]).flatten()
@@ -118,7 +122,9 @@ class _Pass:
             share = self.slots.share.flatten(0, 1)
             return (share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny))[None]
         logits = self.affinities.summary_logits()
-        slots = torch.full_like(filled, -torch.inf, dtype=logits.dtype).expand(self.heads, -1, -1).contiguous()
+        slots = (
+            torch.full_like(filled, -torch.inf, dtype=logits.dtype).expand(self.heads, -1, -1).contiguous()
+        )
         slots.flatten(1).index_copy_(
             1, self.slots.members, logits.flatten(1).index_select(1, self.slots.own_key)
         )
@@ -164,7 +170,9 @@ class _Pass:
         slots.index_copy_(1, self.slots.members, members)
         return slots.unflatten(1, (batch * clusters, size)).flatten(2, 3)
 
-    def backward(self, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Weights | None]:
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Weights | None]:
         """Gradients of queries, keys, values and learned tensors (``None`` where they are 0), in this layout."""
         slots, tokens = self.slots, self.tokens
         grad_rows = grad_out.flatten(1, 2).index_select(1, slots.token[slots.members])
@@ -223,8 +231,8 @@ def forward(
     """CAST over all tokens at once (specification 1.2 to 1.6, 5.1).
 
     Args:
-        query: ``(b, h, n, d)``; query head ``i`` reads key head ``i // (h // g)``. Types may differ between the three,
-            the work is done in float32 or float64.
+        query: ``(b, h, n, d)``; query head ``i`` reads key head ``i // (h // g)``. Types may differ between
+            the three, the work is done in float32 or float64.
         key: ``(b, g, n, d)``.
         value: ``(b, g, n, e)``.
         scale: Factor on the scores.
@@ -233,10 +241,14 @@ def forward(
         real: ``(b, n)`` boolean, true where a token is no padding. Padding is in no cluster.
 
     Returns:
-        Output ``(b, h, n, e)``, the values' type, contiguous; log of the normaliser of the mixture ``(b, h, n)``.
+        Output ``(b, h, n, e)``, the values' type, contiguous; log of the normaliser of the mixture ``(b, h,
+        n)``.
     """
     done = _Pass(Tokens.of(query, key, value, real), weights.to(work_dtype(query, key, value)), rule, scale)
-    out, log_sum_exp = join_heads(done.out()), join_heads(done.log_sum_exp)
+    # A key takes part in the choice of all clusters: one that is not finite leaves nothing of its sequence.
+    broken = ~torch.isfinite(done.tokens.key).flatten(2).all(-1).all(0)[:, None, None]
+    out = join_heads(done.out()).masked_fill_(broken[..., None], torch.nan)
+    log_sum_exp = join_heads(done.log_sum_exp).masked_fill_(broken, torch.nan)
     return out.to(value.dtype).contiguous(), log_sum_exp.to(statistics_dtype(value)).contiguous()
 
 
@@ -258,8 +270,9 @@ def backward(
         real: As in ``forward``.
 
     Returns:
-        Gradients of query, key and value, each of its input's shape and type, contiguous; those of the learned tensors
-        in the type of the computation, ``None`` where they are zero (one softmax does not depend on them).
+        Gradients of query, key and value, each of its input's shape and type, contiguous; those of the
+        learned tensors in the type of the computation, ``None`` where they are zero (one softmax does not
+        depend on them).
     """
     tokens = Tokens.of(query, key, value, real)
     done = _Pass(tokens, weights.to(work_dtype(query, key, value)), rule, scale)

@@ -17,13 +17,15 @@ def balanced_assignment(points: Tensor, clusters: int, seed: int = 0) -> tuple[T
     Vassilvitskii 2007) with a generator of its own, so that a result depends on its arguments alone.
 
     Args:
-        points: ``(n, w)`` floating point, ``n >= clusters``.
+        points: ``(n, w)`` floating point, ``n >= clusters``; ``n`` may be 0.
         clusters: Number of clusters.
         seed: Seed of the start.
 
     Returns:
         Centroids ``(clusters, w)`` and the cluster of every point ``(n,)``. No cluster is empty.
     """
+    if clusters == 0:
+        return points[:0], torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)
     centroids = _spread_start(points, clusters, seed)
     capacity = -(-points.shape[0] // clusters)
     assigned = torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)

@@ -31,7 +31,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, offset: Ten
         offset: ``(tiles, slots)`` added to the score of a key; -inf for an empty slot.
 
     Returns:
-        Output ``(heads, tiles, rows, e)``, 0 in a tile without keys; log-sum-exp ``(heads, tiles, rows)``, -inf there.
+        Output ``(heads, tiles, rows, e)``, 0 in a tile without keys; log-sum-exp ``(heads, tiles, rows)``,
+        -inf there.
     """
     out = query.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = query.new_empty(query.shape[:3])

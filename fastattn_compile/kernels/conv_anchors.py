@@ -1,9 +1,10 @@
 """Where the segments of conv-basis attention begin: strided, found by binary search (Recover), or at column jumps.
 
-Sizes: ``b`` batch, ``g`` key heads, ``r`` query heads of a key head, ``n`` tokens, ``d`` channels. Every (batch, query
-head) is a lane; all lanes are searched in lock-step. Boundaries are ``(b, g, r, count + 1)`` integers that do not
-decrease: segment ``t`` holds the columns ``boundaries[t]`` to ``boundaries[t + 1]``, its anchor is the first of them, an
-empty segment has no anchor. A dimension is 1 where all lanes agree. Only columns ``first`` to ``stop`` hold real keys.
+Sizes: ``b`` batch, ``g`` key heads, ``r`` query heads of a key head, ``n`` tokens, ``d`` channels. Every
+(batch, query head) is a lane; all lanes are searched in lock-step. Boundaries are ``(b, g, r, count + 1)``
+integers that do not decrease: segment ``t`` holds the columns ``boundaries[t]`` to ``boundaries[t + 1]``, its
+anchor is the first of them, an empty segment has no anchor. A dimension is 1 where all lanes agree. Only
+columns ``first`` to ``stop`` hold real keys.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def recover(
 ) -> Tensor:
     """Recover with binary search (Conv-Basis, arXiv 2405.05219; specification section 3), every lane in lock-step.
 
-    The next anchor is the first column whose first ``probe`` scores differ from those of the last anchor by at least
-    ``delta - 2 * probe * eps`` in the 1-norm, looked for as if that were monotone in the column. On scores that are not
-    piecewise Toeplitz it is not, and the boundaries are arbitrary. Probes read later queries: the positions are not causal.
+    The next anchor is the first column whose first ``probe`` scores differ from those of the last anchor by
+    at least ``delta - 2 * probe * eps`` in the 1-norm, looked for as if that were monotone in the column. On
+    scores that are not piecewise Toeplitz it is not, and the boundaries are arbitrary. Probes read later
+    queries: the positions are not causal.
 
     Args:
         query: ``(b, g, r, n, d)``.
@@ -150,8 +152,8 @@ def column_jumps(
 ) -> Tensor:
     """Anchors at the ``count - 1`` columns that differ most from the one before, and at the first (section 14.2).
 
-    Columns are compared by the mean absolute difference of a few scores of the same offset. Needs later queries: the
-    positions are not causal.
+    Columns are compared by the mean absolute difference of a few scores of the same offset. Needs later
+    queries: the positions are not causal.
 
     Args:
         query: ``(b, g, r, n, d)``.
@@ -180,7 +182,8 @@ def column_jumps(
     jump = total / compared.clamp(min=1)
     if share:
         jump = jump.mean(2, keepdim=True)
-    jump = jump.masked_fill((place >= begin) & (place < begin + max(1, sinks)), torch.inf)
+    always = min(max(1, sinks), count)
+    jump = jump.masked_fill((place >= begin) & (place < begin + always), torch.inf)
     jump = jump.masked_fill((place < begin) | (place >= end), -torch.inf)
     best, columns = jump.topk(count, -1)
     chosen = torch.where(best == -torch.inf, end, columns).sort(-1).values

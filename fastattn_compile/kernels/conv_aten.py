@@ -18,8 +18,9 @@ from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 # Elements of the profiles of the heads that are worked on together.
 _PROFILE_BUDGET = 1 << 24
 
-# Floating-point operations of a transform cost this many times those of a matrix product (measured on CPU).
-FFT_PENALTY = 8.0
+# An operation of a transform takes as long as this many of a gathered tile (2.5 to 6 measured on CPU, n 512
+# to 4096).
+FFT_PENALTY = 4.0
 
 
 class RangeError(ArithmeticError):
@@ -37,8 +38,8 @@ class Pattern:
         probe: Scores of a column that are compared, ``T``.
         delta: Separation of anchors.
         eps: Noise of a score.
-        uncovered: Columns before the first anchor: ``"anchor"`` makes the first column one, ``"ones"`` gives them score 0,
-            ``"zeros"`` hides them.
+        uncovered: Columns before the first anchor: ``"anchor"`` makes the first column one, ``"ones"`` gives
+            them score 0, ``"zeros"`` hides them.
         share: Query heads of a key head share anchor positions.
         form: ``"auto"``, ``"fft"``, ``"buckets"`` or ``"gather"``.
         width: Nats of a bucket.
@@ -65,7 +66,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class _Lanes:
+class Lanes:
     """Heads ``heads`` (of the keys) of one sequence, in the type of the work; shapes as in ``conv_anchors``, ``b`` is 1."""
 
     batch: int
@@ -77,6 +78,7 @@ class _Lanes:
     top_weight: Tensor
     sides: tuple[Side, ...]
     seen: Tensor
+    hidden: Tensor
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +101,8 @@ def select(
 ) -> tuple[Tensor, float | None]:
     """Boundaries of the segments of one triangle, and the score of a first term that no anchor covers.
 
-    Always decided in float64, so that the same numbers give the same anchors whatever type they are stored in.
+    Always decided in float64, so that the same numbers give the same anchors whatever type they are stored
+    in.
 
     Args:
         pattern: The pattern.
@@ -173,7 +176,7 @@ def _seen(pattern: Pattern, hidden: Tensor) -> Tensor:
     return (count[:, high] - count[:, torch.minimum(low, high)] > 0)[:, None, None]
 
 
-def _lanes(
+def make_lanes(
     pattern: Pattern,
     query: Tensor,
     key: Tensor,
@@ -183,7 +186,7 @@ def _lanes(
     offset_bias: Tensor | None,
     key_bias: Tensor | None,
     dtype: torch.dtype,
-) -> Iterator[_Lanes]:
+) -> Iterator[Lanes]:
     batch, kv_heads, n, _ = key.shape
     group = query.shape[1] // kv_heads
     together = max(1, _PROFILE_BUDGET // max(1, group * pattern.terms * n))
@@ -208,16 +211,19 @@ def _lanes(
             top = log_weight.amax(-1, keepdim=True)
             top = top.masked_fill(top == -torch.inf, 0)
             sides = make_sides(pattern, q, k, scale, gone, bias)
-            yield _Lanes(b, chosen, q, k, v, log_weight, top, sides, _seen(pattern, gone))
+            seen = _seen(pattern, gone)
+            if pattern.uncovered == "zeros":
+                seen = magnitudes(sides, seen) > -torch.inf
+            yield Lanes(b, chosen, q, k, v, log_weight, top, sides, seen, gone)
 
 
-def _place(into: Tensor, part: Tensor, lanes: _Lanes) -> None:
+def _place(into: Tensor, part: Tensor, lanes: Lanes) -> None:
     """Writes ``(1, g, r, ...)`` of some heads into ``(b, h, ...)``."""
     group = part.shape[2]
     into[lanes.batch].unflatten(0, (-1, group))[lanes.heads] = part[0].to(into.dtype)
 
 
-def _part(x: Tensor, lanes: _Lanes, group: int, dtype: torch.dtype) -> Tensor:
+def _part(x: Tensor, lanes: Lanes, group: int, dtype: torch.dtype) -> Tensor:
     """The heads' part of a ``(b, h, ...)`` tensor as ``(1, g, r, ...)``."""
     return x[lanes.batch].unflatten(0, (-1, group))[lanes.heads][None].to(dtype)
 
@@ -233,7 +239,9 @@ def magnitudes(sides: Sequence[Side], seen: Tensor) -> Tensor:
 def _single(sides: Sequence[Side], seen: Tensor) -> conv_fft.Buckets:
     """One bucket for all rows, its top the largest score of the lane."""
     top = torch.stack([side.profile.amax((-2, -1)) for side in sides]).amax(0)[..., None]
-    return conv_fft.Buckets(top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf"))
+    return conv_fft.Buckets(
+        top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf")
+    )
 
 
 def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) -> float:
@@ -289,23 +297,25 @@ def forward(
         key_bias: ``(b or 1, h or 1, n)`` added score of every key.
 
     Returns:
-        Output ``(b, h, n, e)``, the values' type; log-sum-exp ``(b, h, n)``, float32 (float64 for float64 values).
+        Output ``(b, h, n, e)``, the values' type; log-sum-exp ``(b, h, n)``, float32 (float64 for float64
+        values).
 
     Raises:
-        RangeError: The form ``"fft"`` or ``"buckets"`` is named and the range of the scores does not allow it.
+        RangeError: The form ``"fft"`` or ``"buckets"`` is named and the range of the scores does not allow
+        it.
     """
     batch, heads, n, _ = query.shape
     out = value.new_empty(batch, heads, n, value.shape[3])
     log_sum_exp = value.new_empty(batch, heads, n, dtype=statistics_dtype(value))
     given = query, key, value, scale, hidden, offset_bias, key_bias
-    for lanes in _lanes(pattern, *given, work_type(pattern, query, key, value)):
+    for lanes in make_lanes(pattern, *given, work_type(pattern, query, key, value)):
         part, lse = _forward(pattern, lanes)
         _place(out, part, lanes)
         _place(log_sum_exp, lse, lanes)
     return out, log_sum_exp
 
 
-def _forward(pattern: Pattern, lanes: _Lanes) -> tuple[Tensor, Tensor]:
+def _forward(pattern: Pattern, lanes: Lanes) -> tuple[Tensor, Tensor]:
     n, value_dim = lanes.value.shape[3:]
     auto = pattern.form == "auto"
     if _by_tiles(pattern, lanes.value[:, 0]):
@@ -325,7 +335,9 @@ def _forward(pattern: Pattern, lanes: _Lanes) -> tuple[Tensor, Tensor]:
         if trusted:
             return out, lse + lanes.top_weight
     if not auto:
-        raise RangeError(f"form {pattern.form!r}: {problem}, or an input is not finite; use form 'auto' or 'gather'")
+        raise RangeError(
+            f"form {pattern.form!r}: {problem}, or an input is not finite; use form 'auto' or 'gather'"
+        )
     return conv_gather.forward(lanes.sides, lanes.value, lanes.log_weight)
 
 
@@ -360,23 +372,30 @@ def backward(
         key_bias: As in ``forward``.
 
     Returns:
-        Gradients of query, key, value, and of the two biases where they are given; shapes and types of the inputs.
+        Gradients of query, key, value, and of the two biases where they are given; shapes and types of the
+        inputs.
     """
     dtype = work_type(pattern, query, key, value)
     group = query.shape[1] // key.shape[1]
-    grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
     grad_offset = None if offset_bias is None else torch.zeros_like(offset_bias, dtype=dtype)
     heads_bias = None if key_bias is None else key_bias.new_zeros(*query.shape[:3], dtype=dtype)
     given = query, key, value, scale, hidden, offset_bias, key_bias
-    for lanes in _lanes(pattern, *given, dtype):
+    for lanes in make_lanes(pattern, *given, dtype):
         b = lanes.batch
         o, g, lse = (_part(x, lanes, group, dtype) for x in (out, grad_out, log_sum_exp))
         rho = (o * g).sum(-1)
         if grad_log_sum_exp is not None:
             rho = rho - _part(grad_log_sum_exp, lanes, group, dtype)
         slopes, dv, dweight, dq, dk = _backward(pattern, lanes, scale, lse, g, rho, grad_offset is not None)
+        dq, dk = (x.masked_fill(lanes.hidden[:, None, None, :, None], 0) for x in (dq, dk))
         _place(grad_query, dq, lanes)
-        grad_key[b, lanes.heads], grad_value[b, lanes.heads] = dk[0, :, 0].to(key.dtype), dv[0, :, 0].to(value.dtype)
+        grad_key[b, lanes.heads], grad_value[b, lanes.heads] = (
+            dk[0, :, 0].to(key.dtype),
+            dv[0, :, 0].to(value.dtype),
+        )
         if heads_bias is not None:
             _place(heads_bias, dweight, lanes)
         if grad_offset is not None:
@@ -397,7 +416,13 @@ def backward(
 
 
 def _backward(
-    pattern: Pattern, lanes: _Lanes, scale: float, lse: Tensor, grad_out: Tensor, rho: Tensor, want_slopes: bool
+    pattern: Pattern,
+    lanes: Lanes,
+    scale: float,
+    lse: Tensor,
+    grad_out: Tensor,
+    rho: Tensor,
+    want_slopes: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Slopes of the profiles, then the gradients of value, log weight, query and key."""
     n, value_dim = lanes.value.shape[3:]
@@ -425,7 +450,16 @@ def _backward(
         direct = None
         if formula is not None:
             direct = conv_fft.formula_gradients(
-                lanes.sides, lanes.query, lanes.key, lanes.value, scale, lanes.weight, shifted, grad_out, rho, buckets
+                lanes.sides,
+                lanes.query,
+                lanes.key,
+                lanes.value,
+                scale,
+                lanes.weight,
+                shifted,
+                grad_out,
+                rho,
+                buckets,
             )
     if direct is None:
         dq, dk = torch.zeros_like(lanes.query), torch.zeros_like(lanes.key)

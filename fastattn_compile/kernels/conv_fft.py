@@ -1,9 +1,10 @@
 """Conv-basis attention by fast Fourier transforms: O(k n log n) a value channel, no n x n tensor.
 
-A transform's error is a fraction of the largest number in it, while rows of attention differ in size by many orders. So
-rows are bucketed by magnitude: all rows of a bucket have their largest score within ``width`` below its top, every
-profile enters as ``exp(u - top)`` with the scores above the top left out, which no row of the bucket can see (they would
-be its largest). All terms are positive (segment form, specification section 4), nothing is ever subtracted.
+A transform's error is a fraction of the largest number in it, while rows of attention differ in size by many
+orders. So rows are bucketed by magnitude: all rows of a bucket have their largest score within ``width``
+below its top, every profile enters as ``exp(u - top)`` with the scores above the top left out, which no row
+of the bucket can see (they would be its largest). All terms are positive (segment form, specification section
+4), nothing is ever subtracted.
 
 Sizes as in ``conv_anchors``; ``c`` channels stand before the tokens here, ``(b, g, r, c, n)``.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from fastattn_compile.kernels.conv_profiles import Side
 
-# A row further below the largest score than this has no weight of any use; bounds the number of buckets tried.
+# A row further below the largest score than this has no weight of any use; bounds the number of buckets
+# tried.
 _MOST_BUCKETS = 4096
 
 
@@ -48,7 +50,8 @@ class Buckets:
     """Rows grouped by magnitude, lane by lane.
 
     Args:
-        magnitude: ``(b, g, r, n)`` a number at least the largest score of every row; -inf for rows without a key.
+        magnitude: ``(b, g, r, n)`` a number at least the largest score of every row; -inf for rows without a
+            key.
         width: Nats a bucket spans; infinite for a single bucket.
     """
 
@@ -130,7 +133,9 @@ def transposed_sums(sides: Sequence[Side], x: Tensor, buckets: Buckets) -> Tenso
     out = torch.zeros_like(x)
     for side in sides:
         size = transform_length(side)
-        spectra = {a: torch.fft.rfft(side.turn(x * (buckets.level == a).unsqueeze(-2)), size) for a in buckets.live}
+        spectra = {
+            a: torch.fft.rfft(side.turn(x * (buckets.level == a).unsqueeze(-2)), size) for a in buckets.live
+        }
         for term, inside in _segments(side):
             total: Tensor | None = None
             for level, spectrum in spectra.items():
@@ -155,18 +160,22 @@ def forward(
         buckets: The rows' buckets.
 
     Returns:
-        ``(b, g, r, n, e)``, ``(b, g, r, n)``, and whether every row stands clear of the noise of the transforms.
+        ``(b, g, r, n, e)``, ``(b, g, r, n)``, and whether every row stands clear of the noise of the
+        transforms.
     """
     x = torch.cat([value.mT, torch.ones_like(value[..., :1]).mT], -2) * weight.unsqueeze(-2)
     sums = weighted_sums(sides, x, buckets)
     mass = sums[..., -1, :]
-    # The error of a transform is spread evenly: 4 standard deviations of it, where half the digits must remain.
+    # The error of a transform is spread evenly: 4 standard deviations of it, where half the digits must
+    # remain.
     unit = torch.finfo(mass.dtype).eps
     noise = 4 * unit * math.sqrt(math.log2(2 * mass.shape[-1])) * _largest_mean_square(mass, buckets)
     trusted = bool(((mass * math.sqrt(unit) > noise) | ~seen).all()) and bool(torch.isfinite(sums).all())
     mass = mass.masked_fill(~seen, 1)
     out = (sums[..., :-1, :] / mass.unsqueeze(-2)).masked_fill(~seen.unsqueeze(-2), 0)
-    log_sum_exp = (mass.clamp(min=torch.finfo(mass.dtype).tiny).log() + buckets.tops()).masked_fill(~seen, -torch.inf)
+    log_sum_exp = (mass.clamp(min=torch.finfo(mass.dtype).tiny).log() + buckets.tops()).masked_fill(
+        ~seen, -torch.inf
+    )
     return out.mT, log_sum_exp, trusted
 
 
@@ -210,7 +219,8 @@ def backward(
         slopes: Whether the gradients of the profiles are wanted.
 
     Returns:
-        Of every side ``(b, g, r, k, n)`` (no sides when not wanted); values ``(b, g, 1, n, e)``; ``(b, g, r, n)``.
+        Of every side ``(b, g, r, k, n)`` (no sides when not wanted); values ``(b, g, 1, n, e)``; ``(b, g, r,
+        n)``.
     """
     upstream = torch.cat([grad_out.mT, -rho.unsqueeze(-2)], -2)
     scaled = _scaled_rows(upstream, log_sum_exp, buckets)
@@ -227,7 +237,9 @@ def _slopes(side: Side, x: Tensor, scaled: Tensor, buckets: Buckets) -> Tensor:
     """``dL/du[tau] = e[tau] * sum over pairs of that offset of (grad . value - rho)``, bucket by bucket."""
     n, size = x.shape[-1], transform_length(side)
     turned = side.turn(x)
-    upstream = {a: torch.fft.rfft(side.turn(scaled * (buckets.level == a).unsqueeze(-2)), size) for a in buckets.live}
+    upstream = {
+        a: torch.fft.rfft(side.turn(scaled * (buckets.level == a).unsqueeze(-2)), size) for a in buckets.live
+    }
     slope = torch.zeros_like(side.profile)
     for term, inside in _segments(side):
         spectrum = torch.fft.rfft(turned * inside, size).conj()
@@ -252,8 +264,8 @@ def formula_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradient formula of softmax attention with the fast weights in place of the exact ones (specification 7A).
 
-    ``dQ = s (sum_c diag(G_c) P (V_c o K) - diag(rho) P K)`` and ``dK = s (sum_c diag(V_c) P^T (G_c o Q) - P^T diag(rho) Q)``:
-    ``e * d`` channels through the operator, in portions of value channels.
+    ``dQ = s (sum_c diag(G_c) P (V_c o K) - diag(rho) P K)`` and ``dK = s (sum_c diag(V_c) P^T (G_c o Q) - P^T
+    diag(rho) Q)``: ``e * d`` channels through the operator, in portions of value channels.
 
     Args:
         sides: The triangles of the scores.

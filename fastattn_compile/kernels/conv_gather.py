@@ -1,7 +1,8 @@
 """Conv-basis attention in tiles of query rows, scores gathered from the profiles: exact in any numeric range.
 
-No product of queries and keys is formed: the score of a pair is read from the one-dimensional profile of the column's
-segment, then softmax and product with the values go as in any tiled attention. O(n^2) work, O(n) memory.
+No product of queries and keys is formed: the score of a pair is read from the one-dimensional profile of the
+column's segment, then softmax and product with the values go as in any tiled attention. O(n^2) work, O(n)
+memory.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def row_scores(sides: Sequence[Side], log_weight: Tensor, rows: Tensor) -> Tenso
 def forward(sides: Sequence[Side], value: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp.
 
-    A value that is not finite makes NaN exactly the rows that see it, a score that is not finite the rows that read it.
+    A value that is not finite makes NaN exactly the rows that see it, a score that is not finite the rows
+    that read it.
 
     Args:
         sides: The triangles of the scores.
@@ -82,7 +84,9 @@ def forward(sides: Sequence[Side], value: Tensor, log_weight: Tensor) -> tuple[T
         empty = (lse == -torch.inf)[..., None]
         tile = scores.softmax(-1).masked_fill(empty, 0) @ clean
         if not finite:
-            tile = tile.masked_fill((scores != -torch.inf).to(value.dtype) @ bad.to(value.dtype) > 0, torch.nan)
+            tile = tile.masked_fill(
+                (scores != -torch.inf).to(value.dtype) @ bad.to(value.dtype) > 0, torch.nan
+            )
         out[..., rows, :], log_sum_exp[..., rows] = tile, lse
     return out, log_sum_exp
 
@@ -107,12 +111,12 @@ def backward(
         grad_out: ``(b, g, r, n, e)``.
         rho: ``(b, g, r, n)``, ``<grad_out, out> - grad_log_sum_exp``.
         slopes: Whether the gradients of the profiles are wanted.
-        formula: Query ``(b, g, r, n, d)``, key ``(b, g, 1, n, d)`` and scale, when the gradient formula of softmax
-            attention is wanted (specification 7A).
+        formula: Query ``(b, g, r, n, d)``, key ``(b, g, 1, n, d)`` and scale, when the gradient formula of
+            softmax attention is wanted (specification 7A).
 
     Returns:
-        Gradients of the profiles of every side, ``(b, g, r, k, n)``; of the values, ``(b, g, 1, n, e)``; of the
-        ``log_weight``, ``(b, g, r, n)``; of query and key when ``formula`` is given.
+        Gradients of the profiles of every side, ``(b, g, r, k, n)``; of the values, ``(b, g, 1, n, e)``; of
+        the ``log_weight``, ``(b, g, r, n)``; of query and key when ``formula`` is given.
     """
     value = without_nonfinite(value)
     grad_value = torch.zeros_like(value)

@@ -1,9 +1,10 @@
 """The scores of conv-basis attention as one-dimensional profiles, and the way back from their gradients.
 
 A side is one triangle of the score matrix. On it, segment ``t`` with anchor column ``s`` has the profile
-``u[tau] = scale * <q[s + tau], k[s]>``, and the score of row ``i`` and column ``j`` of the segment is ``u[i - j]``: the
-anchor column slid down the diagonal (Conv-Basis, arXiv 2405.05219; specification section 2, equivalent view). The strict
-upper triangle is the lower one of the sequence read backwards; everything of a flipped side counts from the end.
+``u[tau] = scale * <q[s + tau], k[s]>``, and the score of row ``i`` and column ``j`` of the segment is ``u[i -
+j]``: the anchor column slid down the diagonal (Conv-Basis, arXiv 2405.05219; specification section 2,
+equivalent view). The strict upper triangle is the lower one of the sequence read backwards; everything of a
+flipped side counts from the end.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def make_side(
         bounds: ``(b, g, r, k + 1)``.
         band: Smallest and largest visible offset.
         flipped: Which triangle.
-        uncovered: Score of the columns of a first term that no anchor covers; ``None`` when it is an anchor as well.
+        uncovered: Score of the columns of a first term that no anchor covers; ``None`` when it is an anchor
+            as well.
         offset_bias: ``(g, r, 1, n)`` added score of every offset.
     """
     lanes, (n, d) = query.shape[:3], query.shape[3:]
@@ -125,8 +127,8 @@ def profile_gradients(
 def row_maxima(side: Side) -> Tensor:
     """Largest score of every row among the columns of all segments: ``(b, g, r, n)``, -inf where there is none.
 
-    A sliding maximum of every profile by doubling, O(k n log n). Columns that padding hides inside a segment count, so
-    the result may be too large there, never too small.
+    A sliding maximum of every profile by doubling, O(k n log n). Columns that padding hides inside a segment
+    count, so the result may be too large there, never too small.
     """
     n = side.profile.shape[-1]
     rows = torch.arange(n, device=side.profile.device)

@@ -40,13 +40,13 @@ class Weighting:
     share: float = 1.0
 
     def weights(self, counts: Tensor) -> Tensor:
-        """Weights of the levels, ``(u, r, c, t, height + 1)``, given the counts of the nodes; 0 where a node is empty."""
+        """Weights of the levels, ``(u, r, c, t, height + 1)``, given the counts of the nodes."""
         learned = self.learned[:, :, None, None].to(counts.dtype)
-        used = counts > 0
-        if not self.root:
-            used = used & (torch.arange(counts.shape[-1], device=counts.device) > 0)
+        levels = torch.arange(counts.shape[-1], device=counts.device)
+        used = (levels >= (0 if self.root else 1)).expand_as(counts)
         if not self.softmax:
-            return learned.expand_as(counts) * used
+            return learned * used
+        used = used & (counts > 0)
         logits = (learned + counts.clamp(min=1).log()).masked_fill(~used, -torch.inf)
         return logits.softmax(-1).masked_fill(~used.any(-1, keepdim=True), 0) * self.share
 
@@ -104,7 +104,7 @@ def _parents(leaves: Tensor, dim: int) -> Levels:
     """Sums of all levels, root first, from those of the leaves."""
     levels = [leaves]
     while levels[0].shape[dim] > 1:
-        levels.insert(0, levels[0].unflatten(dim, (-1, 2)).sum(dim if dim >= 0 else dim))
+        levels.insert(0, levels[0].unflatten(dim, (-1, 2)).sum(dim + 1 if dim >= 0 else dim))
     return levels
 
 
@@ -197,7 +197,7 @@ def forward(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tens
     sums, counts = key_sums(cut, value)
     own = _Own.of(cut) if cut.causal else None
     seen = _path_counts(cut, counts, own)
-    factor = weighting.weights(seen) / seen.clamp(min=1)
+    factor = weighting.weights(seen) / seen.clamp(min=1) * (seen > 0)
     out = torch.zeros(*cut.query_leaf.shape, value.shape[-1], dtype=value.dtype, device=value.device)
     for level, table in enumerate(sums):
         out += factor[..., level, None] * _pick(table, _nodes(cut, cut.query_leaf, level))
@@ -240,7 +240,7 @@ def backward(
     own = _Own.of(cut) if cut.causal else None
     seen = _path_counts(cut, counts, own)
     weights = weighting.weights(seen)
-    factor = weights / seen.clamp(min=1)
+    factor = weights / seen.clamp(min=1) * (seen > 0)
     pairs = torch.matmul(grad_out, value[:, None].mT) if own is not None else None
     grad_value = torch.zeros_like(value)
     dots, from_later = [], []

@@ -128,7 +128,7 @@ def _passes(part: Part, keys: int) -> Iterator[_Pass]:
     if busy.numel() == 0:
         return
     # A sum of two keys in one number: by start, then by stop, so that queries of a causal node stand in order.
-    busy = busy[torch.argsort(start[busy] * (ranges.order.numel() + 1) + stop[busy])]
+    busy = busy[torch.argsort(start[busy] * (ranges.order.numel() + 1) + stop[busy], stable=True)]
     low, high = start[busy], stop[busy]
     mean = float((high - low).double().mean())
     rows = min(128, max(16, 1 << max(0, int(mean) - 1).bit_length()))

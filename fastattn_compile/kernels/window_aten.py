@@ -148,7 +148,7 @@ class LocalTiles:
 
     def sink_rows(self, array: Tensor) -> Tensor:
         """The sinks of ``(u, m, c)`` as ``(u, sinks, c)``."""
-        return array.gather(1, self._of_units(self.sink_place)[..., None].expand(-1, -1, array.shape[2]))
+        return array.gather(1, self.of_units(self.sink_place)[..., None].expand(-1, -1, array.shape[2]))
 
     def tiles(self, extra: int = 0) -> Iterator[Tile]:
         """Walks over all queries; a tile's scores stay in cache.
@@ -227,7 +227,7 @@ class LocalTiles:
         body = grads[:, front : front + self.keys - first]
         total = F.pad(body, (0, 0, first, self.keys - first - body.shape[1]))
         # Sinks stand at different places; those that do not exist bring 0.
-        place = self._of_units(self.sink_place)[..., None].expand(-1, -1, total.shape[2])
+        place = self.of_units(self.sink_place)[..., None].expand(-1, -1, total.shape[2])
         return total.scatter_add_(1, place, sink_grads)
 
     def results_of_keys(self, tokens: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class LocalTiles:
         shaped = tokens.unflatten(0, (self.batch, -1))
         return shaped if self.padding is None else shaped.masked_fill(self.padding, 0)
 
-    def _of_units(self, x: Tensor) -> Tensor:
+    def of_units(self, x: Tensor) -> Tensor:
         """``(b or 1, ...)`` as ``(u, ...)``."""
         wide = x.expand(self.batch, *x.shape[1:])
         return wide[:, None].expand(-1, self.kv_heads, *x.shape[1:]).flatten(0, 1)
@@ -250,7 +250,7 @@ class LocalTiles:
         sink = local.shown(place, self.sink_place[:, None, None]) & self.sinks_exist[:, None, None]
         batch = max(near.shape[0], sink.shape[0])
         visible = torch.cat([x.expand(batch, -1, -1, -1) for x in (sink, near)], -1)
-        return visible if batch == 1 else self._of_units(visible)
+        return visible if batch == 1 else self.of_units(visible)
 
 
 def forward(
@@ -279,7 +279,7 @@ def forward(
     log_sum_exp = tiles.empty(1, statistics_dtype(value))
     for tile in tiles.tiles():
         k, v = (tiles.gather(*x, tile) for x in clean)
-        scores = torch.bmm(tiles.queries(query, tile).mul_(scale), k.mT)
+        scores = torch.bmm(tiles.queries(query, tile) * scale, k.mT)
         seen = tile.seen(scores)
         scores.masked_fill_(~seen, -torch.inf)
         weights = torch.empty_like(scores)

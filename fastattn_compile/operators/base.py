@@ -310,12 +310,14 @@ class Operator(ABC, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT | None = None) -> None:
         self.config: ConfigT = config if config is not None else self.config_type()  # type: ignore[assignment]
+        # Made once, and not when it is read: torch.compile cannot trace through json.
+        values = {"operator": self.name, "implementation": self.implementation, **self.config.to_dict()}
+        self._token = json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property
     def token(self) -> str:
         """Name, implementation and configuration as one canonical string: the ``config`` argument of the torch op."""
-        values = {"operator": self.name, "implementation": self.implementation, **self.config.to_dict()}
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return self._token
 
     def __repr__(self) -> str:
         changed = [

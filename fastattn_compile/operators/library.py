@@ -65,7 +65,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     operator = operator_from_token(config)
     inputs = _inputs(query, key, value, key_padding, segments, bias, scale, mask)
-    output = operator.forward(inputs, tuple(parameters))
+    # Below autograd an autocast region would still turn the kernels' float32 products into half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        output = operator.forward(inputs, tuple(parameters))
     if os.environ.get("FASTATTN_CHECK") == "1":
         _check(site, operator, inputs, output)
     notify(site, operator, inputs, output)
@@ -87,9 +89,10 @@ def _backward(
     bias: Tensor | None, parameters: list[Tensor], scale: float, mask: str, config: str, site: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     inputs = _inputs(query, key, value, key_padding, segments, bias, scale, mask)
-    gradients = operator_from_token(config).backward(
-        inputs, tuple(parameters), AttentionOutput(out, log_sum_exp), grad_out, grad_log_sum_exp
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        gradients = operator_from_token(config).backward(
+            inputs, tuple(parameters), AttentionOutput(out, log_sum_exp), grad_out, grad_log_sum_exp
+        )
     return gradients.query, gradients.key, gradients.value, list(gradients.parameters)
 
 

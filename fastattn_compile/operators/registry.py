@@ -12,6 +12,12 @@ from fastattn_compile.operators.base import Operator
 _HOMES = {
     "exact": ("fastattn_compile.operators.exact", "ExactAttention"),
     "fma": ("fastattn_compile.operators.fma", "FastMultipoleAttention"),
+    "conv_basis": ("fastattn_compile.operators.conv_basis", "ConvBasisAttention"),
+    "cast": ("fastattn_compile.operators.cast", "CastAttention"),
+    "linformer": ("fastattn_compile.operators.linformer", "LinformerAttention"),
+    "window": ("fastattn_compile.operators.window", "WindowAttention"),
+    "tf_attention": ("fastattn_compile.operators.treeformer", "TreeLeafAttention"),
+    "tc_attention": ("fastattn_compile.operators.treeformer", "TreeCoarseAttention"),
 }
 
 

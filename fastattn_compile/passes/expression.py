@@ -1,7 +1,7 @@
 """Scalar index functions: what one element of a tensor is, as a formula of its indices.
 
-A mask is an n x n tensor; its element is a formula such as ``key <= query and real[batch, key]``. What is certain
-is folded as a formula is built: constants, comparisons that the extents of axes decide, choices met by arithmetic,
+A mask is an n x n tensor; its element is a formula such as ``key <= query and real[batch, key]``. What is
+certain is folded as a formula is built: constants, comparisons that extents decide, choices in arithmetic,
 and folded axes: ``(batch * heads + head) // heads`` is ``batch``.
 """
 
@@ -417,7 +417,8 @@ def mod(a: Expression, b: Expression) -> Expression:
 
 
 _UNARY: Mapping[str, Callable[[Any], Any]] = {
-    "abs": abs, "exp": math.exp, "log": lambda x: math.log(x) if x else -math.inf, "sqrt": math.sqrt, "tanh": math.tanh, "trunc": math.trunc,
+    "abs": abs, "exp": math.exp, "sqrt": math.sqrt, "tanh": math.tanh, "trunc": math.trunc,
+    "log": lambda x: math.log(x) if x else -math.inf,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
 }  # fmt: skip
 

@@ -208,6 +208,8 @@ def _index(x: Any, entries: list[Any], result: Result) -> Meaning | None:
     index = read_index(x, entries, result)
     if index is None:
         return None
+    if all(isinstance(entry, slice) and entry == _WHOLE for entry in index):
+        return Meaning("identity", (x,))
     return Meaning("index", (x, *(e for e in index if isinstance(e, Node))), {"index": index})
 
 

@@ -43,7 +43,7 @@ _NAMES: Mapping[str, str] = {
     "gt": "greater",
     "ne": "not_equal",
     "clamp": "clip hardtanh",
-    "softmax": "_softmax _safe_softmax",
+    "softmax": "_softmax _safe_softmax special_softmax",
     "log_softmax": "_log_softmax special_log_softmax",
     "sigmoid": "special_expit expit",
     "matmul": "mm bmm mv dot linalg_matmul",
@@ -93,6 +93,7 @@ _SIGNATURES: Mapping[str, str] = {
     "log_softmax": "x dim dtype",
     "_masked_softmax": "x mask dim mask_type",
     "where": "condition x y",
+    "Tensor.where": "x condition y",
     "masked_fill": "x mask value",
     "view": "x *shape",
     "permute": "x *dims",
@@ -146,8 +147,8 @@ _SIGNATURES: Mapping[str, str] = {
 
 # Argument names that differ between spellings of one operator.
 _RENAMES: Mapping[str, str] = {
-    **dict.fromkeys(("self", "input"), "x"),
-    **dict.fromkeys(("other", "mat2", "vec2", "vec", "exponent", "tensor"), "y"),
+    **dict.fromkeys(("self", "input", "tensor"), "x"),
+    **dict.fromkeys(("other", "mat2", "vec2", "vec", "exponent"), "y"),
     **dict.fromkeys(("split_size_or_sections", "split_sizes"), "split_size"),
     "axis": "dim",
     "axis0": "dim0",
@@ -163,6 +164,7 @@ _RENAMES_OF: Mapping[str, Mapping[str, str]] = {
     "baddbmm": {"x": "base", "batch1": "a", "batch2": "b"},
     "embedding": {"x": "indices"},
     "full": {"value": "fill_value"},
+    "cast": {"a": "x"},
     "tile": {"dims": "repeats"},
     "matmul": {"tensor": "y"},
     "tensor": {"s": "data", "obj": "data"},
@@ -341,7 +343,8 @@ def bind_arguments(node: torch.fx.Node) -> dict[str, Any]:
             except TypeError:
                 pass
     spelling = _spelling(node)
-    table = _SIGNATURES.get(spelling.spelled) or _SIGNATURES.get(spelling.name)
+    keys = [f"Tensor.{spelling.spelled}"] if node.op == "call_method" else []
+    table = next((_SIGNATURES[k] for k in (*keys, spelling.spelled, spelling.name) if k in _SIGNATURES), None)
     names = table.split() if table else _aten_names(spelling.spelled)
     bound: dict[str, Any] = {}
     for position, parameter in enumerate(names):

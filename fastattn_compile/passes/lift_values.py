@@ -124,11 +124,18 @@ def _constant(lifter: Lifter, node: Node) -> Expression | None:
 
 
 def known_value(node: Node) -> Any:
-    """The value of a constant of the model: what the view says, else what Dynamo traced the graph with."""
+    """The value of a constant of the model: what the view says, else what Dynamo traced the graph with.
+
+    A buffer is read while the graph is compiled. One that is overwritten between calls, outside the graph,
+    needs a new compilation.
+    """
     value = node.attributes.get("value")
     if value is None:
         traced = getattr(node.origin, "meta", {}).get("grapharg")
-        value = getattr(traced, "example", None)
+        try:
+            value = getattr(traced, "example", None)
+        except AssertionError:  # the tensor is gone
+            return None
     return value
 
 

@@ -400,7 +400,11 @@ def verify(
             added = added + met.double() * term.factor
         else:
             visible = visible & (met.bool() == (term.role == "keep"))
-    visible = (visible & (added > HIDDEN / 2)).expand(sizes)
+    bias = torch.zeros((), dtype=torch.float64)
+    if analysis.bias_expression is not None:
+        bias = evaluate(analysis.bias_expression, grids, values, symbols).double()
+    hidden = (added <= HIDDEN) | (added - bias <= HIDDEN / 2)
+    visible = (visible & ~hidden).expand(sizes)
     structure = analysis.structure
     seen = structure.visible(grids["query"], grids["key"], sizes[2], sizes[3])
     if analysis.key_padding is not None:
@@ -411,15 +415,20 @@ def verify(
         seen = seen & (ids == ids[..., rows].transpose(2, 3))
     if not torch.equal(seen.expand(sizes), visible):
         return False
-    bias = torch.zeros((), dtype=torch.float64)
-    if analysis.bias_expression is not None:
-        bias = evaluate(analysis.bias_expression, grids, values, symbols).double()
-    # Softmax does not see a constant of a row: compare with the first visible key of each.
-    rest = torch.where(visible, added - bias, torch.zeros((), dtype=torch.float64))
-    first = rest.gather(3, visible.to(torch.uint8).argmax(3, keepdim=True))
-    eps = max(
-        (torch.finfo(values[t.node].dtype).eps for t in terms if values[t.node].is_floating_point()),
-        default=0.0,
-    )
-    scale = torch.where(visible, added.abs(), 0.0).max()
-    return bool((torch.where(visible, rest - first, 0.0).abs() <= 8 * eps * scale).all())
+    eps = [torch.finfo(values[t.node].dtype).eps for t in terms if values[t.node].is_floating_point()]
+    tolerance = 8 * max(eps, default=0.0) * torch.where(visible, added.abs(), 0.0).max()
+
+    def equal_in_rows(a: Tensor, b: Tensor) -> bool:
+        # Softmax does not see a constant of a row: compare with the first visible key of each.
+        rest = torch.where(visible, a - b, 0.0)
+        first = rest.gather(3, visible.to(torch.uint8).argmax(3, keepdim=True))
+        return bool((torch.where(visible, rest - first, 0.0).abs() <= tolerance).all())
+
+    if analysis.slope is not None:
+        slope = evaluate(analysis.slope, grids, values, symbols).double()
+        distance = grids["key"] - grids["query"]
+        starts = (0, sizes[3] - sizes[2])
+        shapes = [distance, *((distance - start).abs() for start in starts)]
+        if not any(equal_in_rows(bias, slope * shape) for shape in shapes):
+            return False
+    return equal_in_rows(added, bias)

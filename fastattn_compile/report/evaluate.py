@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastattn_compile.errors import FastAttentionError, NumericError
 from fastattn_compile.operators.observe import Observer, observing
-from fastattn_compile.plan import Plan
+from fastattn_compile.plans import Plan
 from fastattn_compile.report.document import CostReport, ModelReport, Report, SiteReport, SpanReport
 from fastattn_compile.report.metrics import (
     Quantiles,
@@ -132,7 +132,7 @@ def evaluate(
         total_ms=total,
         total_ms_exact=total_exact,
         n=watch_exact.length or None,
-        attention_baseline=" and ".join(sorted(watch_exact.baselines)),
+        attention_baseline=" and ".join(watch_exact.baselines),
         compiler=compiler,
         repeats=repeats,
     )

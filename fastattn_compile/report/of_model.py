@@ -14,8 +14,8 @@ from fastattn_compile.report.provenance import versions
 def report(model: torch.nn.Module | None = None) -> Report:
     """What serves each attention of a compiled model, why, and what error was measured.
 
-    It costs nothing: it collects what is known from compilation and, under ``monitor``, from the calls since. For the delta
-    end to end use ``fa.evaluate``.
+    It costs nothing: it collects what is known from compilation and, under ``monitor``, from the calls
+    since. For the delta end to end use ``fa.evaluate``.
 
     Args:
         model: A compiled model, or the model inside; every model compiled so far when ``None``.
@@ -26,7 +26,8 @@ def report(model: torch.nn.Module | None = None) -> Report:
     found = records(model)
     if not found:
         raise ReportError(
-            'nothing was compiled for this model yet; call torch.compile(model, backend="fastattn") and run it once'
+            "nothing was compiled for this model yet; "
+            'call torch.compile(model, backend="fastattn") and run it once'
         )
     sites: dict[str, SiteReport] = {}
     for record in found:
@@ -39,7 +40,7 @@ def report(model: torch.nn.Module | None = None) -> Report:
 
 
 def _site(decision: Decision, watched: list[float]) -> SiteReport:
-    # Both are 95th percentiles over the sampled queries of one batch; the monitor's is the median over batches.
+    # Both are 95th percentiles over the sampled queries of a batch; the monitor's is the median over batches.
     error = statistics.median(watched) if watched else decision.error
     return SiteReport(
         decision.name, decision.operator, decision.reason, own_error_p95=error, options=decision.options

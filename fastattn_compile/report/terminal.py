@@ -16,7 +16,7 @@ from fastattn_compile.report.document import Report, SiteReport, SpanReport
 from fastattn_compile.report.verdict import ratio_text, verdict
 
 if TYPE_CHECKING:
-    from fastattn_compile.scan import Scan
+    from fastattn_compile.scanning import Scan
 
 WIDTH = 100
 _LISTED = 40
@@ -24,7 +24,7 @@ _WORST = 12
 _LEGEND = (
     "own: median relative error of the operator alone; p95: 95 % of the rows are better; model: in the "
     "replaced model, with what came from below; mass: softmax mass on keys met one by one; window, none: own "
-    "error of a local window of as many keys, and of the plain mean; keys: met by a query; speed: against exact"
+    "error of a local window of as many keys, and of the plain mean; keys: a query meets; speed: over exact"
 )
 _SITE_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "own": lambda site: number(site.own_error),

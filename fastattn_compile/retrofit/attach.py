@@ -13,8 +13,8 @@ from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.parameters import mark_parameters
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.site import TAKEN, Softmax
-from fastattn_compile.plan import Plan
-from fastattn_compile.scan import scan
+from fastattn_compile.plans import Plan
+from fastattn_compile.scanning import scan
 
 ATTRIBUTE = "fastattn"
 

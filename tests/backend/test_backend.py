@@ -176,7 +176,8 @@ class TestTraining:
 
         got = gradients(compiled(stack(), **FMA, strict=True, compiler=compiler))
         oracle = gradients(reference_stack(dtype=torch.float64), torch.float64)
-        formula = gradients(reference_stack())
+        # What the compiler does to the rest of the model is its own rounding: the formula goes through it too.
+        formula = gradients(torch.compile(reference_stack(), backend=compiler))
         assert got.keys() == oracle.keys()
         for name, value in got.items():
             assert_as_good_as(value, oracle=oracle[name], formula=formula[name])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn_compile.plan import Plan, PlannedSite
+from fastattn_compile.plans import Plan, PlannedSite
 from fastattn_compile.report.document import Report
 
 FMA = ("--operator", "fma", "--option", "block=16", "--option", "rank=2", "--threads", "1")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture import capture, single_call
 import torch.nn.functional as F
+from capture import capture, single_call
 from torch import nn
 
 from fastattn_compile.passes.expand import expand
@@ -60,8 +60,8 @@ def attention(mha: nn.MultiheadAttention, *qkv: torch.Tensor, **options: Any) ->
         separate = {"use_separate_proj_weight": True} | {name: getattr(mha, name) for name in names}
     return single_call(
         F.multi_head_attention_forward, *qkv, WIDTH, HEADS, mha.in_proj_weight, mha.in_proj_bias, mha.bias_k,
-        mha.bias_v, mha.add_zero_attn, mha.dropout, mha.out_proj.weight, mha.out_proj.bias, training=mha.training,
-        **separate, **options,
+        mha.bias_v, mha.add_zero_attn, mha.dropout, mha.out_proj.weight, mha.out_proj.bias,
+        training=mha.training, **separate, **options,
     )  # fmt: skip
 
 
@@ -128,7 +128,8 @@ def test_causal_hint(need: bool, pad: str) -> None:
     x = torch.randn(LENGTH, BATCH, WIDTH)
     gm, inputs = attention(
         nn.MultiheadAttention(WIDTH, HEADS), x, x, x, is_causal=True, need_weights=need,
-        attn_mask=torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), key_padding_mask=padding(pad, LENGTH, BATCH),
+        attn_mask=torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1),
+        key_padding_mask=padding(pad, LENGTH, BATCH),
     )  # fmt: skip
     check(gm, inputs, ["softmax" if need else "sdpa"])
     for site in view(gm).of_kind("sdpa"):
@@ -218,7 +219,8 @@ def test_native_attention(need: str, kind: int | None, floating: bool) -> None:
     x = torch.randn(BATCH, LENGTH, WIDTH)
     gm, inputs = single_call(
         torch._native_multi_head_attention, x, x, x, WIDTH, HEADS, mha.in_proj_weight, mha.in_proj_bias,
-        mha.out_proj.weight, mha.out_proj.bias, fast_mask(kind, floating), need != "output", need == "average", kind,
+        mha.out_proj.weight, mha.out_proj.bias, fast_mask(kind, floating), need != "output",
+        need == "average", kind,
     )  # fmt: skip
     if need == "output":
         # Its second result is empty then.

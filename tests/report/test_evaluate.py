@@ -10,7 +10,7 @@ from fastattn_compile.errors import NumericError, OptionError, UnsupportedSiteEr
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
-from fastattn_compile.plan import Plan, PlannedSite
+from fastattn_compile.plans import Plan, PlannedSite
 from fastattn_compile.report.document import Report
 from fastattn_compile.report.evaluate import evaluate
 from fastattn_compile.report.metrics import relative_error, sample_rows

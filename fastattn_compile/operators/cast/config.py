@@ -27,22 +27,28 @@ class CastConfig(OperatorConfig):
 
     Args:
         clusters: Number of clusters. Cost is least near ``sqrt(2 n / 3)``.
-        cluster_size: Tokens of a cluster; ``None`` is just enough for all clusters to hold the sequence together. Under
-            token choice, how many recent members of its cluster a token meets; it must be given.
-        clustering: ``"topk"``, a cluster takes its best tokens, which may share clusters or be in none; ``"sa_topk"``,
-            every token in exactly one cluster [1.3]; ``"token_choice"``, the causal form [5.2].
-        combine: ``"paper"``, a learned mixture of the attention inside own clusters and of learned summaries [1.5, 1.6];
-            ``"lse"``, one softmax over own tokens and mean summaries [5.1]. Tokens in ``m`` clusters count ``1 / m`` in each.
-        select: Which affinity clusters tokens: of keys, of queries, or a mix by a learned gate [1.2]. The specification's
-            causal form is ``"key"``.
-        sa_order: Greedy order of single assignment: tokens by their best affinity, or (token, cluster) pairs [1.3].
+        cluster_size: Tokens of a cluster; ``None`` is just enough for all clusters to hold the sequence
+            together. Under token choice, how many recent members of its cluster a token meets; it must be
+            given.
+        clustering: ``"topk"``, a cluster takes its best tokens, which may share clusters or be in none;
+            ``"sa_topk"``, every token in exactly one cluster [1.3]; ``"token_choice"``, the causal form
+            [5.2].
+        combine: ``"paper"``, a learned mixture of the attention inside own clusters and of learned summaries
+            [1.5, 1.6]; ``"lse"``, one softmax over own tokens and mean summaries [5.1]. Tokens in ``m``
+            clusters count ``1 / m`` in each.
+        select: Which affinity clusters tokens: of keys, of queries, or a mix by a learned gate [1.2]. The
+            specification's causal form is ``"key"``.
+        sa_order: Greedy order of single assignment: tokens by their best affinity, or (token, cluster) pairs
+            [1.3].
         head_reduce: How heads agree on one affinity: logits summed, averaged, or their softmaxes averaged.
-        affinity_scale: ``"sqrt_width"`` divides logits by the square root of all heads' channels before the softmax.
+        affinity_scale: ``"sqrt_width"`` divides logits by the square root of all heads' channels before the
+            softmax.
         xi: Factor that the gate puts on logits.
-        tau: ``"learned"`` learns factors on the temperature of mixing and of summaries. They start neutral: mixing at
-            the site's scale, summaries as plain means [5.1].
+        tau: ``"learned"`` learns factors on the temperature of mixing and of summaries. They start neutral:
+            mixing at the site's scale, summaries as plain means [5.1].
         surrogate_space: ``"input"`` learns surrogates of queries and of keys apart.
-        own_summary: ``"included"`` adds the summary of own clusters to the mixture; weights then exceed 1. Paper only.
+        own_summary: ``"included"`` adds the summary of own clusters to the mixture; weights then exceed 1.
+            Paper only.
         phi_heads: One gate for all heads, or one for each key head. Heads average their gates to cluster.
     """
 

@@ -13,8 +13,8 @@ from fastattn_compile.operators.exact.cost import traffic
 def exact_pairs(config: CastConfig, length: int) -> int:
     """Pairs of a query and a key that meet inside clusters, for one head.
 
-    Top-K fills every slot. Single assignment is counted as unevenly as capacity allows, token choice with a full bucket for
-    every token: how tokens fall depends on the data, and both are upper bounds.
+    Top-K fills every slot. Single assignment is counted as unevenly as capacity allows, token choice with a
+    full bucket for every token: how tokens fall depends on the data, and both are upper bounds.
 
     Args:
         config: The configuration.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastattn_compile.kernels import cast_aten, cast_causal
 from fastattn_compile.kernels.cast_affinity import Rule
 from fastattn_compile.operators.base import (
+    YES,
     AttentionInputs,
     AttentionOutput,
     Cost,
@@ -35,8 +37,8 @@ from fastattn_compile.operators.exact.operator import refuse_extras
 class CastAttention(Operator[CastConfig]):
     """Attention inside clusters of tokens chosen by learned surrogates, and a summary of every other cluster.
 
-    Serves bidirectional self-attention, and causal self-attention under ``token_choice``, with key padding, at any length
-    that the clusters hold.
+    Serves bidirectional self-attention, and causal self-attention under ``token_choice``, with key padding,
+    at any length that the clusters hold.
     """
 
     name = "cast"
@@ -47,34 +49,49 @@ class CastAttention(Operator[CastConfig]):
         mask, config = spec.mask, self.config
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
+        extras = refuse_extras(spec)
+        if not extras:
+            return extras
         for term in mask.conflicts("right", "end_aligned", "key_padding"):
-            return no(f"the mask term {term} is not supported: clusters and summaries span what it separates ({mask})")
+            return no(
+                f"the mask term {term} is not supported: clusters and summaries span what it separates ({mask})"
+            )
         if spec.kind != "self":
-            return no("cross attention is not supported: a token's cluster comes from its query and its key together")
+            return no(
+                "cross attention is not supported: a token's cluster comes from its query and its key together"
+            )
         if spec.query_len == 1:
-            return no("a single query (decoding) has nothing to cluster; token_choice decodes through its decoder")
+            return no(
+                "a single query (decoding) has nothing to cluster; token_choice decodes through its decoder"
+            )
         if spec.query_len != spec.key_len:
             return no(
                 f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
             )
         if mask.right is not None and mask.right != 0:
-            return no(f"a band that ends {mask.right} positions from the query is not supported, only causal or none")
+            return no(
+                f"a band that ends {mask.right} positions from the query is not supported, only causal or none"
+            )
         if mask.causal and not config.causal:
             return no(
                 f"{config.clustering} looks at all tokens, so a future token would move past ones between clusters; "
                 "set clustering='token_choice', which is causal, with a cluster_size"
             )
         if config.causal and not mask.causal:
-            return no("token_choice shows a token its past alone and this site is not causal; use topk or sa_topk")
+            return no(
+                "token_choice shows a token its past alone and this site is not causal; use topk or sa_topk"
+            )
         if config.cluster_size is not None and not config.causal:
             if spec.key_len < config.cluster_size:
-                return no(f"a cluster of {config.cluster_size} is larger than the sequence of {spec.key_len} tokens")
+                return no(
+                    f"a cluster of {config.cluster_size} is larger than the sequence of {spec.key_len} tokens"
+                )
             if config.clustering == "sa_topk" and spec.key_len > config.clusters * config.cluster_size:
                 return no(
                     f"{config.clusters} clusters of {config.cluster_size} hold fewer than {spec.key_len} tokens; "
                     "raise clusters or cluster_size, or leave cluster_size out"
                 )
-        return refuse_extras(spec)
+        return YES
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
@@ -113,11 +130,13 @@ class CastAttention(Operator[CastConfig]):
     ) -> Tensor:
         """The keys that share a cluster with the query, under token choice the most recent ones.
 
-        Clusters depend on learned parameters: without them no key is known to be met one by one, and none is marked.
+        Clusters depend on learned parameters. Without them all that is known is that a token meets itself,
+        and under ``topk``, where it may be in no cluster, not even that.
         """
         seen = inputs.visible(rows)
         if not parameters:
-            return seen & False
+            itself = rows[:, None] == torch.arange(inputs.key.shape[2], device=rows.device)
+            return seen & itself & (self.config.clustering != "topk")
         kernel = cast_causal if self.config.causal else cast_aten
         return seen & kernel.exact_keys(
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),

@@ -43,9 +43,10 @@ def shapes(config: CastConfig, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
 def initial(config: CastConfig, spec: SiteSpec, sample: AttentionInputs | None) -> dict[str, Tensor]:
     """Initial values, float32 on the CPU (specification 5.1).
 
-    Surrogates are centroids of a balanced k-means of the sample's keys, heads concatenated, so that clusters hold about
-    equally many tokens; without a sample they are normal with variance ``1 / head_dim``. The gate starts at 0. A learned
-    temperature starts where it undoes ``xi(0)`` in the mixture and makes summaries plain means.
+    Surrogates are centroids of a balanced k-means of the sample's keys, heads concatenated, so that clusters
+    hold about equally many tokens; without a sample they are normal with variance ``1 / head_dim``, and so
+    are those for which the sample has no token. The gate starts at 0. A learned temperature starts where it
+    undoes ``xi(0)`` in the mixture and makes summaries plain means.
 
     Args:
         config: The configuration.
@@ -53,22 +54,19 @@ def initial(config: CastConfig, spec: SiteSpec, sample: AttentionInputs | None) 
         sample: Calibration tensors of the site.
 
     Raises:
-        ValueError: The sample is of other sizes than the site, or holds fewer real tokens than there are clusters.
+        ValueError: The sample is of other sizes than the site.
     """
     values = {name: torch.zeros(shape) for name, shape in shapes(config, spec).items()}
-    width = int(spec.head_dim) ** -0.5
     group = int(spec.heads) // int(spec.kv_heads)
-    if sample is None:
+    for name in values:
+        if name.endswith("surrogates"):
+            values[name].normal_(std=int(spec.head_dim) ** -0.5)
+    if sample is not None:
+        centroids = _centroids(config, spec, sample)
         for name in values:
             if name.endswith("surrogates"):
-                values[name].normal_(std=width)
-    else:
-        centroids = _centroids(config, spec, sample)
-        if config.surrogate_space == "projected":
-            values["surrogates"] = centroids
-        else:
-            values["query_surrogates"] = centroids.repeat_interleave(group, 1)
-            values["key_surrogates"] = centroids
+                repeats = group if name.startswith("query") else 1
+                values[name][: len(centroids)] = centroids.repeat_interleave(repeats, 1)
     if config.tau == "learned":
         values["temperature"][0] = 1 / (sharpness(config) + math.log(2))
     return values
@@ -82,14 +80,10 @@ def _centroids(config: CastConfig, spec: SiteSpec, sample: AttentionInputs) -> T
         )
     keys = sample.key.detach().transpose(1, 2).float().cpu()
     tokens = keys[sample.key_padding.cpu()] if sample.key_padding is not None else keys.flatten(0, 1)
-    if tokens.shape[0] < config.clusters:
-        raise ValueError(
-            f"the sample holds {tokens.shape[0]} real tokens, fewer than the {config.clusters} clusters to start; "
-            "give a larger sample or fewer clusters"
-        )
     most = _TOKENS_PER_CLUSTER * config.clusters
-    stride = -(-tokens.shape[0] // most)
-    centroids = balanced_centroids(tokens[::stride].flatten(1), config.clusters)
+    stride = max(1, -(-tokens.shape[0] // most))
+    tokens = tokens[::stride]
+    centroids = balanced_centroids(tokens.flatten(1), min(config.clusters, len(tokens)))
     return centroids.unflatten(1, (kv_heads, head_dim))
 
 
@@ -113,7 +107,9 @@ def unpacked(config: CastConfig, parameters: tuple[Tensor, ...], heads: int) -> 
     else:
         query_surrogates, key_surrogates = rest.pop(0), rest.pop(0)
     gate, bias = (rest.pop(0), rest.pop(0)) if config.gated else (None, None)
-    return Weights(query_surrogates, key_surrogates, gate, bias, rest.pop(0) if config.tau == "learned" else None)
+    return Weights(
+        query_surrogates, key_surrogates, gate, bias, rest.pop(0) if config.tau == "learned" else None
+    )
 
 
 def packed_gradients(
@@ -137,7 +133,8 @@ def packed_gradients(
         found += [gradients.query_surrogates, gradients.key_surrogates]
     found += [x for x in (gradients.gate, gradients.gate_bias, gradients.temperature) if x is not None]
     return tuple(
-        torch.zeros_like(p) if x is None else x.to(p.dtype).contiguous() for x, p in zip(found, parameters, strict=True)
+        torch.zeros_like(p) if x is None else x.to(p.dtype).contiguous()
+        for x, p in zip(found, parameters, strict=True)
     )
 
 

@@ -1,7 +1,7 @@
 """CAST as it is defined: dense, differentiable, one loop over clusters. The judge of the kernels.
 
-Every form of CAST says of every cluster which pairs of tokens meet exactly (``near``) and which keys are in the summary
-that a query meets (``pool``); causal forms differ in those two masks alone.
+Every form of CAST says of every cluster which pairs of tokens meet exactly (``near``) and which keys are in
+the summary that a query meets (``pool``); causal forms differ in those two masks alone.
 """
 
 from __future__ import annotations
@@ -117,7 +117,13 @@ def _masks(config: CastConfig, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sequence(
-    config: CastConfig, query: Tensor, key: Tensor, value: Tensor, scale: float, weights: Weights, member: Tensor
+    config: CastConfig,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    weights: Weights,
+    member: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """CAST of one sequence, given its clusters: ``(h, n, d)``, ``(g, n, d)``, ``(g, n, e)`` to ``(h, n, e)``, ``(h, n)``."""
     group = query.shape[0] // key.shape[0]
@@ -154,8 +160,8 @@ def _one_softmax(
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the tokens met exactly and one entry for every summary (specification 5.1).
 
-    A token in ``m`` clusters counts ``1 / m`` in each. The key of a summary is the mean of its keys, so its score is the mean
-    of their scores; it counts as many keys as it stands for.
+    A token in ``m`` clusters counts ``1 / m`` in each. The key of a summary is the mean of its keys, so its
+    score is the mean of their scores; it counts as many keys as it stands for.
     """
     near, pool, evicted = masks
     share = 1 / member.sum(-1).clamp(min=1).to(scores.dtype)
@@ -180,8 +186,8 @@ def cast_attention(
 ) -> AttentionOutput:
     """CAST (van Engelenhoven et al., arXiv 2402.04239), sequence by sequence.
 
-    Clusters are chosen in float32 or wider whatever the type of the tensors, and pass no gradient. Queries, keys and values
-    of padding are set to 0; such a token is in no cluster.
+    Clusters are chosen in float32 or wider whatever the type of the tensors, and pass no gradient. Queries,
+    keys and values of padding are set to 0; such a token is in no cluster.
 
     Args:
         config: The configuration.
@@ -189,8 +195,8 @@ def cast_attention(
         parameters: Learned parameters in order.
 
     Returns:
-        The output, and the log-sum-exp of the one softmax of ``combine="lse"``. The paper's combination has none over keys;
-        the logarithm of the normaliser of its mixture over clusters stands in its place.
+        The output, and the log-sum-exp of the one softmax of ``combine="lse"``. The paper's combination has
+        none over keys; the logarithm of the normaliser of its mixture over clusters stands in its place.
     """
     dtype = compute_dtype(inputs)
     query, key, value = (x.to(dtype) for x in (inputs.query, inputs.key, inputs.value))
@@ -206,9 +212,7 @@ def cast_attention(
         with torch.no_grad():
             products = _Products.of(query[b].to(wide), key[b].to(wide), weights.to(wide))
             member = clusters_of(*products.affinity(config, head_dim), config, real[b])
-        results.append(
-            _sequence(config, query[b], key[b], value[b], inputs.scale, weights.to(dtype), member)
-        )
+        results.append(_sequence(config, query[b], key[b], value[b], inputs.scale, weights.to(dtype), member))
     out, log_sum_exp = (torch.stack(x) for x in zip(*results))
     statistics = torch.float64 if inputs.value.dtype == torch.float64 else torch.float32
     return AttentionOutput(out.to(inputs.value.dtype), log_sum_exp.to(statistics))

@@ -1,7 +1,8 @@
 """The conv basis as the paper defines it, for one head and O(n^2): the oracle of what the operator computes.
 
-Definitions and algorithms of Conv-Basis (arXiv 2405.05219), sections 2 to 4 of the specification, one statement a line.
-Column and size counts are the paper's (from 1) where a docstring says so, tensors are indexed from 0.
+Definitions and algorithms of Conv-Basis (arXiv 2405.05219), sections 2 to 4 of the specification, one
+statement a line. Column and size counts are the paper's (from 1) where a docstring says so, tensors are
+indexed from 0.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Basis:
     def dense(self) -> Tensor:
         """``sum_r conv(b_r, m_r)``: ``(n, n)``, lower triangular."""
         n = self.vectors.shape[1]
-        return sum((sub_convolution(b, m) for b, m in zip(self.vectors, self.sizes)), self.vectors.new_zeros(n, n))
+        return sum(
+            (sub_convolution(b, m) for b, m in zip(self.vectors, self.sizes)), self.vectors.new_zeros(n, n)
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def decompose(matrix: Tensor, tolerance: float = 0.0) -> Basis:
 
     Args:
         matrix: ``(n, n)``; what stands above the diagonal is not read.
-        tolerance: Columns that differ by no more than this from the last emitted one, entry by entry, copy it.
+        tolerance: Columns that differ by no more than this from the last emitted one, entry by entry, copy
+            it.
     """
     n = matrix.shape[0]
     last = matrix.new_zeros(n)
@@ -119,8 +123,9 @@ def recover(
 def exponentiate(basis: Basis) -> Basis:
     """The basis of ``exp`` of a matrix on its lower triangle (specification section 4), telescoped, with the correction.
 
-    A basis that leaves the first columns 0 gets a term of ones for them, since ``exp(0) = 1``. For oracles only: where
-    neighbouring anchors differ much in size the differences cancel, which is why kernels use the segment form.
+    A basis that leaves the first columns 0 gets a term of ones for them, since ``exp(0) = 1``. For oracles
+    only: where neighbouring anchors differ much in size the differences cancel, which is why kernels use the
+        segment form.
     """
     n = basis.vectors.shape[1]
     vectors, sizes = basis.vectors, basis.sizes

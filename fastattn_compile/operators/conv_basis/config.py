@@ -25,32 +25,34 @@ class ConvBasisConfig(OperatorConfig):
 
     Args:
         k: Terms of the basis: segments of one triangle of the scores. At most the number of tokens.
-        anchors: Where segments begin. ``"strided"``: evenly; ``"sink_strided"``: the first ``sinks`` columns alone, the rest
-            evenly; both depend on no content. ``"recover"``: the paper's binary search; ``"jumps"``: where neighbouring
-            columns differ most. These two read later tokens to place anchors, so a causal output depends, through the
-            places, on what follows.
+        anchors: Where segments begin. ``"strided"``: evenly; ``"sink_strided"``: the first ``sinks`` columns
+            alone, the rest evenly; both depend on no content. ``"recover"``: the paper's binary search;
+            ``"jumps"``: where neighbouring columns differ most. These two read later tokens to place anchors,
+            so a causal output depends, through the places, on what follows.
         sinks: Leading columns with an anchor of their own (``"sink_strided"`` and ``"jumps"``).
         probe: Scores of a column that are compared, ``T`` of the paper (``"recover"`` and ``"jumps"``).
         delta: How far apart, in the 1-norm over ``probe`` scores, anchors are (``"recover"``).
-        eps: Noise of one score; at most ``delta / (5 * probe)``, or columns cannot be told apart (``"recover"``).
-        uncovered: What ``"recover"`` does with columns before the first one it finds: ``"anchor"`` makes the first column an
-            anchor without a search; ``"ones"`` gives them score 0, so weight 1 (a basis with ``m_1 < n``, corrected);
-            ``"zeros"`` gives them no weight.
+        eps: Noise of one score; at most ``delta / (5 * probe)``, or columns cannot be told apart
+            (``"recover"``).
+        uncovered: What ``"recover"`` does with columns before the first one it finds: ``"anchor"`` makes the
+            first column an anchor without a search; ``"ones"`` gives them score 0, so weight 1 (a basis with
+            ``m_1 < n``, corrected); ``"zeros"`` gives them no weight.
         share_anchors: The query heads of one key head share the places of their anchors.
-        gradient: ``"implemented"``: the gradient of the function that is computed, places held constant (7B); only anchor
-            keys receive one. ``"softmax_formula"``: the gradient formula of softmax with the fast weights in it, as the
-            paper analyses it (7A); every key receives one, and it is not the derivative of the output.
-        form: How sums are formed. ``"fft"``: one transform, an error when the range of the scores does not allow it;
-            ``"buckets"``: rows grouped by magnitude; ``"gather"``: tiles, any range, O(n^2); ``"auto"``: the cheapest that
-            is safe.
+        gradient: ``"implemented"``: the gradient of the function that is computed, places held constant (7B);
+            only anchor keys receive one. ``"softmax_formula"``: the gradient formula of softmax with the fast
+            weights in it, as the paper analyses it (7A); every key receives one, and it is not the derivative
+            of the output.
+        form: How sums are formed. ``"fft"``: one transform, an error when the range of the scores does not
+            allow it; ``"buckets"``: rows grouped by magnitude; ``"gather"``: tiles, any range, O(n^2);
+            ``"auto"``: the cheapest that is safe.
         bucket_width: Nats that a bucket spans; 0 for 8 in float64 and 4 in float32.
-        transform: Type of the transforms. float64 lets rows differ by 8 more orders of magnitude and is the default for
-            inputs of any type.
-        offset_bias: A score added by distance, which costs no term: ``"alibi"`` with the slopes of Press et al. (2022), or
-            ``"learned"``, a parameter of every head.
+        transform: Type of the transforms. float64 lets rows differ by 8 more orders of magnitude and is the
+            default for inputs of any type.
+        offset_bias: A score added by distance, which costs no term: ``"alibi"`` with the slopes of Press et
+            al. (2022), or ``"learned"``, a parameter of every head.
         key_bias: Whether a score added by key is learned, one of every head and position.
-        approximation: ``"conv"``, or ``"low_rank"``: the Taylor polynomial of the exponential as a product of features
-            (section 8), for scores of small size.
+        approximation: ``"conv"``, or ``"low_rank"``: the Taylor polynomial of the exponential as a product of
+            features (section 8), for scores of small size.
         degree: Degree of that polynomial; even, so that no weight is negative.
     """
 
@@ -93,10 +95,14 @@ class ConvBasisConfig(OperatorConfig):
                 f"apart from noise, got {self.eps:g}; raise delta or lower probe"
             )
         if self.degree < 0 or self.degree % 2:
-            raise ValueError(f"degree must be even and not negative, so that no weight is negative; got {self.degree}")
+            raise ValueError(
+                f"degree must be even and not negative, so that no weight is negative; got {self.degree}"
+            )
         if self.approximation == "low_rank":
             if self.offset_bias != "none":
-                raise ValueError("offset_bias is a Toeplitz matrix, which the low-rank approximation does not have; use conv")
+                raise ValueError(
+                    "offset_bias is a Toeplitz matrix, which the low-rank approximation does not have; use conv"
+                )
             if self.gradient != "implemented":
                 raise ValueError("the low-rank approximation has one gradient, 'implemented'")
 

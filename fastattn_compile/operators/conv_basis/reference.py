@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_aten import Pattern, real_span, select
 from fastattn_compile.kernels.conv_anchors import segment_of
+from fastattn_compile.kernels.conv_aten import Pattern, real_span, select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
 from fastattn_compile.operators.exact.reference import grouped, masked_softmax, ungrouped
 
@@ -14,7 +14,8 @@ from fastattn_compile.operators.exact.reference import grouped, masked_softmax, 
 def slid(content: Tensor, bounds: Tensor, uncovered: float | None) -> tuple[Tensor, Tensor]:
     """The lower triangle with every column replaced by the left anchor column slid down the diagonal.
 
-    ``H[i, j] = S[i - (j - s), s]`` with ``s`` the anchor of the segment that holds ``j`` (specification section 2).
+    ``H[i, j] = S[i - (j - s), s]`` with ``s`` the anchor of the segment that holds ``j`` (specification
+    section 2).
 
     Args:
         content: ``(b, g, r, n, n)`` scores ``S``.
@@ -22,8 +23,8 @@ def slid(content: Tensor, bounds: Tensor, uncovered: float | None) -> tuple[Tens
         uncovered: Score of the columns of the first segment when it has no anchor.
 
     Returns:
-        Scores ``(b, g, r, n, n)``, meaningful at and below the diagonal, and which columns belong to a segment,
-        ``(b, g, r, 1, n)``.
+        Scores ``(b, g, r, n, n)``, meaningful at and below the diagonal, and which columns belong to a
+        segment, ``(b, g, r, 1, n)``.
     """
     n = content.shape[-1]
     place = torch.arange(n, device=content.device)
@@ -45,8 +46,8 @@ def conv_attention(
 ) -> AttentionOutput:
     """Dense conv-basis attention, differentiable; O(n^2) memory.
 
-    With ``pattern.formula`` the scores are those of the conv basis and their derivatives those of the exact scores: the
-    gradient formula of softmax attention with the fast weights in it (specification 7A).
+    With ``pattern.formula`` the scores are those of the conv basis and their derivatives those of the exact
+    scores: the gradient formula of softmax attention with the fast weights in it (specification 7A).
 
     Args:
         pattern: Anchors and band.
@@ -81,7 +82,12 @@ def conv_attention(
     if key_bias is not None:
         finite = key_bias.masked_fill(key_bias == -torch.inf, 0).to(scores.dtype)
         spread = finite.expand(-1, groups * group, -1).unflatten(1, (groups, group)).unsqueeze(-2)
-        present = (key_bias != -torch.inf).expand(-1, groups * group, -1).unflatten(1, (groups, group)).unsqueeze(-2)
+        present = (
+            (key_bias != -torch.inf)
+            .expand(-1, groups * group, -1)
+            .unflatten(1, (groups, group))
+            .unsqueeze(-2)
+        )
         scores, visible = scores + spread, visible & present
     if pattern.uncovered == "zeros":
         visible = visible & (scores.detach() != -torch.inf)

@@ -1,0 +1,117 @@
+"""Buckets of the causal form of CAST: the last members of a token's cluster exactly, those before them as one mean.
+
+Tokens sorted by cluster stand beside the members of their cluster in order of time. A bucket is then a
+sliding window that ends at the cluster's first token, and what fell out of it a difference of prefix sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels import exact_aten
+
+
+class Buckets:
+    """Where the members of clusters stand when tokens are sorted by cluster.
+
+    Args:
+        assigned: ``(b, n)`` cluster of each token, -1 for none.
+        clusters: Number of clusters.
+        size: Members a token meets exactly, itself among them.
+    """
+
+    def __init__(self, assigned: Tensor, clusters: int, size: int) -> None:
+        self.size, self.length = size, assigned.shape[1]
+        keyed = assigned.masked_fill(assigned < 0, clusters)
+        self.order = keyed.sort(dim=1, stable=True).indices
+        self.back = self.order.argsort(dim=1)
+        self.sorted = keyed.gather(1, self.order)
+        place = torch.arange(self.length, device=assigned.device).expand_as(keyed)
+        self.start = torch.searchsorted(self.sorted, self.sorted)
+        self.stop = torch.searchsorted(self.sorted, self.sorted, right=True)
+        self.real = self.sorted < clusters
+        self.evicted = (place - size - self.start + 1).clamp(min=0) * self.real
+
+    def _mask(self) -> dict[str, Any]:
+        def visible(batch: int, rows: Tensor, keys: Tensor) -> Tensor:
+            behind = rows[:, None] - keys
+            same = self.start[batch, rows, None] <= keys
+            return same & (behind >= 0) & (behind < self.size) & self.real[batch, rows, None]
+
+        def span(start: int, stop: int) -> tuple[int, int]:
+            return max(0, start - self.size + 1), stop
+
+        return {"visible": visible, "span": span}
+
+    @staticmethod
+    def _take(x: Tensor, order: Tensor) -> Tensor:
+        """Reorders the tokens of ``(b, heads, n, *)`` or ``(b, heads, n)``."""
+        index = order[:, None].expand(-1, x.shape[1], -1)
+        return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]) if x.dim() == 4 else index)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of every token over its bucket.
+
+        Args:
+            query: ``(b, h, n, d)``.
+            key: ``(b, g, n, d)``.
+            value: ``(b, g, n, e)``.
+            scale: Factor on the scores.
+
+        Returns:
+            Output ``(b, h, n, e)``, 0 for tokens without a cluster; log-sum-exp ``(b, h, n)``, -inf for them.
+        """
+        tensors = (self._take(x, self.order) for x in (query, key, value))
+        out, lse = exact_aten.forward(*tensors, scale, **self._mask())
+        return self._take(out, self.back), self._take(lse, self.back)
+
+    def attend_backward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float,
+        out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Gradients of ``attend`` with respect to query, key and value.
+
+        Args:
+            query: As in ``attend``.
+            key: As in ``attend``.
+            value: As in ``attend``.
+            scale: As in ``attend``.
+            out: Output of ``attend``.
+            lse: Log-sum-exp of ``attend``.
+            grad_out: Gradient of the output.
+            grad_lse: Gradient of the log-sum-exp; ``None`` is zero.
+        """
+        given = [self._take(x, self.order) for x in (query, key, value)]
+        saved = [None if x is None else self._take(x, self.order) for x in (out, lse, grad_out, grad_lse)]
+        gradients: Any = exact_aten.backward(*given, scale, *saved, **self._mask())  # type: ignore[arg-type]
+        return tuple(self._take(x, self.back) for x in gradients)
+
+    def evicted_count(self) -> Tensor:
+        """Members of a token's cluster that fell out of its bucket, ``(b, n)``."""
+        return self.evicted.gather(1, self.back)
+
+    def evicted_mean(self, x: Tensor) -> Tensor:
+        """Mean of those members, ``(b, g, n, *)`` for ``(b, g, n, *)``; 0 where there are none."""
+        sums = _prefix_sums(self._take(x, self.order))
+        begin, end = self.start, self.start + self.evicted
+        total = self._take(sums, end) - self._take(sums, begin)
+        mean = total / self.evicted[:, None, :, None].clamp(min=1)
+        return self._take(mean.to(x.dtype), self.back)
+
+    def evicted_mean_backward(self, grad: Tensor) -> Tensor:
+        """Gradient of ``x`` from that of ``evicted_mean(x)``."""
+        sums = _prefix_sums(self._take(grad, self.order) / self.evicted[:, None, :, None].clamp(min=1))
+        # A member is in the mean of every later one that stands at least a bucket behind it.
+        place = torch.arange(self.length, device=grad.device).expand_as(self.order)
+        begin = torch.minimum(place + self.size, self.stop)
+        total = (self._take(sums, self.stop) - self._take(sums, begin)) * self.real[:, None, :, None]
+        return self._take(total.to(grad.dtype), self.back)
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    """Sums of the first ``0..n`` tokens of ``(b, g, n, *)``; float64, since differences of them are taken."""
+    sums = x.double().cumsum(2)
+    return torch.cat([torch.zeros_like(sums[:, :, :1]), sums], 2)

@@ -1,0 +1,3 @@
+from fastattn_compile.operators.base import Decoder
+class BarnesHutDecoder(Decoder):
+    pass

@@ -1,0 +1,57 @@
+"""What conv-basis attention costs, counted from its definition (specification section 10)."""
+
+from __future__ import annotations
+
+import math
+
+from fastattn_compile.kernels.conv_aten import Pattern, fft_flops, gather_flops, prefers_gather, triangles
+from fastattn_compile.operators.base import Cost, SiteSpec
+from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
+from fastattn_compile.operators.exact.cost import traffic
+
+
+def conv_cost(config: ConvBasisConfig, pattern: Pattern, spec: SiteSpec) -> Cost:
+    """Finding anchors, their columns, and the sums in the form that the lengths call for; one bucket of rows.
+
+    Args:
+        config: The configuration.
+        pattern: Anchors and band at the site.
+        spec: The site.
+    """
+    n, d, e = int(spec.key_len), int(spec.head_dim), int(spec.value_dim)
+    sides = triangles(pattern, n)
+    count = min(pattern.terms, n)
+    # Anchors stand evenly, or are taken to: the mean anchor column has (n + 1) / 2 rows, n / 2 without the
+    # diagonal.
+    products = count * (n + 1) / 2
+    probes = 0.0
+    if pattern.anchors == "recover":
+        probes = float(count * pattern.probe * math.ceil(math.log2(max(2, n))))
+    elif pattern.anchors == "jumps":
+        probes = float(pattern.probe * n)
+    tiles = pattern.form == "gather" or (pattern.form == "auto" and prefers_gather(pattern, n, e))
+    sums = gather_flops(n, e) if tiles else fft_flops(n, pattern.terms, e, len(sides))
+    heads = spec.batch * spec.heads
+    anchors = len(sides) * 2.0 * d * (products + probes)
+    # Profiles are written once and read once, 8 bytes a number.
+    moved = traffic(spec) + 16.0 * heads * len(sides) * count * n
+    return Cost(heads * (anchors + sums), moved, len(sides) * (products + probes) / n)
+
+
+def low_rank_cost(features: int, block: int, spec: SiteSpec) -> Cost:
+    """Products with features in blocks, and the pairs of the blocks on a boundary of the mask.
+
+    Args:
+        features: Monomials of the polynomial.
+        block: Rows of a block.
+        spec: The site.
+    """
+    n, channels = int(spec.key_len), int(spec.value_dim) + 1
+    heads = float(spec.batch * spec.heads)
+    near = 2.0 * min(n, 2 * block) * (spec.head_dim + channels)
+    far = 4.0 * features * channels
+    return Cost(
+        heads * n * (near + far),
+        traffic(spec),
+        float(min(n, 2 * block) + features / max(1, int(spec.head_dim))),
+    )

@@ -1,0 +1,330 @@
+"""Conv-basis attention as an operator (Conv-Basis, arXiv 2405.05219)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.errors import NumericError
+from fastattn_compile.kernels import conv_aten
+from fastattn_compile.kernels.conv_anchors import segment_of
+from fastattn_compile.kernels.conv_aten import Pattern
+from fastattn_compile.kernels.conv_error import deviation
+from fastattn_compile.operators.base import (
+    AttentionInputs,
+    AttentionOutput,
+    Cost,
+    Gradients,
+    Operator,
+    SiteSpec,
+    Support,
+    no,
+)
+from fastattn_compile.operators.conv_basis.bounds import ErrorBound, TermChoice, error_bound, sampling_margin
+from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
+from fastattn_compile.operators.conv_basis.cost import conv_cost
+from fastattn_compile.operators.conv_basis.reference import conv_attention
+from fastattn_compile.operators.exact.operator import refuse_extras
+from fastattn_compile.operators.mask import MaskStructure
+
+_REFUSED = {
+    "chunk": "chunked attention is not a band of the diagonal",
+    "prefix": "a bidirectional prefix is not a band of the diagonal",
+    "segments": "packed documents are not a band of the diagonal; give every document a batch row of its own",
+}
+
+
+class ConvBasisAttention(Operator[ConvBasisConfig]):
+    """Scores as at most ``k`` columns slid down the diagonal, sums over them by fast Fourier transforms: O(k n log n).
+
+    Exact where the scores are piecewise Toeplitz (positions only, repeated content); on rotary language
+    models it is a poor replacement without training. Serves self-attention: causal, windowed, banded,
+    bidirectional, with key padding.
+    """
+
+    name = "conv_basis"
+    config_type = ConvBasisConfig
+
+    def supports(self, spec: SiteSpec) -> Support:
+        """Self-attention whose mask depends on ``i - j`` and on which keys are real; all else is refused with the reason."""
+        mask = spec.mask
+        if not mask.understood:
+            return no(f"the mask is not understood as structure ({mask.opaque})")
+        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+            return no(f"{_REFUSED[term]} ({mask})")
+        if spec.kind != "self":
+            return no(
+                "cross attention has no diagonal for scores to be constant along; only self-attention is served"
+            )
+        if spec.query_len != spec.key_len:
+            return no(
+                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
+            )
+        if spec.key_len < self.config.k:
+            return no(
+                f"k={self.config.k} terms for {spec.key_len} tokens: k must be at most the number of tokens"
+            )
+        return refuse_extras(spec)
+
+    def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """The dense definition; its gradient is the one the configuration names."""
+        offset_bias, key_bias = self._biases(inputs, parameters)
+        return conv_attention(self._pattern(inputs), inputs, offset_bias, key_bias)
+
+    def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
+        """Sums by transforms or gathered tiles, in O(k n) memory.
+
+        Raises:
+            NumericError: The configuration names a form that the range of the scores does not allow.
+        """
+        try:
+            return AttentionOutput(*conv_aten.forward(*self._tensors(inputs, parameters)))
+        except conv_aten.RangeError as error:
+            raise NumericError(f"conv_basis: {error}") from error
+
+    def backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> Gradients:
+        """The gradient the configuration names (specification section 7), the places of the anchors held constant."""
+        *tensors, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
+        dq, dk, dv, d_offset, d_key = conv_aten.backward(
+            *tensors,
+            output.out,
+            output.log_sum_exp,
+            grad_out,
+            grad_log_sum_exp,
+            hidden,
+            offset_bias,
+            key_bias,
+        )
+        learned = list(parameters)
+        if self.config.offset_bias == "learned" and d_offset is not None:
+            learned[0] = self._unspread(parameters[0], d_offset, inputs.mask.causal)
+        if self.config.key_bias and d_key is not None:
+            learned[-1] = torch.zeros_like(parameters[-1])
+            learned[-1][..., : d_key.shape[-1]] = d_key
+        return Gradients(dq, dk, dv, tuple(learned))
+
+    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+        """The anchor columns: their scores are the exact ones."""
+        batch, n = inputs.key.shape[0], inputs.key.shape[2]
+        pattern = self._pattern(inputs)
+        hidden = torch.zeros(batch, n, dtype=torch.bool, device=rows.device)
+        if inputs.key_padding is not None:
+            hidden = ~inputs.key_padding
+        query = inputs.query.unflatten(1, (inputs.key.shape[1], inputs.group))
+        key = inputs.key.unsqueeze(2)
+        place = torch.arange(n, device=rows.device)
+        exact = torch.zeros(1, 1, 1, len(rows), n, dtype=torch.bool, device=rows.device)
+        for flipped, _ in conv_aten.triangles(pattern, n):
+            q, k, gone = (x.flip(dim) if flipped else x for x, dim in ((query, 3), (key, 3), (hidden, 1)))
+            q, k = (x.masked_fill(gone[:, None, None, :, None], 0) for x in (q, k))
+            bounds, uncovered = conv_aten.select(pattern, q, k, inputs.scale, *conv_aten.real_span(gone))
+            segment = segment_of(bounds, n)
+            anchor = bounds.gather(-1, segment.clamp(min=0)) == place
+            anchor = anchor & (segment >= (1 if uncovered is not None else 0))
+            below = rows[:, None] < place if flipped else rows[:, None] >= place
+            exact = exact | ((anchor.flip(-1) if flipped else anchor).unsqueeze(-2) & below)
+        lanes = torch.broadcast_to(exact, (*exact.shape[:1], *query.shape[1:3], *exact.shape[3:]))
+        return lanes.flatten(1, 2) & inputs.visible(rows)
+
+    def cost(self, spec: SiteSpec) -> Cost:
+        """Counted by the formulas of specification section 10, in the form that the lengths call for."""
+        return conv_cost(self.config, self._pattern_of(spec.mask), spec)
+
+    @property
+    def learned(self) -> bool:
+        """Whether a bias by distance or by key is learned."""
+        return self.config.offset_bias == "learned" or self.config.key_bias
+
+    def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+        """Biases of every head for the length of the site; shorter sequences use the part that is theirs.
+
+        ``offset_bias`` holds the distances ``0 .. n - 1`` at a causal site, ``-(n - 1) .. n - 1`` of ``i -
+        j`` at others. ``key_bias`` is ``(batch, heads, n)``, with 1 for a dimension that shares it.
+        """
+        n = int(spec.key_len)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.config.offset_bias == "learned":
+            shapes["offset_bias"] = (spec.heads, n if spec.mask.causal else 2 * n - 1)
+        if self.config.key_bias:
+            shapes["key_bias"] = (1, spec.heads, n)
+        return shapes
+
+    def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
+        """Biases of 0."""
+        return {name: torch.zeros(shape) for name, shape in self.parameter_shapes(spec).items()}
+
+    def error_bound(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = (), rows: Tensor | None = None
+    ) -> ErrorBound:
+        """Bounds the output error of every head on some tensors (specification section 6), in O(rows * n * d) work.
+
+        Args:
+            inputs: The tensors of the site.
+            parameters: Learned parameters, in order.
+            rows: ``(m,)`` query rows to look at; all of them when ``None``, and only then the bound is
+                certain.
+        """
+        n = inputs.key.shape[2]
+        looked_at = torch.arange(n, device=inputs.query.device) if rows is None else rows
+        found = self._deviation(inputs, parameters, looked_at)
+        value = inputs.value.repeat_interleave(inputs.group, 1)
+        if inputs.key_padding is not None:
+            # A hidden value may be anything: a real one of the sequence stands in for it.
+            real = (
+                inputs.key_padding.int()
+                .argmax(1)[:, None, None, None]
+                .expand(*value.shape[:2], 1, value.shape[3])
+            )
+            value = torch.where(inputs.key_padding[:, None, :, None], value, value.gather(2, real))
+        return error_bound(found.score, value, rows is None)
+
+    def choose_terms(
+        self,
+        inputs: AttentionInputs,
+        budget: float,
+        parameters: tuple[Tensor, ...] = (),
+        *,
+        rows: int = 32,
+        confidence: float = 0.95,
+        most: int | None = None,
+    ) -> TermChoice:
+        """The fewest terms, doubling from 1, whose error is within a budget (specification section 14.1).
+
+        The error is twice the mean total variation of the weights, an upper bound of the output error
+        relative to ``max |V|``, over sampled rows of all heads, plus the margin of the sample.
+
+        Args:
+            inputs: Tensors of the site.
+            budget: Largest mean output error relative to ``max |V|``.
+            parameters: Learned parameters, in order.
+            rows: Query rows to sample, evenly, the last among them.
+            confidence: Probability with which the estimate is not too small.
+            most: Largest number of terms; ``n / 200`` when ``None``, above which exact attention is faster.
+
+        Raises:
+            ValueError: The budget is not positive.
+        """
+        if not budget > 0:
+            raise ValueError(f"budget must be a positive relative error, got {budget}")
+        n = inputs.key.shape[2]
+        limit = min(n, max(1, n // 200) if most is None else most)
+        place = torch.linspace(0, n - 1, min(rows, n), device=inputs.query.device).round().long().flip(0)
+        tried: list[tuple[int, float]] = []
+        for k in [1 << power for power in range(limit.bit_length())]:
+            operator = type(self)(dataclasses.replace(self.config, k=k))
+            found = operator._deviation(inputs, parameters, place)
+            samples = int(found.seen.sum()) * inputs.query.shape[1]
+            mean = float(found.variation.sum()) / max(1, samples)
+            tried.append((k, 2 * (mean + sampling_margin(samples, confidence))))
+            if tried[-1][1] <= budget:
+                return TermChoice(k, tried[-1][1], tuple(tried))
+        return TermChoice(None, tried[-1][1] if tried else math.inf, tuple(tried))
+
+    def _deviation(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor) -> Any:
+        *tensors, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
+        return deviation(*tensors, rows, hidden, offset_bias, key_bias)
+
+    def _tensors(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The arguments of the kernels: query, key, value, scale, pattern, hidden keys, bias by offset, bias by key."""
+        offset_bias, key_bias = self._biases(inputs, parameters)
+        hidden = None if inputs.key_padding is None else ~inputs.key_padding
+        pattern = self._pattern(inputs)
+        return inputs.query, inputs.key, inputs.value, inputs.scale, pattern, hidden, offset_bias, key_bias
+
+    def _pattern(self, inputs: AttentionInputs) -> Pattern:
+        n = inputs.key.shape[2]
+        if self.config.k > n:
+            raise ValueError(
+                f"k={self.config.k} terms for {n} tokens: k must be at most the number of tokens"
+            )
+        if inputs.query.shape[2] != n:
+            raise ValueError(
+                f"{inputs.query.shape[2]} queries against {n} keys: conv_basis serves self-attention"
+            )
+        if inputs.bias is not None:
+            raise ValueError("a dense bias is not supported; use the options offset_bias and key_bias")
+        return self._pattern_of(inputs.mask)
+
+    def _pattern_of(self, mask: MaskStructure) -> Pattern:
+        config = self.config
+        return Pattern(
+            config.k, config.anchors, config.sinks, config.probe, config.delta, config.eps, config.uncovered,
+            config.share_anchors, config.form, config.width, getattr(torch, config.transform),
+            config.gradient == "softmax_formula", mask.left, mask.right,
+        )  # fmt: skip
+
+    def _biases(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Biases by offset ``(h, 2 n - 1)`` and by key ``(b or 1, h or 1, n)`` of these tensors."""
+        heads, n = inputs.query.shape[1], inputs.key.shape[2]
+        wanted = [
+            name for name in ("offset_bias", "key_bias") if name in self.parameter_shapes(inputs.spec())
+        ]
+        if len(parameters) != len(wanted):
+            raise ValueError(
+                f"{self} takes {len(wanted)} parameters ({', '.join(wanted) or 'none'}), got {len(parameters)}"
+            )
+        given = dict(zip(wanted, parameters))
+        offset_bias, key_bias = None, None
+        if self.config.offset_bias == "alibi":
+            distance = torch.arange(1 - n, n, device=inputs.query.device, dtype=torch.float64).abs()
+            slopes = alibi_slopes(heads).to(inputs.query.device)
+            offset_bias = -slopes[:, None] * distance
+        elif "offset_bias" in given:
+            offset_bias = self._spread(given["offset_bias"], heads, n, inputs.mask.causal)
+        if "key_bias" in given:
+            key_bias = given["key_bias"]
+            batch = inputs.key.shape[0]
+            fits = key_bias.dim() == 3 and key_bias.shape[0] in (1, batch) and key_bias.shape[1] in (1, heads)
+            if not fits or key_bias.shape[2] < n:
+                raise ValueError(
+                    f"key_bias must have shape ({batch} or 1, {heads} or 1, {n} or more), got {tuple(key_bias.shape)}"
+                )
+            key_bias = key_bias[..., :n]
+        return offset_bias, key_bias
+
+    @staticmethod
+    def _spread(parameter: Tensor, heads: int, n: int, causal: bool) -> Tensor:
+        """A learned bias as ``(h, 2 n - 1)``: the middle of a longer one, 0 for the offsets a causal one lacks."""
+        wanted = n if causal else 2 * n - 1
+        if parameter.dim() != 2 or parameter.shape[0] != heads or parameter.shape[1] < wanted:
+            raise ValueError(
+                f"offset_bias must have shape ({heads}, {wanted} or more) for {n} tokens"
+                f"{' under a causal mask' if causal else ''}, got {tuple(parameter.shape)}"
+            )
+        if causal:
+            return torch.nn.functional.pad(parameter[:, :n], (n - 1, 0))
+        middle = parameter.shape[1] // 2
+        return parameter[:, middle - n + 1 : middle + n]
+
+    @staticmethod
+    def _unspread(parameter: Tensor, grad: Tensor, causal: bool) -> Tensor:
+        """The gradient of ``_spread``."""
+        n = (grad.shape[1] + 1) // 2
+        result = torch.zeros_like(parameter)
+        if causal:
+            result[:, :n] = grad[:, n - 1 :]
+        else:
+            middle = parameter.shape[1] // 2
+            result[:, middle - n + 1 : middle + n] = grad
+        return result
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes of linear biases, one a head (Press, Smith, Lewis 2022): powers of two, interleaved for other numbers of heads."""
+    power = 1 << (heads.bit_length() - 1)
+    first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(first + between, dtype=torch.float64)

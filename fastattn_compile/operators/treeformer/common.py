@@ -1,0 +1,130 @@
+"""What the two forms of tree attention share as operators: refusals, parameters, their start from data."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels.treeformer_ranges import Sight
+from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec, Support, no
+from fastattn_compile.operators.exact.operator import refuse_extras
+from fastattn_compile.operators.treeformer.config import TreeConfig
+from fastattn_compile.operators.treeformer.fit import fit_planes, grow, random_planes
+from fastattn_compile.operators.treeformer.trees import parameter_shapes, real_keys, turns
+
+TreeConfigT = TypeVar("TreeConfigT", bound=TreeConfig)
+
+
+def sight_of(inputs: AttentionInputs) -> Sight:
+    """The mask as an interval of positions for every query, and the facts about tokens."""
+    mask, device = inputs.mask, inputs.query.device
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    place = torch.arange(queries, device=device) + (keys - queries if mask.end_aligned else 0)
+    low, high = torch.zeros_like(place), torch.full_like(place, keys)
+    if mask.left is not None:
+        low = place - mask.left
+    if mask.right is not None:
+        high = (place + mask.right + 1).clamp(min=mask.prefix or 0)
+    if mask.chunk is not None:
+        begin = torch.div(place, mask.chunk, rounding_mode="floor") * mask.chunk
+        low, high = torch.maximum(low, begin), torch.minimum(high, begin + mask.chunk)
+    low = low.clamp(0, keys)
+    high = torch.maximum(high.clamp(0, keys), low)
+    if inputs.segments is None:
+        return Sight(low, high, keys, inputs.key_padding)
+    _, segment = torch.unique(inputs.segments, return_inverse=True)
+    return Sight(low, high, keys, inputs.key_padding, segment, segment[:, place])
+
+
+class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
+    """Base of the two operators."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether there are planes to learn."""
+        return self.config.height > 0
+
+    def refusal(self, spec: SiteSpec) -> Support:
+        """What neither form can serve."""
+        mask, config = spec.mask, self.config
+        if not mask.understood:
+            return no(f"the mask is not understood as structure ({mask.opaque})")
+        if spec.query_len == 1:
+            return no("a single query (decoding) gains nothing from trees made for one step; exact is faster")
+        if spec.key_len < config.leaves:
+            return no(
+                f"height {config.height} makes {config.leaves} leaves for {spec.key_len} keys; "
+                f"use a height of at most log2 of the number of keys"
+            )
+        if mask.segments and spec.query_len != spec.key_len:
+            return no("packed documents need queries and keys at the same positions")
+        if config.rotary_base and spec.head_dim % 2:
+            return no(f"rotary_base undoes rotations of pairs of channels, and head_dim {spec.head_dim} is odd")
+        if config.rotary_base and mask.segments:
+            return no("rotary_base does not know where the positions of packed documents start")
+        if config.rotary_base and spec.query_len != spec.key_len and not mask.end_aligned:
+            return no("rotary_base needs queries that stand at positions of the keys")
+        return refuse_extras(spec)
+
+    def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
+        """Planes and offsets of the trees, a key head each; those of queries and weights of levels, a query head each."""
+        return parameter_shapes(self.config, spec)
+
+    def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
+        """Planes split the keys of the sample; without one they are random, with offset 0."""
+        return self._start(spec, sample, {})
+
+    def grown_parameters(
+        self, spec: SiteSpec, learned: dict[str, Tensor], sample: AttentionInputs | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters of these trees that continue those of lower ones (specification section 9).
+
+        The planes of lower trees are the first of the heap and are kept. Free weights of new levels start at 0, so that
+        coarse attention starts with the outputs it had; splitting the leaves of leaf attention does change its outputs.
+
+        Args:
+            spec: The site.
+            learned: Parameters of the lower trees by name; those missing start anew.
+            sample: Calibration tensors for the new planes.
+
+        Raises:
+            ValueError: A parameter belongs to higher trees, or to another number of heads, trees or channels.
+        """
+        return self._start(spec, sample, learned)
+
+    def _start(self, spec: SiteSpec, sample: AttentionInputs | None, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+        config = self.config
+        shapes = self.parameter_shapes(spec)
+        values: dict[str, Tensor] = {}
+        if config.height:
+            known = None
+            if "key_planes" in learned:
+                known = learned["key_planes"].detach().cpu(), learned["key_offsets"].detach().cpu()
+            if sample is None:
+                planes, offsets = random_planes(shapes["key_planes"], config.seed)
+            else:
+                routed = turns(config, sample, torch.float32)[1].undo(real_keys(sample).detach().float()).cpu()
+                real = None if sample.key_padding is None else sample.key_padding.cpu()
+                planes, offsets = fit_planes(config, routed, real, known)
+            values["key_planes"], values["key_offsets"] = planes, offsets
+            if not config.shared:
+                group = spec.heads // spec.kv_heads
+                values["query_planes"] = planes.repeat_interleave(group, 0)
+                values["query_offsets"] = offsets.repeat_interleave(group, 0)
+        if "level_weights" in shapes:
+            values["level_weights"] = torch.full(shapes["level_weights"], self._even_weight())
+        for name, old in learned.items():
+            if name in values:
+                dim = -2 if name.endswith("planes") else -1
+                values[name] = grow(name, old.detach().cpu().float(), values[name], dim)
+                if name == "level_weights" and self._free_weights():
+                    values[name][..., old.shape[-1] :] = 0
+        return values
+
+    def _free_weights(self) -> bool:
+        return False
+
+    def _even_weight(self) -> float:
+        return 1 / (self.config.n_trees * (self.config.height + 1))

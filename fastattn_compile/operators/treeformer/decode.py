@@ -1,0 +1,245 @@
+"""Tree attention one token at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fastattn_compile.kernels.treeformer_route import follow
+from fastattn_compile.kernels.treeformer_tc import Weighting
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.mask import CAUSAL
+from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype
+
+if TYPE_CHECKING:
+    from fastattn_compile.operators.treeformer.tc import TreeCoarseAttention
+    from fastattn_compile.operators.treeformer.tf import TreeLeafAttention
+
+
+def _check_prefill(inputs: AttentionInputs) -> None:
+    if inputs.mask.conflicts("right", "end_aligned", "key_padding") or not inputs.mask.causal:
+        raise ValueError(f"a decoder of tree attention continues a causal prefill, with or without padding; got {inputs.mask}")
+
+
+class CoarseDecoder(Decoder):
+    """Sums and counts of the values below every node: ``2^(height + 1) - 1`` rows a tree, whatever the length.
+
+    Args:
+        operator: The operator.
+        parameters: Its learned parameters.
+    """
+
+    def __init__(self, operator: TreeCoarseAttention, parameters: tuple[Tensor, ...]) -> None:
+        self.operator, self.parameters = operator, parameters
+        self.sums: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
+        """Attends a prompt and keeps the sums of its nodes."""
+        _check_prefill(inputs)
+        self.sums = self.counts = None
+        self._add(inputs)
+        if inputs.key.shape[2] < self.operator.config.leaves:
+            return self.operator.reference(inputs, self.parameters)
+        return self.operator.forward(inputs, self.parameters)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Adds the token to the nodes of its path, then reads those of the query's."""
+        inputs = AttentionInputs(query, key, value, 1.0, CAUSAL).validated()
+        trees = self._add(inputs)
+        if self.sums is None or self.counts is None or trees.level_weights is None:
+            raise ValueError("tc_attention has weights of the levels among its parameters; none were given")
+        config, group = self.operator.config, inputs.group
+        leaf, _ = follow(query.to(self.sums.dtype), trees.query_planes, trees.query_offsets)
+        sums, counts = (x.repeat_interleave(group, 1) for x in (self.sums, self.counts))
+        out = self.sums.new_zeros(*query.shape[:3], value.shape[3])
+        levels = [(1 << level) - 1 + (leaf >> (config.height - level)) for level in range(config.height + 1)]
+        at = torch.cat(levels, -1)
+        mean = sums.gather(3, at[..., None].expand(*at.shape, sums.shape[-1]))
+        count = counts.gather(3, at)
+        for tree in range(config.n_trees):
+            weighting = Weighting(
+                trees.level_weights[None, :, tree], config.level_weights == "softmax", config.include_root,
+                1 / config.n_trees,
+            )  # fmt: skip
+            weights = weighting.weights(count[:, :, None, tree, None])[:, :, 0, 0]
+            out[:, :, 0] += ((weights / count[:, :, tree].clamp(min=1))[..., None] * mean[:, :, tree]).sum(2)
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        return AttentionOutput(out.to(value.dtype), count[:, :, 0, :1].log().to(wide))
+
+    def stored_rows(self) -> int:
+        """Rows of sums."""
+        return 0 if self.sums is None else self.sums.shape[2] * self.sums.shape[3]
+
+    def _add(self, inputs: AttentionInputs) -> Trees:
+        config, dtype = self.operator.config, routing_dtype(inputs)
+        trees = Trees.of(config, inputs, self.parameters, dtype)
+        batch, kv_heads, _, channels = inputs.value.shape
+        if self.sums is None or self.counts is None:
+            nodes = 2 * config.leaves - 1
+            self.sums = torch.zeros(
+                batch, kv_heads, config.n_trees, nodes, channels, dtype=dtype, device=inputs.value.device
+            )
+            self.counts = torch.zeros_like(self.sums[..., 0])
+        leaf, _ = follow(real_keys(inputs).to(dtype), trees.key_planes, trees.key_offsets)
+        value = inputs.value.to(dtype)[:, :, None].expand(*leaf.shape, channels)
+        one = torch.ones_like(leaf, dtype=dtype)
+        if inputs.key_padding is not None:
+            hidden = ~inputs.key_padding[:, None, None]
+            value, one = value.masked_fill(hidden[..., None], 0), one.masked_fill(hidden, 0)
+        for level in range(config.height + 1):
+            at = (1 << level) - 1 + (leaf >> (config.height - level))
+            self.sums.scatter_add_(3, at[..., None].expand_as(value), value)
+            self.counts.scatter_add_(3, at, one)
+        return trees
+
+
+class _Rows:
+    """Rows that grow along one dimension, in storage that doubles: adding one moves nothing most of the time.
+
+    Args:
+        dim: The dimension.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.length = dim, 0
+        self.store: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Appends rows."""
+        length = self.length + rows.shape[self.dim]
+        if self.store is None or self.store.shape[self.dim] < length:
+            shape = list(rows.shape)
+            shape[self.dim] = 2 * length
+            store = rows.new_zeros(shape)
+            if self.store is not None:
+                store.narrow(self.dim, 0, self.length).copy_(self.rows)
+            self.store = store
+        self.store.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
+        self.length = length
+
+    @property
+    def rows(self) -> Tensor:
+        """What was added."""
+        if self.store is None:
+            raise ValueError("the decoder holds no keys; call prefill or step first")
+        return self.store.narrow(self.dim, 0, self.length)
+
+
+class LeafDecoder(Decoder):
+    """All keys and values with their leaves; a step compares leaf numbers and reads the rows of its own leaves only.
+
+    Args:
+        operator: The operator.
+        scale: Factor on the scores.
+        parameters: Its learned parameters.
+    """
+
+    def __init__(self, operator: TreeLeafAttention, scale: float, parameters: tuple[Tensor, ...]) -> None:
+        self.operator, self.scale, self.parameters = operator, scale, parameters
+        self._clear()
+
+    def _clear(self) -> None:
+        self.key, self.value, self.leaf, self.real = _Rows(2), _Rows(2), _Rows(3), _Rows(1)
+
+    def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
+        """Attends a prompt and keeps its keys, values and leaves."""
+        _check_prefill(inputs)
+        self._clear()
+        self._add(inputs)
+        return self.operator.forward(inputs, self.parameters)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Files the token under its leaf, then attends the query's."""
+        inputs = AttentionInputs(query, key, value, self.scale, CAUSAL).validated()
+        trees = self._add(inputs)
+        config = self.operator.config
+        query = query.to(routing_dtype(inputs))
+        leaf, scores = follow(query, trees.query_planes, trees.query_offsets)
+        found, level = self._found(leaf)
+        choices = [[tree] for tree in range(config.n_trees)] if config.combine == "mean" else [[*range(config.n_trees)]]
+        each = []
+        for chosen in choices:
+            met = self._near(~found[:, :, chosen].any(-1).all(-1))
+            bias = torch.zeros_like(met, dtype=query.dtype)
+            for tree in chosen:
+                new = found[:, :, tree] & ~met
+                met = met | new
+                if config.query_gradient == "sibling":
+                    sure = config.beta * scores[:, :, tree, :, -1].abs()
+                    same = leaf[:, :, tree] == self._leaves()[:, :, tree]
+                    gate = torch.where(same, logsigmoid(sure), logsigmoid(-sure))
+                    bias = torch.where(new & (level[:, :, tree, None] == config.height - 1), gate, bias)
+            each.append(self._attend(query, met, bias))
+        out = torch.stack([o for o, _ in each]).mean(0)
+        lse = each[0][1]
+        if len(each) > 1:
+            blind = torch.stack([x == -torch.inf for _, x in each]).all(0)
+            lse = torch.full_like(lse, torch.nan).masked_fill(blind, -torch.inf)
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        return AttentionOutput(out.to(value.dtype), lse.to(wide))
+
+    def stored_rows(self) -> int:
+        """Rows of keys."""
+        return self.key.length
+
+    def _add(self, inputs: AttentionInputs) -> Trees:
+        dtype = routing_dtype(inputs)
+        trees = Trees.of(self.operator.config, inputs, self.parameters, dtype)
+        real = inputs.key_padding
+        if real is None:
+            real = torch.ones(inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool, device=inputs.key.device)
+        key = real_keys(inputs)
+        self.key.add(key)
+        self.value.add(inputs.value.masked_fill(~real[:, None, :, None], 0))
+        self.leaf.add(follow(key.to(dtype), trees.key_planes, trees.key_offsets)[0])
+        self.real.add(real)
+        return trees
+
+    def _leaves(self) -> Tensor:
+        """Leaves of the keys, once a query head: ``(b, h, t, m)``."""
+        return self.leaf.rows.repeat_interleave(self._group, 1)
+
+    def _found(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys met through each tree ``(b, h, t, m)`` and the level of the node, ``(b, h, t)``."""
+        config = self.operator.config
+        self._group = leaf.shape[1] // self.leaf.rows.shape[1]
+        keys, real = self._leaves(), self.real.rows[:, None, None]
+        deepest = config.height - (config.query_gradient == "sibling")
+        lowest = 0 if config.fallback == "ancestor" else deepest
+        level = torch.full(leaf.shape[:3], lowest, device=leaf.device)
+        found = torch.zeros_like(keys, dtype=torch.bool)
+        for depth in range(lowest, deepest + 1):
+            shift = config.height - depth
+            same = real & ((keys >> shift) == (leaf >> shift))
+            some = same.any(-1)
+            level, found = level.masked_fill(some, depth), torch.where(some[..., None], same, found)
+        return found, level
+
+    def _near(self, empty: Tensor) -> Tensor:
+        """Window and sinks, ``(b, h, m)``; ``empty`` ``(b, h)`` says where an empty leaf calls for its window."""
+        config, real = self.operator.config, self.real.rows
+        age = real.shape[1] - 1 - torch.arange(real.shape[1], device=real.device)
+        near = (real & (age < config.window)) | (real & (real.cumsum(1) <= config.sinks))
+        near = near[:, None].expand(*empty.shape, -1)
+        if config.fallback == "self+window":
+            near = near | (empty[..., None] & (age < config.fallback_window) & real[:, None])
+        return near
+
+    def _attend(self, query: Tensor, met: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over the keys met, ``(b, h, m)``; only their rows are read."""
+        most = max(1, int(met.sum(-1).max()))
+        at = (~met).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]
+        batch, heads, _ = at.shape
+        keys, values = self.key.rows, self.value.rows
+        sequence = torch.arange(batch, device=at.device)[:, None, None]
+        head = (torch.arange(heads, device=at.device) // self._group)[:, None]
+        k, v = (x[sequence, head, at].to(query.dtype) for x in (keys, values))
+        scores = (self.scale * query @ k.mT).squeeze(2) + bias.gather(-1, at)
+        scores = scores.masked_fill(~met.gather(-1, at), -torch.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
+        return (weights[:, :, None] @ v), lse
