@@ -60,7 +60,7 @@ class _Attention:
         """``(units * blocks, r * rows, k)`` as ``(units, c, groups, r / c * group, k)``."""
         group, choosers = self.pattern.group, self.far.choosers
         split = x.unflatten(0, (tile.units.stop - tile.units.start, -1)).unflatten(2, (choosers, -1, self._groups, group))
-        return split.permute(0, 2, 1, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
+        return split.permute(0, 2, 1, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3).contiguous()
 
     def from_groups(self, x: Tensor, tile: Tile) -> Tensor:
         """The way back."""
@@ -79,9 +79,6 @@ class _Attention:
     def far_scores(self, q: Tensor, k: Tensor, met: Met, tile: Tile) -> Tensor:
         """Scores of the far rows, ``(units * blocks, r * rows, k)``; ``q`` is scaled."""
         scores = (self.to_groups(q, tile) @ k.mT).add_(met.bias[..., None, :])
-        if met.shown is not None:
-            members = scores.shape[3] // self.pattern.group
-            scores.masked_fill_(~met.shown.repeat(1, 1, 1, members, 1), -torch.inf)
         return self.from_groups(scores, tile)
 
     @property
@@ -141,10 +138,10 @@ def forward(
         if not finite:
             poison(tile_out, lse, seen, *(tiles.gather(*x, tile) for x in near))
             far_out, far_lse = (attention.to_groups(x, tile) for x in (tile_out, lse))
-            members = far_out.shape[3] // met.exists.shape[3]
-            shape = far_out.flatten(0, 2), far_lse.flatten(0, 2), met.exists.repeat(1, 1, 1, members, 1).flatten(0, 2)
-            poison(*shape, *(attention.take(x, met, tile).flatten(0, 2) for x in attention.given))
-            tile_out, lse = (attention.from_groups(x.view_as(y), tile) for x, y in zip(shape, (far_out, far_lse)))
+            exists = (met.bias > -torch.inf)[..., None, :].expand(-1, -1, -1, far_out.shape[3], -1).flatten(0, 2)
+            raw = (attention.take(x, met, tile).flatten(0, 2) for x in attention.given)
+            poison(far_out.flatten(0, 2), far_lse.flatten(0, 2), exists, *raw)
+            tile_out, lse = attention.from_groups(far_out, tile), attention.from_groups(far_lse, tile)
         tiles.store(out, tile, tile_out)
         tiles.store(log_sum_exp, tile, lse)
     return tiles.results(out), tiles.results(log_sum_exp).squeeze(-1)
@@ -262,7 +259,7 @@ def opened_keys(
         key_padding: As in ``forward``.
 
     Returns:
-        ``(b, h, r, n)`` boolean; the mask of the site is not applied inside a group.
+        ``(b, h, r, n)`` boolean.
     """
     attention = _Attention(query, key, key, scale, pattern, False, key_padding)
     tiles = attention.tiles

@@ -17,8 +17,9 @@ from fastattn_compile.kernels.barnes_hut_tree import (
     build_tree,
     choose,
     query_features,
+    voices_of,
 )
-from fastattn_compile.kernels.tiles import without_nonfinite, work_dtype
+from fastattn_compile.kernels.tiles import without_nonfinite
 from fastattn_compile.kernels.window_aten import LocalTiles
 
 
@@ -29,18 +30,10 @@ class Met:
     Args:
         rows: ``(u, c, g, k)`` row numbers of a unit.
         bias: ``(u, c, g, k)`` added to the scores: log of the tokens a row stands for, -inf for no row.
-        shown: ``(u, c, g, group, k)`` boolean, what the mask shows each query of a group, or ``None`` for all.
     """
 
     rows: Tensor
     bias: Tensor
-    shown: Tensor | None
-
-    @property
-    def exists(self) -> Tensor:
-        """``(u, c, g, group or 1, k)`` boolean: what each query of a group meets."""
-        real = (self.bias > -torch.inf)[..., None, :]
-        return real if self.shown is None else real & self.shown
 
 
 class FarField:
@@ -68,15 +61,8 @@ class FarField:
         self.taken = tiles.of_units(tiles.fine)
         # The choice may be wider than the attention: values do not take part in it.
         self.tree = build_tree(pattern, keys, values if pool else None, self.taken)
-        device = keys.device
-        token = torch.arange(self.length, device=device)
-        self._first, self._last = [token], [token]
         self._bias = torch.zeros_like(self.taken, dtype=keys.dtype).masked_fill_(~self.taken, -torch.inf)
         if pool:
-            for number, level in enumerate(self.tree.levels):
-                begin = torch.arange(level.log_count.shape[1], device=device) * pattern.width(number)
-                self._first.append(begin)
-                self._last.append((begin + pattern.width(number)).clamp(max=self.length) - 1)
             self._bias = torch.cat([self._bias, self.tree.counts.log()], 1)
 
     @property
@@ -87,7 +73,7 @@ class FarField:
             return opened
         fan = self.pattern.fanout
         levels = range(1, len(self.tree.levels))
-        listed = sum(fan * (self.pattern.keep(x) + 2) for x in levels) + self.tree.levels[-1].log_count.shape[1]
+        listed = sum(fan * (self.pattern.keep(x) + 4) for x in levels) + self.tree.levels[-1].log_count.shape[1]
         return opened + listed
 
     def arrays(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,30 +81,6 @@ class FarField:
         if not self.pool or self.tree.values is None:
             return self.keys, values
         return torch.cat([self.keys, self.tree.keys], 1), torch.cat([values, self.tree.values], 1)
-
-    def voices(self, first: Tensor) -> Tensor:
-        """The queries that speak for groups, ``(u, c, g, v, d)``.
-
-        Causal: the mean of the ``group`` queries that end with the group's first one, or some of them; nothing later, so
-        that the choice is known when the first query of the group is. Else the group's own queries.
-
-        Args:
-            first: ``(g,)`` position of each group's first query.
-        """
-        size, samples = self.pattern.group, min(self.pattern.samples, self.pattern.group)
-        steps = torch.arange(samples or size, device=first.device) * (size // samples if samples else 1)
-        place = first[:, None] - steps if self.pattern.causal else first[:, None] + steps
-        real = (place >= 0) & (place < self.tiles.length)
-        dtype = work_dtype(self.query, self.keys)
-        taken = self.query[:, :, place.clamp(0, self.tiles.length - 1)].to(dtype)
-        taken = without_nonfinite(taken)
-        if not samples:
-            weight = real.to(dtype) / real.sum(-1, keepdim=True).clamp(min=1)
-            taken = (taken * weight[..., None]).sum(-2, keepdim=True)
-        units = taken.unflatten(1, (self.tiles.kv_heads, -1)).flatten(0, 1)
-        if self.pattern.share:
-            return units.transpose(1, 2).flatten(2, 3)[:, None]
-        return units
 
     def choose(self, first: Tensor, units: slice = slice(None), rest: bool = False) -> Choice:
         """What groups of queries of some units open.
@@ -128,9 +90,9 @@ class FarField:
             units: The units.
             rest: Whether the closed nodes are wanted.
         """
-        voices = self.voices(first)[units]
+        voices = voices_of(self.pattern, self.query, first, self.tiles.kv_heads)[units].to(self.keys.dtype)
         near = self._near_log_mass(voices, first, units) if self.pattern.tolerance else None
-        return choose(self.pattern, self.tree.of(units), voices, self.scale, first, near, rest)
+        return choose(self.pattern, self.tree.levels_of(units), voices, self.scale, first, self.length, near, rest)
 
     def met(self, first: Tensor, units: slice = slice(None)) -> Met:
         """The rows that groups of queries of some units meet."""
@@ -144,12 +106,7 @@ class FarField:
             rows = torch.cat([rows, choice.rest + self.length], -1)
             exists = torch.cat([exists, choice.closed], -1)
         bias = self._bias[units].gather(1, rows.flatten(1)).view_as(rows).masked_fill_(~exists, -torch.inf)
-        if self.pattern.left is None and self.pattern.right in (None, 0):
-            return Met(rows, bias, None)
-        place = (first[:, None] + torch.arange(self.pattern.group, device=first.device))[..., None]
-        begin, last = (torch.cat(x)[rows][..., None, :] for x in (self._first, self._last))
-        local = self.tiles.local
-        return Met(rows, bias, local.shown(place, begin) & local.shown(place, last))
+        return Met(rows, bias)
 
     def unopened_log_mass(self, query: Tensor, first: Tensor, units: slice) -> Tensor:
         """Estimated log mass of what stays closed, for each query of some groups.

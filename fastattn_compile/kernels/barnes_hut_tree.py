@@ -4,7 +4,7 @@ Sizes: ``u`` units (sequence and key head), ``c`` choosers of a unit (1 when its
 heads), ``v`` voices of a chooser (query heads times sampled queries), ``g`` groups of queries, ``d`` channels.
 
 A node of level ``l`` covers ``leaf * fanout ** l`` consecutive positions. Nodes are candidates when they lie wholly in the
-far field, hold a token, and have a parent that was kept or that reaches into the near field. The best ``keep(l)`` candidates
+far field, hold a token, and have a parent that was kept or that reaches beyond the far field. The best ``keep(l)`` candidates
 of each level are expanded, those of level 0 are opened.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastattn_compile.kernels.tiles import without_nonfinite, work_dtype
 
 # Nodes kept on the upper levels, where they are few and one wrong choice loses many keys.
 MIN_BEAM = 8
@@ -75,10 +77,24 @@ class TreePattern:
             count += 1
         return count
 
-    def far(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """The far field of queries at these positions: keys before the first number, and from the second on."""
-        block = torch.div(place, self.block, rounding_mode="floor")
-        return ((block - 1) * self.block).clamp(min=0), (block + 2) * self.block
+    def far(self, first: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+        """The far field of groups of queries: stretches of keys outside the near field that the mask shows all of them.
+
+        Args:
+            first: ``(g,)`` position of each group's first query.
+            length: Tokens of the sequence.
+
+        Returns:
+            First position and end of each stretch, ``(g,)`` both; an end beyond ``length`` closes an incomplete node.
+        """
+        block = torch.div(first, self.block, rounding_mode="floor")
+        begin = torch.zeros_like(first) if self.left is None else (first + self.group - 1 - self.left).clamp(min=0)
+        found = [(begin, ((block - 1) * self.block).clamp(min=0))]
+        if not self.causal:
+            shown = torch.full_like(first, length) if self.right is None else first + self.right + 1
+            endless = torch.full_like(first, torch.iinfo(first.dtype).max)
+            found.append(((block + 2) * self.block, torch.where(shown >= length, endless, shown)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,21 +128,73 @@ class Tree:
     values: Tensor | None
     counts: Tensor
 
-    def of(self, units: slice) -> Tree:
-        """The nodes of some units."""
-        levels = tuple(Level(x.features[units], x.log_count[units], x.first) for x in self.levels)
-        values = None if self.values is None else self.values[units]
-        return Tree(levels, self.keys[units], values, self.counts[units])
+    def levels_of(self, units: slice) -> tuple[Level, ...]:
+        """The levels of some units."""
+        return tuple(Level(x.features[units], x.log_count[units], x.first) for x in self.levels)
 
 
-def _sums(x: Tensor, width: int) -> Tensor:
-    """Sums over groups of ``width`` rows of ``(u, n, c)``; the last group may be short."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % width)).unflatten(1, (-1, width)).sum(2)
+@dataclass(frozen=True)
+class Sums:
+    """What nodes are made of, and merged from: everything a statistic needs, as sums and extremes over tokens.
 
+    Args:
+        statistic: ``"mean"``, ``"cumulant"`` or ``"bound"``.
+        parts: ``(u, nodes, ...)`` each: number of tokens, sum of keys, then for ``"cumulant"`` the sum of squared keys or for
+            ``"bound"`` the largest of keys and negated keys, then the sum of values where it is wanted.
+    """
 
-def _extremes(x: Tensor, width: int) -> Tensor:
-    """Largest over groups of ``width`` rows of ``(u, n, c)``."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % width), value=-torch.inf).unflatten(1, (-1, width)).amax(2)
+    statistic: str
+    parts: tuple[Tensor, ...]
+
+    @staticmethod
+    def of_tokens(statistic: str, keys: Tensor, values: Tensor | None, taken: Tensor) -> Sums:
+        """Every token as a node.
+
+        Args:
+            statistic: The statistic.
+            keys: ``(u, n, d)``.
+            values: ``(u, n, e)`` when mean values are wanted.
+            taken: ``(u, n)`` boolean, the tokens that belong to nodes.
+        """
+        hidden = ~taken[..., None]
+        chosen = keys.masked_fill(hidden, 0)
+        parts = [taken[..., None].to(keys.dtype), chosen]
+        if statistic == "cumulant":
+            parts.append(chosen * chosen)
+        elif statistic == "bound":
+            parts.append(torch.cat([keys, -keys], -1).masked_fill(hidden, -torch.inf))
+        if values is not None:
+            parts.append(values.masked_fill(hidden, 0))
+        return Sums(statistic, tuple(parts))
+
+    def merged(self, width: int) -> Sums:
+        """Groups of ``width`` nodes as one node each; the last group may be short."""
+        made = []
+        for place, x in enumerate(self.parts):
+            extreme = place == 2 and self.statistic == "bound"
+            filled = F.pad(x, (0, 0, 0, -x.shape[1] % width), value=-torch.inf if extreme else 0.0)
+            groups = filled.unflatten(1, (-1, width))
+            made.append(groups.amax(2) if extreme else groups.sum(2))
+        return Sums(self.statistic, tuple(made))
+
+    def mean(self, part: int) -> Tensor:
+        """A part divided by the number of tokens: 1 for mean keys, -1 for mean values."""
+        return self.parts[part] / self.parts[0].clamp(min=1)
+
+    @property
+    def features(self) -> Tensor:
+        """``(u, nodes, f)``: what ``query_features`` are multiplied with."""
+        if self.statistic == "bound":
+            return self.parts[2].masked_fill(self.parts[0] == 0, 0)
+        if self.statistic == "cumulant":
+            mean = self.mean(1)
+            return torch.cat([mean, self.mean(2) - mean * mean], -1)
+        return self.mean(1)
+
+    @property
+    def counts(self) -> Tensor:
+        """``(u, nodes)`` tokens."""
+        return self.parts[0].squeeze(-1)
 
 
 def build_tree(pattern: TreePattern, keys: Tensor, values: Tensor | None, taken: Tensor) -> Tree:
@@ -138,38 +206,18 @@ def build_tree(pattern: TreePattern, keys: Tensor, values: Tensor | None, taken:
         values: ``(u, n, e)`` when mean values are wanted.
         taken: ``(u, n)`` boolean, the tokens that belong to nodes: real ones that are no sinks.
     """
-    chosen = taken[..., None]
-    keys = keys.masked_fill(~chosen, 0)
-    sums: list[Tensor] = [keys]
-    if pattern.statistic == "cumulant":
-        sums.append(keys * keys)
-    if values is not None:
-        sums.append(values.masked_fill(~chosen, 0))
-    counts = chosen.to(keys.dtype)
-    both = torch.cat([keys, -keys], -1).masked_fill(~chosen, -torch.inf) if pattern.statistic == "bound" else None
-    levels, all_keys, all_values, all_counts, first = [], [], [], [], 0
+    sums = Sums.of_tokens(pattern.statistic, keys, values, taken)
+    levels: list[Level] = []
+    made: list[Sums] = []
+    first = 0
     for level in range(pattern.levels(keys.shape[1])):
-        width = pattern.leaf if level == 0 else pattern.fanout
-        sums, counts = [_sums(x, width) for x in sums], _sums(counts, width)
-        number = counts.clamp(min=1)
-        mean = sums[0] / number
-        if both is not None:
-            both = _extremes(both, width)
-            features = both.masked_fill(counts == 0, 0)
-        elif pattern.statistic == "cumulant":
-            features = torch.cat([mean, sums[1] / number - mean * mean], -1)
-        else:
-            features = mean
-        log_count = counts.squeeze(-1).log()
-        levels.append(Level(features, log_count, first))
-        first += mean.shape[1]
-        all_keys.append(mean)
-        all_counts.append(counts.squeeze(-1))
-        if values is not None:
-            all_values.append(sums[-1] / number)
-    return Tree(
-        tuple(levels), torch.cat(all_keys, 1), torch.cat(all_values, 1) if all_values else None, torch.cat(all_counts, 1)
-    )
+        sums = sums.merged(pattern.fanout if level else pattern.leaf)
+        levels.append(Level(sums.features, sums.counts.log(), first))
+        first += sums.counts.shape[1]
+        made.append(sums)
+    mean_keys = torch.cat([x.mean(1) for x in made], 1)
+    mean_values = None if values is None else torch.cat([x.mean(-1) for x in made], 1)
+    return Tree(tuple(levels), mean_keys, mean_values, torch.cat([x.counts for x in made], 1))
 
 
 def query_features(pattern: TreePattern, query: Tensor, scale: float) -> Tensor:
@@ -189,6 +237,38 @@ def query_features(pattern: TreePattern, query: Tensor, scale: float) -> Tensor:
     if pattern.statistic == "bound":
         return torch.cat([scaled.clamp(min=0), (-scaled).clamp(min=0)], -1)
     return scaled
+
+
+def voices_of(pattern: TreePattern, query: Tensor, first: Tensor, kv_heads: int, start: int = 0) -> Tensor:
+    """The queries that speak for groups, 0 in place of values that are not finite.
+
+    Causal: the mean of the ``group`` queries that end with the group's first one, or some of them; nothing later, so that the
+    choice is known when the first query of the group is. Else the group's own queries.
+
+    Args:
+        pattern: The pattern.
+        query: ``(b, h, n, d)``, queries from position ``start`` on.
+        first: ``(g,)`` position of each group's first query.
+        kv_heads: Key heads.
+        start: Position of the first query given; none before it is needed.
+
+    Returns:
+        ``(u, c, g, v, d)``, float32 or float64.
+    """
+    size, samples = pattern.group, min(pattern.samples, pattern.group)
+    steps = torch.arange(samples or size, device=first.device) * (size // samples if samples else 1)
+    place = first[:, None] - steps if pattern.causal else first[:, None] + steps
+    stop = start + query.shape[2]
+    taken = query[:, :, place.clamp(0, stop - 1) - start]
+    taken = without_nonfinite(taken.to(work_dtype(taken)))
+    if not samples:
+        real = (place >= 0) & (place < stop)
+        weight = real.to(taken.dtype) / real.sum(-1, keepdim=True).clamp(min=1)
+        taken = (taken * weight[..., None]).sum(-2, keepdim=True)
+    units = taken.unflatten(1, (kv_heads, -1)).flatten(0, 1)
+    if pattern.share:
+        return units.transpose(1, 2).flatten(2, 3)[:, None]
+    return units
 
 
 def _node_scores(level: Level, features: Tensor, nodes: Tensor) -> Tensor:
@@ -248,55 +328,51 @@ class Choice:
 
 
 def _candidates(
-    pattern: TreePattern, level: int, total: int, kept: Tensor, kept_valid: Tensor, first: Tensor
+    pattern: TreePattern, level: int, total: int, kept: Tensor, kept_valid: Tensor, first: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Children of the kept nodes, and of the parents that reach into the near field."""
+    """Children of the kept nodes, and of the parents that reach beyond the far field."""
     fan = torch.arange(pattern.fanout, device=kept.device)
     nodes = [(kept[..., None] * pattern.fanout + fan).flatten(-2)]
     valid = [kept_valid[..., None].expand(*kept_valid.shape, pattern.fanout).flatten(-2)]
-    low, high = pattern.far(first)
     above = pattern.width(level + 1)
-    before = torch.div(low, above, rounding_mode="floor")
-    edges = [(before, low % above != 0)]
-    if not pattern.causal:
-        after = torch.div(high - 1, above, rounding_mode="floor")
-        edges.append((after, (high % above != 0) & ((after != before) | (low % above == 0))))
-    for parent, straddles in edges:
-        child = (parent[:, None] * pattern.fanout + fan).expand(*kept.shape[:3], -1)
+    edges: list[tuple[Tensor, Tensor]] = []
+    for edge in (x for stretch in pattern.far(first, length) for x in stretch):
+        parent, crossed = torch.div(edge, above, rounding_mode="floor"), edge % above != 0
+        for other, listed_before in edges:
+            crossed = crossed & ~(listed_before & (other == parent))
+        edges.append((parent, crossed & (edge < length)))
+    for parent, crossed in edges:
+        child = (parent.clamp(max=total)[:, None] * pattern.fanout + fan).expand(*kept.shape[:3], -1)
         nodes.append(child)
-        valid.append(straddles[:, None].expand_as(child))
+        valid.append(crossed[:, None].expand_as(child))
     listed = torch.cat(nodes, -1)
     return listed.clamp(max=total - 1), torch.cat(valid, -1) & (listed < total)
 
 
-def in_far_field(pattern: TreePattern, level: int, nodes: Tensor, first: Tensor) -> Tensor:
-    """Whether nodes lie wholly in the far field of groups of queries, and are not wholly hidden by the mask.
+def in_far_field(pattern: TreePattern, level: int, nodes: Tensor, first: Tensor, length: int) -> Tensor:
+    """Whether nodes lie wholly in the far field of groups of queries.
 
     Args:
         pattern: The pattern.
         level: Level of the nodes.
         nodes: ``(..., g, k)`` numbers of nodes.
         first: ``(g,)`` position of a group's first query.
+        length: Tokens of the sequence.
     """
     width = pattern.width(level)
-    begin, end = nodes * width, (nodes + 1) * width
-    low, high = (x[:, None] for x in pattern.far(first))
-    inside = end <= low
-    if not pattern.causal:
-        inside = inside | (begin >= high)
-    if pattern.left is not None:
-        inside = inside & (end - 1 >= first[:, None] - pattern.left)
-    if pattern.right is not None:
-        inside = inside & (begin <= first[:, None] + pattern.group - 1 + pattern.right)
+    inside = torch.zeros_like(nodes, dtype=torch.bool)
+    for begin, end in pattern.far(first, length):
+        inside = inside | ((nodes * width >= begin[:, None]) & ((nodes + 1) * width <= end[:, None]))
     return inside
 
 
 def choose(
     pattern: TreePattern,
-    tree: Tree,
+    levels: tuple[Level, ...],
     voices: Tensor,
     scale: float,
     first: Tensor,
+    length: int,
     near_log_mass: Tensor | None = None,
     rest: bool = False,
 ) -> Choice:
@@ -304,24 +380,25 @@ def choose(
 
     Args:
         pattern: The pattern.
-        tree: The tree.
+        levels: The levels of the tree.
         voices: ``(u, c, g, v, d)`` queries that speak for the groups, finite.
         scale: Factor on the scores.
         first: ``(g,)`` position of each group's first query.
+        length: Tokens of the sequence; while decoding, up to the first query.
         near_log_mass: ``(u, c, g, v)``, logarithm of the mass of what is met anyway, read under a tolerance.
         rest: Whether the closed nodes are wanted.
     """
     features = query_features(pattern, voices, scale)
-    top = len(tree.levels) - 1
-    total = tree.levels[top].log_count.shape[1]
+    top = len(levels) - 1
+    total = levels[top].log_count.shape[1]
     nodes = torch.arange(total, device=voices.device).expand(1, 1, len(first), total)
     valid = torch.ones_like(nodes, dtype=torch.bool)
     left: list[Tensor] = []
     left_valid: list[Tensor] = []
     left_mass: list[Tensor] = []
     for level in range(top, -1, -1):
-        here = tree.levels[level]
-        allowed = valid & in_far_field(pattern, level, nodes, first)
+        here = levels[level]
+        allowed = valid & in_far_field(pattern, level, nodes, first, length)
         scores = _node_scores(here, features, nodes).masked_fill(~allowed[:, :, :, None], -torch.inf)
         merged = merge_voices(scores)
         nodes = nodes.expand(merged.shape)
@@ -336,8 +413,8 @@ def choose(
         valid = merged.gather(-1, best) > -torch.inf
         nodes = nodes.gather(-1, best)
         if level:
-            total = tree.levels[level - 1].log_count.shape[1]
-            nodes, valid = _candidates(pattern, level - 1, total, nodes, valid, first)
+            total = levels[level - 1].log_count.shape[1]
+            nodes, valid = _candidates(pattern, level - 1, total, nodes, valid, first, length)
     leaves, opened = nodes, valid
     if pattern.tolerance and near_log_mass is not None:
         closed = torch.stack(left_mass, -1).logsumexp(-1)

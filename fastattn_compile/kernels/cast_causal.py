@@ -38,7 +38,7 @@ def running_mass(log_weight: Tensor, assigned: Tensor, clusters: int) -> Tensor:
     """
     member = assigned[..., None] == torch.arange(clusters, device=assigned.device)
     entries = log_weight.double()[..., None].masked_fill(~member, -torch.inf)
-    return entries.logcumsumexp(2).to(log_weight.dtype)
+    return entries.logcumsumexp(2)
 
 
 class _Pass:
@@ -83,7 +83,7 @@ class _Pass:
         self.evicted_key = self.buckets.evicted_mean(key).transpose(0, 1)
         self.evicted_value = self.buckets.evicted_mean(value).transpose(0, 1)
         query = self.tokens.query * self.scale
-        logits = self.scan.score(query, self.tokens.key) + self.mass[:, :, :, None]
+        logits = self.scan.score(query, self.tokens.key) + self.mass[:, :, :, None].to(query.dtype)
         inside = split_heads(self.bucket_lse, key.shape[1])[..., None]
         logits.scatter_(-1, self.index, torch.where(self.member, inside, logits.gather(-1, self.index)))
         count = self.buckets.evicted_count().to(query.dtype).log()[None, :, :, None]
@@ -131,7 +131,7 @@ class _Pass:
             value += self._through_evicted((self.mixture[..., -1:] * grad_out).sum(3))
         else:
             query, key, learned = self.affinities.backward(
-                grad_logits, self._summary_gradient(value, from_summary)
+                grad_logits, self._summary_gradient(grad_out, from_summary)
             )
         bucket = self.buckets.attend_backward(
             *self.flat, self.scale, self.bucket_out, self.bucket_lse,
@@ -144,16 +144,10 @@ class _Pass:
     def _through_evicted(self, grad: Tensor) -> Tensor:
         return self.buckets.evicted_mean_backward(grad.transpose(0, 1)).transpose(0, 1)
 
-    def _summary_gradient(self, value_gradient: Tensor, from_summary: Tensor) -> Tensor:
-        """Gradient of the summary logits, ``(g, b, n, c)``, 0 but at the own cluster.
-
-        The output is linear in ``exp(a_j) v_j``, so that part of it is ``v_j . dv_j``; the other part comes
-        through the masses.
-        """
-        ones = torch.ones_like(from_summary[..., :1])
-        through_mass = self.scan.transposed(self.foreign * from_summary, ones)
-        per_token = (self.tokens.value * value_gradient).sum(-1, keepdim=True) - through_mass
-        per_token = per_token * self.member[..., 0]
+    def _summary_gradient(self, grad_out: Tensor, from_summary: Tensor) -> Tensor:
+        """Gradient of the summary logits, ``(g, b, n, c)``, 0 but at the own cluster."""
+        per_token = self.scan.logit_gradient(self.foreign, grad_out, self.tokens.value, from_summary)
+        per_token = per_token[..., None] * self.member[..., 0]
         gradient = torch.zeros_like(self.affinities.key)
         return gradient.scatter_(-1, self.index[:, :, :, 0], per_token)
 

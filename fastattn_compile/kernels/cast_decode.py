@@ -86,7 +86,7 @@ def prefilled(
         return state
     present, own = assigned >= 0, assigned.clamp(min=0)
     log_weight = _log_weights(affinities, assigned)
-    state.mass = running_mass(log_weight, assigned, rule.clusters)[:, :, -1].clone()
+    state.mass = running_mass(log_weight, assigned, rule.clusters)[:, :, -1].to(tokens.key.dtype)
     member = torch.nn.functional.one_hot(own, rule.clusters) * present[..., None]
     state.count = member.sum(1)
     member = member.to(tokens.key.dtype)

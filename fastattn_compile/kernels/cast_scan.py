@@ -25,7 +25,7 @@ class ClusterScan:
 
     Args:
         log_weight: ``(g or 1, b, n)``, ``a``.
-        log_mass: ``(g or 1, b, n, c)``, ``z``; -inf while a cluster is empty.
+        log_mass: ``(g or 1, b, n, c)`` float64, ``z``; -inf while a cluster is empty.
         assigned: ``(b, n)`` cluster of each token, -1 for none.
     """
 
@@ -37,6 +37,10 @@ class ClusterScan:
         length = self.own.shape[1]
         return (slice(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK))
 
+    def _exp(self, exponent: Tensor) -> Tensor:
+        # Masses are float64: rounded to float32 they would cost as many digits of a weight as they are large.
+        return exponent.to(self.log_weight.dtype).exp()
+
     def _decay(self, part: slice) -> Tensor:
         """``exp(a_j - z_t)`` at the cluster of ``j``, 0 unless ``j <= t``: ``(g or 1, b, t, j)``."""
         mass = self.log_mass[:, :, part]
@@ -44,15 +48,15 @@ class ClusterScan:
         index = self.own[None, :, None, part].expand(mass.shape[0], -1, width, -1)
         exponent = self.log_weight[:, :, None, part] - mass.gather(-1, index)
         past = torch.ones(width, width, dtype=torch.bool, device=mass.device).tril()
-        return exponent.masked_fill(~(past & self.assigned[:, None, part]), -torch.inf).exp()
+        return self._exp(exponent.masked_fill(~(past & self.assigned[:, None, part]), -torch.inf))
 
     def _carry(self, part: slice) -> Tensor:
         """What remains at ``t`` of a summary at the chunk's start: ``(g or 1, b, t, c)``."""
         mass = self.log_mass[:, :, part]
         if part.start == 0:
-            return torch.zeros_like(mass)
+            return self._exp(torch.full_like(mass, -torch.inf))
         before = self.log_mass[:, :, part.start - 1, None]
-        return (before - mass).masked_fill(before == -torch.inf, -torch.inf).exp()
+        return self._exp((before - mass).masked_fill(before == -torch.inf, -torch.inf))
 
     def _members(self, part: slice, dtype: torch.dtype) -> Tensor:
         """One row a token with 1 at its cluster: ``(b, t, c)``."""
@@ -133,4 +137,36 @@ class ClusterScan:
             inside = (self._at_own(w, part) * decay[:, :, :, None]).flatten(2, 3)
             out[:, :, part] = inside.mT @ q + decay[:, :, -1, :, None] * (member @ state)
             state = carry[:, :, -1, :, None] * state + (w * carry[:, :, :, None]).flatten(2, 3).mT @ q
+        return out
+
+    def logit_gradient(self, weight: Tensor, query: Tensor, value: Tensor, score: Tensor) -> Tensor:
+        """Gradient of ``a`` where ``query`` is that of ``mix(weight, value)``; masses follow from ``a``.
+
+        Pairs of a chunk are subtracted before they are summed: two sums of the two parts would cancel.
+
+        Args:
+            weight: ``(g, b, n, r, c)``; 0 where a cluster is empty.
+            query: ``(g, b, n, r, e)``.
+            value: ``(g, b, n, e)``, ``v``.
+            score: ``(g, b, n, r, c)``, ``self.score(query, value)``.
+
+        Returns:
+            ``(g, b, n)``: ``sum over t >= j and r of weight_t exp(a_j - z_t) (query_t . v_j - score_t)``, at the
+            cluster of ``j``; 0 for tokens without one.
+        """
+        heads, batch, length, group, clusters = weight.shape
+        out = query.new_empty(heads, batch, length)
+        state = query.new_zeros(heads, batch, clusters, query.shape[-1])
+        state_score = query.new_zeros(heads, batch, clusters)
+        for part in reversed(list(self._parts())):
+            decay, carry = self._decay(part), self._carry(part)
+            w, s, v = weight[:, :, part], score[:, :, part], value[:, :, part]
+            q, member = query[:, :, part].flatten(2, 3), self._members(part, query.dtype)
+            pairs = (q @ v.mT).unflatten(2, (-1, group)) - self._at_own(s, part)
+            inside = (pairs * self._at_own(w, part) * decay[:, :, :, None]).sum((2, 3))
+            later = ((member @ state) * v).sum(-1) - (member @ state_score[..., None]).squeeze(-1)
+            out[:, :, part] = inside + decay[:, :, -1] * later
+            last, reaching = carry[:, :, -1], w * carry[:, :, :, None]
+            state = last[..., None] * state + reaching.flatten(2, 3).mT @ q
+            state_score = last * state_score + (reaching * s).sum((2, 3))
         return out

@@ -1,4 +1,4 @@
-"""Where the segments of conv-basis attention begin: strided, found by binary search (Recover), or at column jumps.
+"""Where the segments of conv-basis attention begin: strided, by binary search (Recover), or at column jumps.
 
 Sizes: ``b`` batch, ``g`` key heads, ``r`` query heads of a key head, ``n`` tokens, ``d`` channels. Every
 (batch, query head) is a lane; all lanes are searched in lock-step. Boundaries are ``(b, g, r, count + 1)``
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def strided(first: Tensor, stop: Tensor, count: int, sinks: int = 0) -> Tensor:
-    """Segments of equal length, after ``sinks`` columns that are segments of their own. Depends on no content.
+    """Segments of equal length, after ``sinks`` columns that are segments of their own; reads no content.
 
     Args:
         first: ``(b,)`` first real column.
@@ -71,7 +71,7 @@ def recover(
     force_first: bool = True,
     share: bool = False,
 ) -> Tensor:
-    """Recover with binary search (Conv-Basis, arXiv 2405.05219; specification section 3), every lane in lock-step.
+    """Recover with binary search (Conv-Basis, arXiv 2405.05219; specification section 3), lanes in lock-step.
 
     The next anchor is the first column whose first ``probe`` scores differ from those of the last anchor by
     at least ``delta - 2 * probe * eps`` in the 1-norm, looked for as if that were monotone in the column. On
@@ -125,17 +125,16 @@ def recover(
 
 
 def signature_offsets(probe: int, length: int) -> list[int]:
-    """Offsets down a column that tell columns apart: the first half small, the rest spread by powers (section 14).
+    """Offsets that tell columns apart: half of them small, the rest powers of two (section 14).
 
     Args:
         probe: How many.
         length: Tokens of the sequence; all offsets are smaller.
     """
-    near = list(range(min((probe + 1) // 2, length)))
-    far = probe - len(near)
-    start, reach = len(near), max(len(near) + far, length // 2)
-    spread = [round(start * (reach / max(1, start)) ** (i / max(1, far - 1))) for i in range(far)]
-    return sorted({o for o in (*near, *spread) if o < length})
+    near = (probe + 1) // 2
+    power = (near - 1).bit_length()
+    far = [1 << (power + i) for i in range(probe - near)]
+    return [offset for offset in (*range(near), *far) if offset < length]
 
 
 def column_jumps(
@@ -150,7 +149,7 @@ def column_jumps(
     sinks: int = 0,
     share: bool = False,
 ) -> Tensor:
-    """Anchors at the ``count - 1`` columns that differ most from the one before, and at the first (section 14.2).
+    """Anchors at the first column and the ``count - 1`` that differ most from the one before (section 14.2).
 
     Columns are compared by the mean absolute difference of a few scores of the same offset. Needs later
     queries: the positions are not causal.

@@ -1,4 +1,4 @@
-"""Conv-basis attention on ATen, forward and backward: anchors, profiles, and the form of the sums that fits them.
+"""Conv-basis attention on ATen, forward and backward: anchors, profiles, and the form of the sums.
 
 Works on the heads of one sequence at a time, as many as fit a bounded working set: memory is O(k n + n d).
 """
@@ -67,7 +67,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Heads ``heads`` (of the keys) of one sequence, in the type of the work; shapes as in ``conv_anchors``, ``b`` is 1."""
+    """Some key heads of one sequence, in the type of the work; shapes as in ``conv_anchors``, ``b`` is 1."""
 
     batch: int
     heads: slice
@@ -87,7 +87,7 @@ class Lanes:
 
 
 def triangles(pattern: Pattern, n: int) -> list[tuple[bool, tuple[int, int]]]:
-    """The triangles a band touches, each with its smallest and largest visible offset; the lower one has the diagonal."""
+    """Triangles a band touches, with their visible offsets; the diagonal is in the lower one."""
     back = n - 1 if pattern.left is None else min(pattern.left, n - 1)
     ahead = n - 1 if pattern.right is None else min(pattern.right, n - 1)
     found = [(False, (max(0, -ahead), back))]
@@ -129,7 +129,7 @@ def select(
 
 
 def real_span(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """First real column and the one after the last, ``(b,)`` each, of ``(b, n)`` hidden keys; 0 and 0 if all are."""
+    """First real column and the one after the last, ``(b,)`` each; 0 and 0 where all are hidden."""
     n = hidden.shape[1]
     place = torch.arange(n, device=hidden.device)
     stop = (place + 1).masked_fill(hidden, 0).amax(1)
@@ -187,6 +187,19 @@ def make_lanes(
     key_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Iterator[Lanes]:
+    """The work, portion by portion, with anchors and profiles made; arguments as of ``forward``.
+
+    Args:
+        pattern: Anchors, band and arithmetic.
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+        scale: Factor on the scores.
+        hidden: ``(b, n)`` keys nobody sees.
+        offset_bias: ``(h, 2 n - 1)``.
+        key_bias: ``(b or 1, h or 1, n)``.
+        dtype: Type of the work.
+    """
     batch, kv_heads, n, _ = key.shape
     group = query.shape[1] // kv_heads
     together = max(1, _PROFILE_BUDGET // max(1, group * pattern.terms * n))
@@ -245,7 +258,7 @@ def _single(sides: Sequence[Side], seen: Tensor) -> conv_fft.Buckets:
 
 
 def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) -> float:
-    """Floating-point operations of one query head by transforms (specification section 10), every bucket counted."""
+    """Floating-point operations of one query head by transforms (specification section 10)."""
     size = conv_fft.fast_length(n + -(-n // terms))
     one = 2.5 * size * max(1, size.bit_length() - 1)
     transforms = terms * (value_dim + 1) + buckets * (terms + value_dim + 1)
@@ -253,7 +266,7 @@ def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) 
 
 
 def gather_flops(n: int, value_dim: int) -> float:
-    """Floating-point operations of one query head by gathered tiles: the product with the values, whole tiles."""
+    """Floating-point operations of one query head by gathered tiles: the product with the values."""
     return 2.0 * n * n * (value_dim + 1)
 
 
@@ -269,7 +282,7 @@ def _by_tiles(pattern: Pattern, value: Tensor) -> bool:
 
 
 def work_type(pattern: Pattern, query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
-    """The type of the work: that of the transforms, or float64 when an input is; tiles need none wider than the inputs."""
+    """The type of the work: the wider of transforms and inputs; that of the inputs for tiles."""
     inputs = work_dtype(query, key, value)
     return inputs if _by_tiles(pattern, value) else torch.promote_types(pattern.transform, inputs)
 

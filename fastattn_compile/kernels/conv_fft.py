@@ -41,7 +41,7 @@ def fast_length(least: int) -> int:
 
 
 def transform_length(side: Side) -> int:
-    """Length at which no product of a profile and a segment wraps around: ``n + longest segment`` (section 5)."""
+    """Length at which no product of profile and segment wraps: ``n + longest segment`` (section 5)."""
     longest = int((side.bounds[..., 1:] - side.bounds[..., :-1]).max())
     return fast_length(side.profile.shape[-1] + max(1, longest))
 
@@ -262,7 +262,7 @@ def formula_gradients(
     buckets: Buckets,
     channels: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient formula of softmax attention with the fast weights in place of the exact ones (specification 7A).
+    """The gradient formula of softmax attention with the fast weights in it (specification 7A).
 
     ``dQ = s (sum_c diag(G_c) P (V_c o K) - diag(rho) P K)`` and ``dK = s (sum_c diag(V_c) P^T (G_c o Q) - P^T
     diag(rho) Q)``: ``e * d`` channels through the operator, in portions of value channels.

@@ -61,7 +61,7 @@ def make_side(
     uncovered: float | None = None,
     offset_bias: Tensor | None = None,
 ) -> Side:
-    """Computes the profiles of one side: one product of queries and anchors, every row shifted to its diagonal.
+    """Computes the profiles of one side: a product of queries and anchors, every row shifted.
 
     Args:
         query: ``(b, g, r, n, d)``, in the order of the side.
@@ -125,7 +125,7 @@ def profile_gradients(
 
 
 def row_maxima(side: Side) -> Tensor:
-    """Largest score of every row among the columns of all segments: ``(b, g, r, n)``, -inf where there is none.
+    """Largest score of every row: ``(b, g, r, n)``, -inf where there is none.
 
     A sliding maximum of every profile by doubling, O(k n log n). Columns that padding hides inside a segment
     count, so the result may be too large there, never too small.

@@ -1,10 +1,11 @@
 """Who meets whom in leaf attention: for every query a range in a list of keys that is sorted by tree node.
 
-Keys are sorted, stably, by their node at a level: the visible keys of a node are then one range of the list, in order of
-position. Nothing here grows faster than the tokens times the height.
+Keys are sorted, stably, by their node at a level: the visible keys of a node are then one range of the list,
+in order of position. Nothing here grows faster than the tokens times the height.
 
-Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys. Query head ``i`` reads key head
-``i // (h // g)``. A key is named by its row in ``key.flatten(0, 2)``, a query by its row in ``query.flatten(0, 2)``.
+Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys. Query head ``i`` reads key
+head ``i // (h // g)``. A key is named by its row in ``key.flatten(0, 2)``, a query by its row in
+``query.flatten(0, 2)``.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def near_ranges(
         sight: The mask.
         low: ``(b or 1, h or 1, n)`` first position wanted.
         high: Likewise, one past the last.
-        only: ``(b, m)`` boolean, keys that take part; all when ``None``.
+        only: ``(b, g or 1, m)`` boolean, keys that take part; all when ``None``.
     """
     queries = low.shape[-1]
     code = torch.zeros(batch, kv_heads, sight.length, dtype=torch.int64, device=low.device)
@@ -161,7 +162,7 @@ def near_ranges(
     if sight.real is not None:
         code = code.masked_fill(~sight.real[:, None], sight.segments)
     if only is not None:
-        code = code.masked_fill(~only[:, None], sight.segments)
+        code = code.masked_fill(~only, sight.segments)
     order, ladder = _sorted_keys(code.flatten(0, 1))
     low = torch.maximum(low, sight.low)
     high = torch.maximum(torch.minimum(high, sight.high), low)

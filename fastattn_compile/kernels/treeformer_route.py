@@ -1,10 +1,12 @@
 """Routing vectors through binary trees of hyperplanes, and the straight-through gradients of that routing.
 
-A tree of height ``h`` has ``2^h - 1`` planes in heap order: node ``j`` of level ``l`` stands at ``2^l - 1 + j``, its children
-are the nodes ``2j`` and ``2j + 1`` of level ``l + 1``. A vector goes to the second child where ``<w, x> + b > 0``. The leaf
-number of a vector holds its whole path: its node at level ``l`` is ``leaf >> (h - l)``.
+A tree of height ``h`` has ``2^h - 1`` planes in heap order: node ``j`` of level ``l`` stands at ``2^l - 1 +
+j``, its children are the nodes ``2j`` and ``2j + 1`` of level ``l + 1``. A vector goes to the second child
+where ``<w, x> + b > 0``. The leaf number of a vector holds its whole path: its node at level ``l`` is ``leaf
+>> (h - l)``.
 
-Sizes: ``b`` batch, ``h`` heads, ``t`` trees, ``n`` vectors, ``d`` channels, ``N = 2^height - 1`` planes of a tree.
+Sizes: ``b`` batch, ``h`` heads, ``t`` trees, ``n`` vectors, ``d`` channels, ``N = 2^height - 1`` planes of a
+tree.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Levels with at most this many nodes are scored by one product and a pick; wider ones gather the plane of each vector.
+# Levels with at most this many nodes are scored by one product and a pick; wider ones gather the plane of
+# each vector.
 _DENSE_NODES = 64
 # Elements of the largest temporary.
 _WORKING_SET = 1 << 22
@@ -26,8 +29,8 @@ class Estimator:
     """How a gradient passes the hard decisions of a tree (specification section 6).
 
     Args:
-        kind: ``"soft"``: the backward of the product of sigmoids along a path (6a). ``"sum"``: the backward of a sum over
-            the decisions of a path, each by its own surrogate (6b).
+        kind: ``"soft"``: the backward of the product of sigmoids along a path (6a). ``"sum"``: the backward
+            of a sum over the decisions of a path, each by its own surrogate (6b).
         surrogate: Of ``"sum"``: ``"clip"``, slope 1 where ``|z| <= 1``; or ``"sigmoid"``.
         beta: Steepness of the sigmoid.
     """
@@ -102,7 +105,8 @@ def path_backward(
     grad_log_mass: Tensor | None = None,
     grad_last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the planes and vectors when only the nodes on a vector's own path carry any: O(n height d).
+    """Gradients of the planes and vectors when only the nodes on a vector's own path carry any: O(n height
+    d).
 
     Args:
         x: As in ``follow``.
@@ -110,9 +114,11 @@ def path_backward(
         leaf: From ``follow``.
         scores: From ``follow``.
         estimator: The straight-through estimator.
-        grad_member: ``(b, h, t, n, height + 1)``, gradient of the membership in the path's node at each level.
+        grad_member: ``(b, h, t, n, height + 1)``, gradient of the membership in the path's node at each
+            level.
         grad_log_mass: Same shape, gradient of the logarithm of the soft mass of that node.
-        grad_last: ``(b, h, t, n)``, gradient of the scores at the deepest plane, by which it is reached directly.
+        grad_last: ``(b, h, t, n)``, gradient of the scores at the deepest plane, by which it is reached
+            directly.
 
     Returns:
         Gradients of ``x``, ``weight`` and the offsets.
@@ -136,7 +142,7 @@ def path_backward(
         grad_scores[..., -1] += grad_last
     heads, trees, planes, channels = weight.shape
     grad_x = torch.zeros_like(x)
-    grad_weight, grad_offset = torch.zeros_like(weight), weight.new_zeros(heads, trees, planes)
+    grad_weight, grad_offset = weight.new_zeros(weight.shape), weight.new_zeros(heads, trees, planes)
     tree = torch.arange(heads * trees, device=x.device).view(heads, trees, 1) * planes
     for level in range(height):
         at = (tree + (1 << level) - 1 + (leaf >> (height - level))).flatten()
@@ -162,10 +168,12 @@ def dense_backward(
         weight: ``(..., N, d)``, broadcastable in the leading dimensions.
         offset: ``(..., N)``.
         estimator: The straight-through estimator.
-        grad_levels: For each level ``l`` from 0 to the height ``(..., n, 2^l)``, gradient of the membership in its nodes.
+        grad_levels: For each level ``l`` from 0 to the height ``(..., n, 2^l)``, gradient of the membership
+            in its nodes.
 
     Returns:
-        Gradients of ``x``, of the planes ``(..., N, d)`` and of the offsets ``(..., N)``, leading dimensions not summed.
+        Gradients of ``x``, of the planes ``(..., N, d)`` and of the offsets ``(..., N)``, leading dimensions
+        not summed.
     """
     height = len(grad_levels) - 1
     scores = torch.matmul(x, weight.mT) + offset.unsqueeze(-2)

@@ -1,11 +1,13 @@
-"""Tree attention without scores: every query reads the means of the values below the nodes of its path; on ATen.
+"""Tree attention without scores: every query reads the means of the values below the nodes of its path; on
+ATen.
 
-Bidirectional, the sums of all nodes are made once. Causal, tokens are cut into chunks: a query reads the sums of the chunks
-before its own and adds what its own chunk shows it, so that nothing is subtracted and no digits are lost. Work and memory
-are O(n (chunk + height)), O(n 2^height) in the backward of the trees; chunks are passed a few at a time.
+Bidirectional, the sums of all nodes are made once. Causal, tokens are cut into chunks: a query reads the sums
+of the chunks before its own and adds what its own chunk shows it, so that nothing is subtracted and no digits
+are lost. Work and memory are O(n (chunk + height)), O(n 2^height) in the backward of the trees; chunks are
+passed a few at a time.
 
-Sizes: ``u`` units (a key head of a sequence), ``r`` query heads that share it, ``c`` chunks, ``t`` tokens of a chunk, ``e``
-channels, ``L = 2^height`` leaves. One tree at a time.
+Sizes: ``u`` units (a key head of a sequence), ``r`` query heads that share it, ``c`` chunks, ``t`` tokens of
+a chunk, ``e`` channels, ``L = 2^height`` leaves. One tree at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 Levels = list[Tensor]
-# Tokens of a chunk at least; a chunk is never shorter than the leaves, so that the sums of all chunks stay O(n).
+# Tokens of a chunk at least; a chunk is never shorter than the leaves, so that the sums of all chunks stay
+# O(n).
 _CHUNK = 64
 # Elements of the largest temporary.
 _WORKING_SET = 1 << 22
@@ -110,12 +113,15 @@ def _parents(leaves: Tensor, dim: int) -> Levels:
 
 def _before(sums: Tensor, causal: bool) -> Tensor:
     """Sums of the chunks before each chunk; of all chunks when not causal."""
-    return sums.cumsum(1) - sums if causal else sums.sum(1, keepdim=True)
+    if not causal:
+        return sums.sum(1, keepdim=True)
+    # Shifted, not less its own chunk: a difference would keep the rounding of what came later.
+    return torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1).cumsum(1)
 
 
 def _after(sums: Tensor, causal: bool) -> Tensor:
     """Sums of the chunks after each chunk; of all chunks when not causal."""
-    return sums.flip(1).cumsum(1).flip(1) - sums if causal else sums.sum(1, keepdim=True)
+    return _before(sums.flip(1), causal).flip(1)
 
 
 def _pick(table: Tensor, node: Tensor) -> Tensor:
@@ -146,7 +152,9 @@ def key_sums(cut: Cut, value: Tensor) -> tuple[Levels, Levels]:
 
 @dataclass(frozen=True)
 class _Own:
-    """What queries see inside their own chunk. ``depth`` is the number of levels a pair shares, 0 for a hidden key."""
+    """What queries see inside their own chunk. ``depth`` is the number of levels a pair shares, 0 for a
+    hidden key.
+    """
 
     depth: Tensor
 
@@ -161,12 +169,16 @@ class _Own:
         return _Own(torch.where(seen, depth, 0).long())
 
     def by_level(self, pairs: Tensor, height: int) -> Tensor:
-        """Sums ``(u, r, c, t, t)`` over the keys that share the query's node, for each level ``(u, r, c, t, height + 1)``."""
+        """Sums ``(u, r, c, t, t)`` over the keys that share the query's node, for each level ``(u, r, c, t,
+        height + 1)``.
+        """
         sums = pairs.new_zeros(*pairs.shape[:-1], height + 2).scatter_add_(-1, self.depth, pairs)
         return sums.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
     def of_levels(self, levels: Tensor) -> Tensor:
-        """For each pair the sum of ``(u, r, c, t, height + 1)`` over the levels it shares: ``(u, r, c, t, t)``."""
+        """For each pair the sum of ``(u, r, c, t, height + 1)`` over the levels it shares: ``(u, r, c, t,
+        t)``.
+        """
         sums = torch.cat([torch.zeros_like(levels[..., :1]), levels.cumsum(-1)], -1)
         return sums.gather(-1, self.depth)
 
@@ -232,8 +244,8 @@ def backward(
         value: As in ``forward``.
         weighting: As in ``forward``.
         grad_out: ``(u, r, c, t, e)``, 0 where there is no query.
-        of_queries: Receives some chunks and, for each level, the gradient of the queries' membership in its nodes,
-            ``(u, r, chunks, t, 2^l)``.
+        of_queries: Receives some chunks and, for each level, the gradient of the queries' membership in its
+            nodes, ``(u, r, chunks, t, 2^l)``.
         of_keys: Receives the same of the keys, ``(u, chunks, t, 2^l)``.
     """
     sums, counts = key_sums(cut, value)
@@ -288,7 +300,13 @@ def _one_hot(node: Tensor, nodes: int, dtype: torch.dtype) -> Tensor:
 
 
 def _query_members(
-    cut: Cut, sums: Tensor, counts: Tensor, weights: Tensor, grad_out: Tensor, pairs: Tensor | None, send: Members
+    cut: Cut,
+    sums: Tensor,
+    counts: Tensor,
+    weights: Tensor,
+    grad_out: Tensor,
+    pairs: Tensor | None,
+    send: Members,
 ) -> None:
     """``dS_q[i, j] = weight_l(i) <G_i, mean of node j as query i sees it>``."""
     leaves = 1 << cut.height
@@ -307,7 +325,13 @@ def _query_members(
 
 
 def _key_members(
-    cut: Cut, value: Tensor, from_later: Levels, factor: Tensor, mean_dot: Tensor, pairs: Tensor | None, send: Members
+    cut: Cut,
+    value: Tensor,
+    from_later: Levels,
+    factor: Tensor,
+    mean_dot: Tensor,
+    pairs: Tensor | None,
+    send: Members,
 ) -> None:
     """``dS_k[t, j] = sum over queries of j that see t of weight / count * (<G, v_t> - <G, mean of j>)``."""
     later_dots = []

@@ -1,11 +1,15 @@
-"""Softmax attention of every query to a range of a list of keys, on ATen, forward and backward, in O(n) memory.
+"""Softmax attention of every query to a range of a list of keys, on ATen, forward and backward, in O(n)
+memory.
 
-Queries whose ranges are close stand together: they are sorted by range and cut into tiles, a tile meets the union of its
-ranges a block of keys at a time, and results of blocks are joined by log-sum-exp. Leaf attention, windows and sinks are all
-such ranges (``treeformer_ranges``). Query heads that share a key head share tiles.
+The queries of a node stand together: they are sorted by range and cut into tiles, a tile meets the union of
+its ranges a block of keys at a time, and results of blocks are joined by log-sum-exp. Leaf attention, windows
+and sinks are all such ranges (``treeformer_ranges``). Query heads that share a key head share tiles. Tiles
+begin with their node and have sizes that do not depend on the data, so that later tokens do not change the
+order of a query's sums.
 
-Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys, ``d`` channels of query and key, ``e`` of
-value. A key is named by its row in ``key.flatten(0, 2)``, a query by its row in ``query.flatten(0, 2)``.
+Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` queries, ``m`` keys, ``d`` channels of query and
+key, ``e`` of value. A key is named by its row in ``key.flatten(0, 2)``, a query by its row in
+``query.flatten(0, 2)``.
 """
 
 from __future__ import annotations
@@ -62,11 +66,16 @@ class Part:
 
     Args:
         ranges: The ranges.
-        hidden: Which of the pairs of query rows ``(t, r)`` and key rows ``(t, c)`` are met elsewhere, ``(t, r, c)``.
+        keys: Keys that a range is expected to have; sizes the tiles.
+        queries: Queries that are expected to share a range.
+        hidden: Which of the pairs of query rows ``(t, r)`` and key rows ``(t, c)`` are met elsewhere, ``(t,
+            r, c)``.
         gate: Terms on the scores.
     """
 
     ranges: Ranges
+    keys: int
+    queries: int
     hidden: Hidden | None = None
     gate: Gate | None = None
 
@@ -77,7 +86,8 @@ class PartGradients:
 
     Args:
         query: ``(b * h * n,)`` sum of the gradients of a query's scores.
-        key: ``(b * g * m, levels)`` likewise for keys, by the level of the node, in the order of ``Ranges.levels``.
+        key: ``(b * g * m, levels)`` likewise for keys, by the level of the node, in the order of
+            ``Ranges.levels``.
         same: ``(b * h * n,)`` gradient of ``Gate.same``; ``None`` without a gate.
         other: Of ``Gate.other``.
     """
@@ -120,6 +130,11 @@ class _Pass:
     blocks: Callable[[], Iterator[_Block]]
 
 
+def _tile_side(expected: int) -> int:
+    """Rows or columns of a tile, a power of two."""
+    return min(128, max(16, 1 << max(0, expected - 1).bit_length()))
+
+
 def _passes(part: Part, keys: int) -> Iterator[_Pass]:
     ranges = part.ranges
     start, stop = ranges.start.flatten(), ranges.stop.flatten()
@@ -127,14 +142,16 @@ def _passes(part: Part, keys: int) -> Iterator[_Pass]:
     busy = torch.nonzero(stop > start).squeeze(1)
     if busy.numel() == 0:
         return
-    # A sum of two keys in one number: by start, then by stop, so that queries of a causal node stand in order.
+    # A sum of two keys in one number: by start, then by stop, so that queries of a causal node stand in
+    # order. Two keys of a sort in one number: by start, then by stop, so that the queries of a causal node
+    # stand in order.
     busy = busy[torch.argsort(start[busy] * (ranges.order.numel() + 1) + stop[busy], stable=True)]
     low, high = start[busy], stop[busy]
-    mean = float((high - low).double().mean())
-    rows = min(128, max(16, 1 << max(0, int(mean) - 1).bit_length()))
-    columns = rows
-    # A tile stays in one list: ranges of neighbouring lists are far apart.
-    _, counts = torch.unique_consecutive(torch.div(low, keys, rounding_mode="floor"), return_counts=True)
+    rows, columns = _tile_side(part.queries), _tile_side(part.keys)
+    # Ranges of different nodes share no key; under a capacity those of one node differ.
+    node = ranges.node.flatten()
+    group = torch.div(low, keys, rounding_mode="floor") * (node.amax() + 1) + node[busy]
+    _, counts = torch.unique_consecutive(group, return_counts=True)
     tiles_of = torch.div(counts + rows - 1, rows, rounding_mode="floor")
     tile_list = torch.repeat_interleave(tiles_of)
     within = torch.arange(tile_list.numel(), device=low.device) - (tiles_of.cumsum(0) - tiles_of)[tile_list]
@@ -157,7 +174,9 @@ def _passes(part: Part, keys: int) -> Iterator[_Pass]:
             queries: Tensor = queries, first: Tensor = first, last: Tensor = last,
             counted: Tensor = counted, lows: Tensor = lows, highs: Tensor = highs,
         ) -> Iterator[_Block]:  # fmt: skip
-            active = [int(x) for x in (counted[:, None] > torch.arange(int(counted[0]))[None].to(counted)).sum(0)]
+            active = [
+                int(x) for x in (counted[:, None] > torch.arange(int(counted[0]))[None].to(counted)).sum(0)
+            ]
             for index, tiles in enumerate(active):
                 slot = lows[:tiles, None] + index * columns + torch.arange(columns, device=lows.device)
                 rows_of_keys = ranges.order[torch.minimum(slot, highs[:tiles, None] - 1)]
@@ -205,7 +224,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part)
         part: Who meets whom.
 
     Returns:
-        Output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n, 1)`` in the work type; 0 and -inf where a query meets nothing.
+        Output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n, 1)`` in the work type; 0 and -inf where a query
+        meets nothing.
     """
     dtype = work_dtype(query, key, value)
     finite = all_finite(key, value)
@@ -276,7 +296,9 @@ def backward(
     dtype = work_dtype(query, key, value)
     finite = all_finite(key, value)
     flat_q, flat_k, flat_v, flat_grad = (x.flatten(0, 2) for x in (query, key, value, grad_out))
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (flat_q, flat_k, flat_v))
+    grad_q, grad_k, grad_v = (
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (flat_q, flat_k, flat_v)
+    )
     slope = (grad_out.to(dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp

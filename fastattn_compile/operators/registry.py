@@ -16,6 +16,7 @@ _HOMES = {
     "cast": ("fastattn_compile.operators.cast", "CastAttention"),
     "linformer": ("fastattn_compile.operators.linformer", "LinformerAttention"),
     "window": ("fastattn_compile.operators.window", "WindowAttention"),
+    "barnes_hut": ("fastattn_compile.operators.barnes_hut", "BarnesHutAttention"),
     "tf_attention": ("fastattn_compile.operators.treeformer", "TreeLeafAttention"),
     "tc_attention": ("fastattn_compile.operators.treeformer", "TreeCoarseAttention"),
 }

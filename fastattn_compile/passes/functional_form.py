@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from fastattn_compile.passes.fx_meta import example, same_sizes
-from fastattn_compile.passes.fx_vocabulary import target_name, words
+from fastattn_compile.passes.fx_vocabulary import bind_python, target_name, words
 
 # A function or the name of a method, its arguments, its keyword arguments.
 FunctionalCall = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -27,8 +27,8 @@ _METADATA = words(
 )
 # Their functional forms draw other random numbers, or are rounded otherwise under autocast.
 _KEPT = words(
-    "normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ dropout_ alpha_dropout_ "
-    "feature_dropout_ rrelu_ addmm_ addbmm_ baddbmm_ addmv_"
+    "normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_ "
+    "alpha_dropout_ feature_dropout_ rrelu_ addmm_ addbmm_ baddbmm_ addmv_"
 )
 
 
@@ -36,24 +36,23 @@ def functional_form(node: torch.fx.Node, target: torch.fx.Node) -> FunctionalCal
     """The call without side effect that gives what ``target`` holds after ``node``."""
     if node.target is operator.setitem:
         return _functional_setitem(node, target)
-    if "out" in node.kwargs or node.target in (None,):
+    if "out" in node.kwargs:
         return None
     args, kwargs = node.args, dict(node.kwargs)
     if isinstance(node.target, torch._ops.OpOverload):
         return _functional_overload(node)
     name, _ = target_name(node)
-    if name in _METADATA or name in _KEPT:
+    if name in _METADATA or name in _KEPT or f"{name}_" in _KEPT:
         return None
     if node.op == "call_function" and node.target in _OPERATORS:
         return _OPERATORS[node.target], args, kwargs
-    if kwargs.get("inplace") is True:
+    given = bind_python(node) or {}
+    if given.get("inplace") is True:
         # torch.nn.functional.relu(x, inplace=True)
-        return None if "dropout" in name else (node.target, args, {**kwargs, "inplace": False})
+        return node.target, (), {**given, "inplace": False}
     if name.startswith("__") and name.endswith("__"):
         bare = name[2:-2]
         return f"__{bare[1:]}__", args, kwargs
-    if not name.endswith("_"):
-        return None  # an in-place flag that was given by position
     if name == "zero_":
         return torch.zeros_like, (target,), {}
     if name == "fill_":

@@ -242,6 +242,10 @@ def is_in_place(node: torch.fx.Node) -> bool:
         return bool(node.target._schema.is_mutable)
     if not known or node.target is getattr:
         return False
+    given = bind_python(node) or {}
+    if given.get("inplace") is True:
+        # torch.nn.functional.relu(x, inplace=True); a dropout hands its input through when not training.
+        return "dropout" not in name or given.get("training") is not False
     bare = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     if bare in _INPLACE_OPERATORS:
         return True
@@ -335,13 +339,8 @@ def bind_arguments(node: torch.fx.Node) -> dict[str, Any]:
     args = node.args[:1] if target is getattr else node.args
     if isinstance(target, torch._ops.OpOverload):
         return {**dict(zip(_schema_names(target), args)), **kwargs}
-    if isinstance(target, FunctionType) and (signature := _python_signature(target)) is not None:
-        kinds = [p.kind for p in signature.parameters.values()]
-        if inspect.Parameter.VAR_POSITIONAL not in kinds:
-            try:
-                return dict(signature.bind(*args, **kwargs).arguments)
-            except TypeError:
-                pass
+    if (named := bind_python(node)) is not None:
+        return named
     spelling = _spelling(node)
     keys = [f"Tensor.{spelling.spelled}"] if node.op == "call_method" else []
     table = next((_SIGNATURES[k] for k in (*keys, spelling.spelled, spelling.name) if k in _SIGNATURES), None)
@@ -359,6 +358,19 @@ def bind_arguments(node: torch.fx.Node) -> dict[str, Any]:
     else:
         bound |= {f"arg{i}": a for i, a in enumerate(args) if i >= len(names)}
     return {**bound, **kwargs}
+
+
+def bind_python(node: torch.fx.Node) -> dict[str, Any] | None:
+    """Arguments by name of a call of a Python function, ``None`` for anything else."""
+    signature = _python_signature(node.target) if isinstance(node.target, FunctionType) else None
+    if signature is None:
+        return None
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values()):
+        return None
+    try:
+        return dict(signature.bind(*node.args, **node.kwargs).arguments)
+    except TypeError:
+        return None
 
 
 def _schema_names(overload: torch._ops.OpOverload) -> list[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import sympy
 import torch
 from torch import Tensor
@@ -145,37 +146,31 @@ def _pattern(value: Tensor, node: Node) -> Expression | None:
         return None
     if not 0 < value.numel() <= _READABLE or tuple(value.shape) != node.shape or value.is_complex():
         return None
-    first = value[(0,) * value.dim()]
-    same = value == first
-    if bool(same.all()):
-        return typed(constant(first.item()), node.dtype)
-    wide = [d for d, size in enumerate(value.shape) if size != 1]
+    # numpy compares unaligned windows several times faster than torch; it has no bfloat16, which float32 holds.
+    array = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    wide = [d for d, size in enumerate(array.shape) if size != 1]
     if len(wide) != 2:
+        only = array.flat[0]
+        return typed(constant(only.item()), node.dtype) if bool((array == only).all()) else None
+    table = array.reshape([array.shape[d] for d in wide])
+    if not np.array_equal(table[1:, 1:], table[:-1, :-1]):
         return None
-    same = same.reshape([value.shape[d] for d in wide])
-    corner = same.to(torch.uint8).argmin()
-    other = value.reshape(same.shape)[corner // same.shape[1], corner % same.shape[1]]
-    if not bool((same | (value.reshape(same.shape) == other)).all()):
+    # Each diagonal holds one value, from the lower left corner to the upper right one.
+    diagonals = np.concatenate([table[::-1, 0], table[0, 1:]])
+    last = np.flatnonzero(diagonals[1:] != diagonals[:-1]).tolist()  # of each run but the last
+    if not last:
+        return typed(constant(diagonals[0].item()), node.dtype)
+    if len(last) > 2 or (len(last) == 2 and diagonals[0] != diagonals[-1]):
         return None
-    for inside, chosen, rest in ((same, first, other), (~same, other, first)):
-        band = _band(inside)
-        if band is not None:
-            row, column = (dim(d, node.shape[d]) for d in wide)
-            distance = sub(column, row)
-            held = logical_and(
-                compare("le", constant(band[0]), distance), compare("le", distance, constant(band[1]))
-            )
-            return where(held, *(typed(constant(x.item()), node.dtype) for x in (chosen, rest)))
-    return None
-
-
-def _band(inside: Tensor) -> tuple[int, int] | None:
-    """The least and greatest ``column - row`` of a band, when the true entries are exactly that band."""
-    rows, columns = inside.shape
-    distance = torch.arange(columns, device=inside.device) - torch.arange(rows, device=inside.device)[:, None]
-    held = distance[inside]
-    low, high = int(held.min()), int(held.max())
-    return (low, high) if bool((inside == ((distance >= low) & (distance <= high))).all()) else None
+    first = last[0] + 1 if len(last) == 2 else 0
+    corner = table.shape[0] - 1
+    distance = sub(dim(wide[1], table.shape[1]), dim(wide[0], table.shape[0]))
+    held = logical_and(
+        compare("ge", distance, constant(first - corner)),
+        compare("le", distance, constant(last[-1] - corner)),
+    )
+    inside, outside = (typed(constant(diagonals[i].item()), node.dtype) for i in (first, -1))
+    return where(held, inside, outside)
 
 
 @rule("identity", "expand")

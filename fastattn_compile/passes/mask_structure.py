@@ -95,7 +95,7 @@ class MaskAnalysis:
         segments: Integer formula of batch and key, the document of a token; set when ``structure.segments``.
         bias: ``"none"``; ``"alibi"``: ``slope * (key - query)`` or ``slope * |key - query|``, up to a
             constant of each row; ``"bucketed"``: a function of head and ``key - query``; ``"dense"``:
-            anything else.
+            anything else, data that may hide keys included.
         bias_expression: The bias on the scores of visible keys over the four axes, ``None`` without one.
         slope: Of an ALiBi bias: a formula of head.
         reason: What kept the mask or bias from being understood, empty when nothing did.
@@ -406,7 +406,7 @@ def verify(
     hidden = (added <= HIDDEN) | (added - bias <= HIDDEN / 2)
     visible = (visible & ~hidden).expand(sizes)
     structure = analysis.structure
-    seen = structure.visible(grids["query"], grids["key"], sizes[2], sizes[3])
+    seen = structure.visible(grids["query"], grids["key"], sizes[2], sizes[3]) & (bias > HIDDEN)
     if analysis.key_padding is not None:
         seen = seen & evaluate(analysis.key_padding, grids, values, symbols)
     if analysis.segments is not None:

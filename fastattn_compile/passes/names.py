@@ -131,10 +131,14 @@ def role(node: torch.fx.Node, value: Any) -> str:
     """
     if isinstance(value, torch.nn.Parameter):
         return "parameter"
-    target = str(node.target)
-    path = source_name(node) or (target if decode_placeholder(target) else "")
+    target, source = str(node.target), source_name(node)
+    path = source or (target if decode_placeholder(target) else "")
+    before, after = ("._", "[") if source else ("_", "_")
     # The innermost access decides: a module may be named like a registry.
-    last = {"parameter": path.rfind("_parameters"), "constant": path.rfind("_buffers")}
+    last = {
+        "parameter": path.rfind(f"{before}parameters{after}"),
+        "constant": path.rfind(f"{before}buffers{after}"),
+    }
     kind = max(last, key=last.__getitem__)
     if last[kind] >= 0:
         return kind

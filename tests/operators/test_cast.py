@@ -123,7 +123,7 @@ def test_golden_numbers(name, options, path):
 def test_golden_numbers_of_two_heads(name, clustering):
     golden = GOLDEN["cases"][name]
     surrogates = torch.tensor(
-        [[[math.sin(1.7 * s + 0.6 * c + 0.8 * h) for c in range(2)] for h in range(2)] for s in range(3)],
+        [[[math.sin(1.7 * s + 0.6 * c + 0.8 * h + 0.3) for c in range(2)] for h in range(2)] for s in range(3)],
         dtype=torch.float64,
     )
     inputs = gated_queries(golden_inputs(two_heads=True), [0.5 * math.cos(1.3 * i) for i in range(12)])
@@ -257,8 +257,9 @@ def test_switches_change_the_result():
     default = results[0][2]
     changed = {(name, value) for name, value, out in results if not torch.allclose(out, default)}
     defaults = {(name, getattr(CastConfig(), name)) for name, _ in SWITCHES}
-    # A mean of heads or a narrower softmax moves the affinities, though not always a cluster.
-    assert changed >= set(SWITCHES) - defaults - {("head_reduce", "mean"), ("affinity_scale", "sqrt_width")}
+    # These three move affinities, though not always a cluster; the test above compares them all the same.
+    quiet = {("head_reduce", "mean"), ("affinity_scale", "sqrt_width"), ("sa_order", "pair")}
+    assert changed >= set(SWITCHES) - defaults - quiet
     assert not changed & defaults
 
 
@@ -615,15 +616,15 @@ def test_k_means_is_balanced_and_repeatable():
 def test_start_from_a_sample_is_better_than_at_random():
     """Where keys and queries cluster, the surrogates of k-means find it and one softmax is close to exact."""
     centers = 6 * torch.nn.functional.normalize(torch.randn(8, 32), dim=-1)
-    label = torch.randint(8, (256,))
+    label = torch.arange(256) % 8
     q, k = ((centers[label] + 0.3 * torch.randn(256, 32))[None, None] for _ in range(2))
     inputs = AttentionInputs(q, k, torch.randn(1, 1, 256, 32), 32**-0.5)
     exact = exact_attention(inputs).out
-    operator = make_operator("cast", clusters=8, cluster_size=64, combine="lse", select="key")
+    operator = make_operator("cast", clusters=8, clustering="sa_topk", combine="lse", select="key")
     fitted = tuple(operator.initial_parameters(inputs.spec(), inputs).values())
     drawn = tuple(operator.initial_parameters(inputs.spec()).values())
     errors = [relative_error(run(operator, inputs, p).out, exact) for p in (fitted, drawn)]
-    assert errors[0] < 0.5 * errors[1]
+    assert errors[0] < 0.05 < 0.5 < errors[1]
 
 
 def test_a_learned_temperature_starts_neutral():

@@ -98,21 +98,22 @@ def test_exact_keys_know_padding_and_sinks():
 
 
 def count_by_definition(config: FmaConfig, inputs: AttentionInputs) -> int:
-    """Pairs whose score changes the log-sum-exp: counted by making every fine key and pooled row count as one."""
-    operator = make_operator("fma", **config.to_dict())
-    flat = dataclasses.replace(inputs, query=torch.zeros_like(inputs.query))
-    unweighted = make_operator("fma", **{**config.to_dict(), "scale_attn": False})
-    assert operator.config.scale_attn
-    parameters = tuple(torch.zeros(s).double() for s in unweighted.parameter_shapes(inputs.spec()).values())
-    log_sum_exp = unweighted.reference(flat, parameters).log_sum_exp[0, 0]
-    return round(float(log_sum_exp.exp().sum()))
+    """Pairs of the definition: with equal scores and weights a query's normaliser counts what it meets."""
+    operator = make_operator("fma", **{**config.to_dict(), "scale_attn": False})
+    level = dataclasses.replace(inputs, query=torch.zeros_like(inputs.query))
+    shapes = operator.parameter_shapes(inputs.spec()).values()
+    output = operator.reference(level, tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+    return round(float(output.log_sum_exp.exp().sum()))
 
 
 @pytest.mark.parametrize("basis", ["mean", "depthwise"])
 @pytest.mark.parametrize(
     "mask", ["none", "causal", "causal & window(21)", "left(30)", "right(13) & left(22)"]
 )
-@pytest.mark.parametrize(("length", "block", "rank", "sinks"), [(16, 2, 2, 0), (75, 8, 2, 3), (100, 8, 4, 8), (9, 8, 2, 2), (64, 4, 4, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "block", "rank", "sinks"),
+    [(16, 2, 2, 0), (75, 8, 2, 3), (100, 8, 4, 8), (9, 8, 2, 2), (64, 4, 4, 4)],
+)
 def test_cost_counts_the_pairs_of_the_definition(length, block, rank, sinks, mask, basis):
     inputs = make_inputs(mask, batch=1, heads=1, kv_heads=1, length=length, dtype=torch.float64)
     config = FmaConfig(block=block, rank=rank, sinks=sinks, basis=basis)

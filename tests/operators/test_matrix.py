@@ -30,6 +30,11 @@ OPERATORS = {
     "fma": ("fma", {"block": 8, "rank": 2, "sinks": 3}),
     "fma-depthwise": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "depthwise"}),
     "conv_basis": ("conv_basis", {"k": 9, "sinks": 3}),
+    "window": ("window", {"width": 12, "sinks": 3}),
+    "barnes_hut": (
+        "barnes_hut",
+        {"block": 8, "leaf": 2, "fanout": 2, "sinks": 3, "open": 5, "beam": 4, "share_group": False},
+    ),
 }
 MASKS = [
     "none",

@@ -109,6 +109,7 @@ LIFTED: dict[str, Callable[[Graph], Drawn]] = {
         g.call("pow", g.constant(torch.tensor(0.5)), g.arange(4, start=1)).reshape(4, 1) * g.arange(6)
     ),
     "band constant": lambda g: g.constant(torch.ones(1, 1, 6, 8).tril(2).triu(-1).bool()),
+    "band constant in bfloat16": lambda g: g.constant(torch.ones(5, 5, dtype=torch.bfloat16).tril(-1)),
     "additive constant": lambda g: g.constant(torch.full((5, 5), -math.inf).triu(1)),
     "band constant, cut": lambda g: g.constant(torch.ones(1, 1, 9, 9).tril().bool())[:, :, 2:6, :6],
 }  # fmt: skip

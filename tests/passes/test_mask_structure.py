@@ -440,6 +440,7 @@ def test_other_biases_are_dense() -> None:
         g.where(g.input(torch.randn(N, N)) > 0, 0.0, -100.0),
         g.input(torch.randn(B, 1, 1, N)),
         g.input(torch.rand(B, H, 1, 1)) * g.arange(N),
+        g.input(torch.full((N, N), -math.inf).triu(1)),
     ):
         analysis = case.analyse(case.term(bias, "add"))
         assert (str(analysis.structure), analysis.bias) == ("none", "dense")

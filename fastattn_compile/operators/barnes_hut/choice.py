@@ -91,21 +91,20 @@ def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Ten
 
     Args:
         config: The configuration.
-        voices: ``(b, g, ..., d)``.
+        voices: ``(b, g, c, v, groups, d)``.
         key: ``(b, g, n, d)``.
         taken: ``(b or 1, n)`` boolean, the tokens that belong to nodes.
         width: Tokens a node covers.
         scale: Factor on the scores.
 
     Returns:
-        ``(b, g, ..., N)``, -inf for a node without tokens, +inf for one whose estimate is not finite.
+        ``(b, g, c, v, groups, N)``, -inf for a node without tokens, +inf for one whose estimate is not finite.
     """
     chosen = taken[:, None, :, None]
     count = _split(chosen.to(key.dtype), width).sum(-2)
-    extra = (1,) * (voices.dim() - 4)
 
     def product(x: Tensor, nodes: Tensor) -> Tensor:
-        return x @ nodes.unflatten(1, (-1, *extra, 1) if extra else (-1, 1)).mT
+        return x @ nodes[:, :, None, None].mT
 
     parts = _split(key.masked_fill(~chosen, 0), width)
     mean = parts.sum(-2) / count.clamp(min=1)
@@ -121,12 +120,12 @@ def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Ten
     else:
         scores = product(scaled, mean)
     scores = torch.where(torch.isfinite(scores), scores, torch.inf)
-    number = count[..., 0].unflatten(1, (-1, *extra, 1) if extra else (-1, 1))
+    number = count[:, :, None, None, None, :, 0]
     return torch.where(number > 0, scores + number.clamp(min=1).log(), -torch.inf)
 
 
-def far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, nodes: int) -> Tensor:
-    """Whether a node lies wholly in the far field of a group of queries.
+def far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, nodes: int, length: int) -> Tensor:
+    """Whether a node lies wholly in the far field of a group of queries and is visible to all of it.
 
     Args:
         config: The configuration.
@@ -134,14 +133,23 @@ def far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width
         first: ``(groups,)`` position of each group's first query.
         width: Tokens a node covers.
         nodes: Number of nodes.
+        length: Tokens of the sequence.
 
     Returns:
         ``(groups, nodes)`` boolean.
     """
     begin = torch.arange(nodes, device=first.device) * width
-    block = first[:, None] // config.block
-    far = begin + width <= (block - 1) * config.block
-    return far if mask.causal else far | (begin >= (block + 2) * config.block)
+    end, row, last_row = begin + width, first[:, None], first[:, None] + config.group - 1
+    block = row // config.block
+    far = end <= (block - 1) * config.block
+    if not mask.causal:
+        far = far | (begin >= (block + 2) * config.block)
+    # A node counts only if every query of the group sees every one of its tokens: what is hidden has no influence.
+    if mask.left is not None:
+        far = far & (begin >= last_row - mask.left)
+    if mask.right is not None:
+        far = far & (end.clamp(max=length) - 1 <= row + mask.right)
+    return far
 
 
 def _merged(scores: Tensor) -> Tensor:
@@ -185,19 +193,13 @@ def choose_nodes(config: BarnesHutConfig, inputs: AttentionInputs) -> list[NodeL
         width = config.leaf * config.fanout**level
         nodes = -(-length // width)
         begin = torch.arange(nodes, device=key.device) * width
-        seen = far_nodes(config, mask, first, width, nodes)
+        seen = far_nodes(config, mask, first, width, nodes, length)
         if found:
             parent = torch.arange(nodes, device=key.device) // config.fanout
-            whole = far_nodes(config, mask, first, found[-1].width, found[-1].begin.numel())[:, parent]
+            whole = far_nodes(config, mask, first, found[-1].width, found[-1].begin.numel(), length)[:, parent]
             candidate = seen & (found[-1].opened[..., parent] | ~whole)
         else:
             candidate = seen
-        # What the mask hides from the whole group is no candidate.
-        last_query = first[:, None] + config.group - 1
-        if mask.left is not None:
-            candidate = candidate & (begin + width - 1 >= first[:, None] - mask.left)
-        if mask.right is not None:
-            candidate = candidate & (begin <= last_query + mask.right)
         scores = node_scores(config, voices, key, taken, width, inputs.scale)
         candidate = candidate if candidate.dim() == 2 else candidate[..., None, :, :]
         scores = scores.masked_fill(~candidate, -torch.inf)

@@ -44,16 +44,12 @@ def near_pairs(config: BarnesHutConfig, mask: MaskStructure, length: int) -> int
 
 def _far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, length: int) -> Tensor:
     """Nodes of a level in the far field of each group, on both sides."""
-    block = first // config.block
-    low, high = ((block - 1) * config.block).clamp(min=0), (block + 2) * config.block
-    begin = torch.zeros_like(first) if mask.left is None else (first - mask.left).clamp(min=0)
-    # Nodes of nothing but sinks hold no token.
-    before = (low // width - begin.clamp(min=config.sinks) // width).clamp(min=0)
-    if mask.causal:
-        return before
-    reach = length if mask.right is None else first + config.group + mask.right
-    end = torch.as_tensor(reach).clamp(max=length)
-    return before + (-(-end // width) - -(-high // width)).clamp(min=0)
+    found = torch.zeros_like(first)
+    for begin, end in config.pattern(mask).far(first, length):
+        # Nodes of nothing but sinks hold no token; the last node may be short.
+        low = torch.maximum(-(-begin // width), torch.as_tensor(config.sinks // width))
+        found += (torch.where(end > length, -(-length // width), end // width) - low).clamp(min=0)
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -1,3 +1,224 @@
-from fastattn_compile.operators.base import Decoder
+"""Decoding by Barnes-Hut attention, one token at a time: all keys, and a tree over them that grows at its right edge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.exact.reference import masked_softmax
+
+if TYPE_CHECKING:
+    from fastattn_compile.operators.barnes_hut.operator import BarnesHutAttention
+
+
+class _Rows:
+    """Rows that are added at the end of dimension 1, in room that doubles: O(1) a row.
+
+    Args:
+        rows: ``(u, n, c)`` to begin with.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._room, self._count = rows, rows.shape[1]
+
+    def append(self, rows: Tensor) -> None:
+        """Adds ``(u, k, c)``."""
+        stop = self._count + rows.shape[1]
+        if stop > self._room.shape[1]:
+            grown = self._room.new_empty(self._room.shape[0], 2 * stop, self._room.shape[2])
+            grown[:, : self._count] = self.rows
+            self._room = grown
+        self._room[:, self._count : stop] = rows
+        self._count = stop
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows."""
+        return self._room[:, : self._count]
+
+
+class _Nodes:
+    """The complete nodes of one level: what the next level is merged from, and what is scored."""
+
+    def __init__(self, sums: Sums) -> None:
+        self._statistic = sums.statistic
+        self._parts = [_Rows(x) for x in sums.parts]
+        self._features, self._log_count = _Rows(sums.features), _Rows(sums.counts.log()[..., None])
+
+    def append(self, sums: Sums) -> None:
+        for held, x in zip(self._parts, sums.parts):
+            held.append(x)
+        self._features.append(sums.features)
+        self._log_count.append(sums.counts.log()[..., None])
+
+    def after(self, first: int) -> Sums:
+        """The sums of the nodes from one on."""
+        return Sums(self._statistic, tuple(x.rows[:, first:] for x in self._parts))
+
+    @property
+    def level(self) -> Level:
+        return Level(self._features.rows, self._log_count.rows.squeeze(-1), 0)
+
+    @property
+    def count(self) -> int:
+        return self._parts[0].rows.shape[1]
+
+
 class BarnesHutDecoder(Decoder):
-    pass
+    """Causal Barnes-Hut attention with O(log n) work a token, and the keys of the whole past in memory.
+
+    Args:
+        operator: The operator; what it does not open, it drops.
+        scale: Factor on the scores.
+    """
+
+    def __init__(self, operator: BarnesHutAttention, scale: float) -> None:
+        self.operator, self.scale = operator, scale
+        self._length: int | None = None
+
+    def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
+        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
+
+        Raises:
+            ValueError: The mask is not causal, or queries and keys differ in number.
+        """
+        length = inputs.key.shape[2]
+        if inputs.mask.right != 0 or inputs.query.shape[2] != length:
+            raise ValueError(
+                f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "
+                f"{inputs.query.shape[2]} queries and {length} keys"
+            )
+        output = self.operator.forward(inputs)
+        self._pattern = pattern = self.operator.config.pattern(inputs.mask)
+        self._heads, self._kv_heads, self._type = inputs.query.shape[1], inputs.key.shape[1], inputs.value.dtype
+        wide = any(x.dtype == torch.float64 for x in (inputs.query, inputs.key, inputs.value))
+        self._dtype = torch.float64 if wide else torch.float32
+        real = inputs.key_padding
+        if real is None:
+            real = torch.ones(inputs.key.shape[0], length, dtype=torch.bool, device=inputs.key.device)
+        units = real.repeat_interleave(self._kv_heads, 0)
+        sink = units & (units.cumsum(-1) <= pattern.sinks)
+        self._rank = units.sum(-1)
+        self._real, self._sink = _Rows(units[..., None]), _Rows(sink[..., None])
+        self._keys, self._values = (
+            _Rows(x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0)) for x in (inputs.key, inputs.value)
+        )
+        self._sinks = [place.nonzero().flatten().tolist() for place in sink]
+        self._nodes: list[_Nodes] = []
+        self._grow(0, length)
+        self._length, self._choice = length, None
+        self._queries = inputs.query[:, :, max(0, length - 2 * pattern.group) :].to(self._dtype)
+        running = (length - 1) // pattern.group * pattern.group
+        if length and length % pattern.group:
+            self._choose(self._queries[:, :, : running + 1 - length or None], running)
+        return output
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Attends the next token.
+
+        Args:
+            query: ``(batch, heads, 1, head_dim)``.
+            key: ``(batch, kv_heads, 1, head_dim)``.
+            value: ``(batch, kv_heads, 1, value_dim)``.
+
+        Raises:
+            RuntimeError: ``prefill`` was not called.
+        """
+        if self._length is None:
+            raise RuntimeError("call prefill before step")
+        now, pattern = self._length, self._pattern
+        self._length += 1
+        self._rank = self._rank + 1
+        sink = self._rank <= pattern.sinks
+        for unit in sink.nonzero().flatten().tolist():
+            self._sinks[unit].append(now)
+        self._real.append(torch.ones_like(sink)[:, None, None])
+        self._sink.append(sink[:, None, None])
+        self._keys.append(key.to(self._dtype).flatten(0, 1))
+        self._values.append(value.to(self._dtype).flatten(0, 1))
+        self._queries = torch.cat([self._queries, query.to(self._dtype)], 2)[:, :, -2 * pattern.group :]
+        self._grow(now, now + 1)
+        if now % pattern.group == 0:
+            self._choose(self._queries, now)
+        return self._attend(query, now)
+
+    def stored_rows(self) -> int:
+        """Every key, and the nodes of the tree."""
+        return (self._length or 0) + sum(nodes.count for nodes in self._nodes)
+
+    def _grow(self, start: int, stop: int) -> None:
+        """Adds the nodes that become complete between two lengths, bottom up: O(1) a token in the mean."""
+        pattern, level = self._pattern, 0
+        while stop // pattern.width(level):
+            width = pattern.width(level)
+            old, new = start // width, stop // width
+            if new > old:
+                if level == 0:
+                    span = slice(old * width, new * width)
+                    taken = (self._real.rows & ~self._sink.rows)[:, span, 0]
+                    made = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], None, taken).merged(width)
+                else:
+                    below = self._nodes[level - 1].after(old * pattern.fanout)
+                    children = (new - old) * pattern.fanout
+                    made = Sums(below.statistic, tuple(x[:, :children] for x in below.parts)).merged(pattern.fanout)
+                if level == len(self._nodes):
+                    self._nodes.append(_Nodes(made))
+                else:
+                    self._nodes[level].append(made)
+            level += 1
+
+    def _choose(self, queries: Tensor, first: int) -> None:
+        """Makes the choice of the group that begins at a position, from the queries up to it."""
+        pattern = self._pattern
+        if first < 2 * pattern.block or pattern.open == 0:
+            self._choice = None
+            return
+        place = torch.tensor([first], device=queries.device)
+        voices = voices_of(pattern, queries, place, self._kv_heads, first + 1 - queries.shape[2])
+        levels = tuple(x.level for x in self._nodes[: pattern.levels(first + 1)])
+        near = None
+        if pattern.tolerance:
+            rows, seen = self._near(first)
+            scores = (voices * self.scale) @ self._taken(self._keys, rows)[:, None, None].mT
+            near = scores.masked_fill(~seen[:, None, None, None], -torch.inf).logsumexp(-1)
+        self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near)
+
+    def _near(self, now: int) -> tuple[Tensor, Tensor]:
+        """Rows of the near field and the sinks at a position, ``(u, k)``, and whether each is there and visible."""
+        pattern, units = self._pattern, self._keys.rows.shape[0]
+        device = self._rank.device
+        begin = max(0, (now // pattern.block - 1) * pattern.block)
+        near = torch.arange(begin, now + 1, device=device).expand(units, -1)
+        near_seen = (self._real.rows & ~self._sink.rows)[:, begin : now + 1, 0]
+        sinks = torch.tensor([(x + [now + 1] * pattern.sinks)[: pattern.sinks] for x in self._sinks], device=device)
+        sinks = sinks.view(units, pattern.sinks).long()
+        rows, seen = torch.cat([sinks, near], 1), torch.cat([sinks <= now, near_seen], 1)
+        if pattern.left is not None:
+            seen = seen & (rows >= now - pattern.left)
+        return rows.clamp(max=now), seen
+
+    def _taken(self, held: _Rows, rows: Tensor) -> Tensor:
+        return held.rows.gather(1, rows[..., None].expand(-1, -1, held.rows.shape[2]))
+
+    def _attend(self, query: Tensor, now: int) -> AttentionOutput:
+        pattern = self._pattern
+        rows, seen = (x[:, None] for x in self._near(now))
+        if self._choice is not None:
+            leaf = torch.arange(pattern.leaf, device=rows.device)
+            tokens = (self._choice.leaves[:, :, 0, :, None] * pattern.leaf + leaf).flatten(2)
+            opened = self._choice.opened[:, :, 0, :, None].expand(-1, -1, -1, pattern.leaf).flatten(2)
+            fine = (self._real.rows & ~self._sink.rows)[..., 0]
+            far_seen = opened & fine.gather(1, tokens.flatten(1)).view_as(tokens)
+            shape = (-1, tokens.shape[1], -1)
+            rows, seen = torch.cat([rows.expand(shape), tokens], 2), torch.cat([seen.expand(shape), far_seen], 2)
+        units, choosers, count = rows.shape
+        keys, values = (self._taken(x, rows.flatten(1)).view(units, choosers, count, -1) for x in (self._keys, self._values))
+        wide = query.to(self._dtype).view(units, choosers, -1, query.shape[3])
+        weights, log_sum_exp = masked_softmax(self.scale * (wide @ keys.mT), seen[:, :, None])
+        shape = (query.shape[0], self._heads, 1)
+        statistics = torch.float64 if self._type == torch.float64 else torch.float32
+        return AttentionOutput((weights @ values).reshape(*shape, -1).to(self._type), log_sum_exp.reshape(shape).to(statistics))

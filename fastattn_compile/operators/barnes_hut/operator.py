@@ -135,7 +135,9 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         return count_work(self.config, spec.mask.positional, length).selection / max(1, length)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
-        """All keys, and a tree over them that grows with every token."""
+        """All keys, and a tree over them that grows with every token; none when closed nodes are met pooled."""
+        if self.config.rest == "pool":
+            return None
         return BarnesHutDecoder(self, scale)
 
     def _near_alone(self, inputs: AttentionInputs) -> bool:

@@ -24,7 +24,7 @@ def barnes_hut_attention(config: BarnesHutConfig, inputs: AttentionInputs) -> At
         inputs: The tensors; queries and keys stand at the same positions.
     """
     query, key, value = grouped(inputs)
-    length, mask = query.shape[3], inputs.mask
+    length = query.shape[3]
     place = torch.arange(length, device=query.device)
     if inputs.key_padding is not None:
         hidden = ~inputs.key_padding[:, None, None, :, None]
@@ -43,9 +43,7 @@ def barnes_hut_attention(config: BarnesHutConfig, inputs: AttentionInputs) -> At
             count = owner @ part.to(key.dtype)
             keys.append(owner @ key.masked_fill(~part, 0) / count.clamp(min=1))
             values.append(owner @ value.masked_fill(~part, 0) / count.clamp(min=1))
-            last = (level.begin + level.width).clamp(max=length) - 1
-            shown = [mask.visible(place[:, None], x, length, length) for x in (level.begin, last)]
-            visible.append(_of_rows(level.closed, config, length) & shown[0] & shown[1])
+            visible.append(_of_rows(level.closed, config, length))
             bias.append(count.clamp(min=1).log()[:, 0, 0, :, 0])
     scores = inputs.scale * (query @ torch.cat(keys, -2).mT)
     rows = max(x.shape[0] for x in bias)

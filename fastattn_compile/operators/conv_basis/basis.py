@@ -46,7 +46,7 @@ class Probe:
 
 
 def sub_convolution(vector: Tensor, size: int) -> Tensor:
-    """``conv(a, m)``: the lower-triangular Toeplitz matrix of ``a[:m]`` in the lower-right block of an n x n zero matrix."""
+    """``conv(a, m)``: the lower-triangular Toeplitz matrix of ``a[:m]`` in the lower-right block of zeros."""
     n = vector.shape[0]
     place = torch.arange(n)
     offset = place[:, None] - place
@@ -55,7 +55,7 @@ def sub_convolution(vector: Tensor, size: int) -> Tensor:
 
 
 def decompose(matrix: Tensor, tolerance: float = 0.0) -> Basis:
-    """The unique smallest conv basis of a lower-triangular matrix (specification section 2, constructive form).
+    """The unique smallest conv basis of a lower-triangular matrix (specification section 2).
 
     Args:
         matrix: ``(n, n)``; what stands above the diagonal is not read.
@@ -80,7 +80,7 @@ def decompose(matrix: Tensor, tolerance: float = 0.0) -> Basis:
 def recover(
     column: Callable[[int, int], Tensor], n: int, k: int, probe: int, delta: float, eps: float
 ) -> tuple[Basis, list[Probe]]:
-    """RECOVER, as written: anchors by binary search on the first ``probe`` entries of columns (specification section 3).
+    """RECOVER, as written: anchors by binary search on column prefixes (section 3).
 
     Args:
         column: ``column(j, length)`` gives the first ``length`` scores down column ``j``, counted from 1.
@@ -121,7 +121,7 @@ def recover(
 
 
 def exponentiate(basis: Basis) -> Basis:
-    """The basis of ``exp`` of a matrix on its lower triangle (specification section 4), telescoped, with the correction.
+    """The basis of ``exp`` of a lower triangle, telescoped and corrected (specification section 4).
 
     A basis that leaves the first columns 0 gets a term of ones for them, since ``exp(0) = 1``. For oracles
     only: where neighbouring anchors differ much in size the differences cancel, which is why kernels use the

@@ -1,4 +1,4 @@
-"""What is known of the error of conv-basis attention: bounds, and the sampled estimate that chooses the number of terms."""
+"""What is known of the error of conv-basis attention: bounds, and what a sample of rows allows to say."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def error_bound(score_error: Tensor, value: Tensor, certified: bool) -> ErrorBou
 
 
 def score_error_for(output_error: float) -> float:
-    """The score error that a wanted output error, relative to ``max |V|``, allows: ``2 atanh(error / 2)`` (section 14.3).
+    """The score error that a relative output error allows: ``2 atanh(error / 2)`` (section 14.3).
 
     Raises:
         ValueError: The error is not between 0 and 2.
@@ -64,7 +64,7 @@ def score_error_for(output_error: float) -> float:
 
 
 def sampling_margin(samples: int, confidence: float) -> float:
-    """How far a mean of numbers in [0, 1] may be from their expectation: ``sqrt(ln(2 / p) / (2 R))`` (section 14.1).
+    """How far a mean of numbers in [0, 1] may be off: ``sqrt(ln(2 / p) / (2 R))`` (section 14.1).
 
     Args:
         samples: ``R``, numbers averaged.

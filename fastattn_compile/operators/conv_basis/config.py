@@ -91,8 +91,8 @@ class ConvBasisConfig(OperatorConfig):
             raise ValueError("delta must be positive: with 0 every column would be an anchor")
         if self.eps > self.delta / (5 * self.probe):
             raise ValueError(
-                f"eps must be at most delta / (5 * probe) = {self.delta / (5 * self.probe):g} for anchors to be told "
-                f"apart from noise, got {self.eps:g}; raise delta or lower probe"
+                f"eps must be at most delta / (5 * probe) = {self.delta / (5 * self.probe):g} for anchors to "
+                f"stand out from noise, got {self.eps:g}; raise delta or lower probe"
             )
         if self.degree < 0 or self.degree % 2:
             raise ValueError(
@@ -101,7 +101,7 @@ class ConvBasisConfig(OperatorConfig):
         if self.approximation == "low_rank":
             if self.offset_bias != "none":
                 raise ValueError(
-                    "offset_bias is a Toeplitz matrix, which the low-rank approximation does not have; use conv"
+                    "offset_bias is a Toeplitz matrix, which the low-rank approximation lacks; use conv"
                 )
             if self.gradient != "implemented":
                 raise ValueError("the low-rank approximation has one gradient, 'implemented'")

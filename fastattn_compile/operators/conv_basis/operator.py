@@ -13,7 +13,8 @@ from fastattn_compile.errors import NumericError
 from fastattn_compile.kernels import conv_aten
 from fastattn_compile.kernels.conv_anchors import segment_of
 from fastattn_compile.kernels.conv_aten import Pattern
-from fastattn_compile.kernels.conv_error import deviation
+from fastattn_compile.kernels.conv_error import Deviation, deviation
+from fastattn_compile.kernels.conv_lowrank import BLOCK, feature_count
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
@@ -24,9 +25,11 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.conv_basis import low_rank
+from fastattn_compile.operators.conv_basis.biases import biases, unspread
 from fastattn_compile.operators.conv_basis.bounds import ErrorBound, TermChoice, error_bound, sampling_margin
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
-from fastattn_compile.operators.conv_basis.cost import conv_cost
+from fastattn_compile.operators.conv_basis.cost import conv_cost, low_rank_cost
 from fastattn_compile.operators.conv_basis.reference import conv_attention
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.mask import MaskStructure
@@ -39,7 +42,7 @@ _REFUSED = {
 
 
 class ConvBasisAttention(Operator[ConvBasisConfig]):
-    """Scores as at most ``k`` columns slid down the diagonal, sums over them by fast Fourier transforms: O(k n log n).
+    """Scores as at most ``k`` columns slid down the diagonal, sums by fast Fourier transforms: O(k n log n).
 
     Exact where the scores are piecewise Toeplitz (positions only, repeated content); on rotary language
     models it is a poor replacement without training. Serves self-attention: causal, windowed, banded,
@@ -50,29 +53,38 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
     config_type = ConvBasisConfig
 
     def supports(self, spec: SiteSpec) -> Support:
-        """Self-attention whose mask depends on ``i - j`` and on which keys are real; all else is refused with the reason."""
+        """Self-attention with a mask of ``i - j`` and of real keys; else no, with the reason."""
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
-        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
-            return no(f"{_REFUSED[term]} ({mask})")
+        if self._low_rank:
+            if low_rank.refusal(mask):
+                return no(low_rank.refusal(mask))
+        else:
+            for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+                return no(f"{_REFUSED[term]} ({mask})")
         if spec.kind != "self":
-            return no(
-                "cross attention has no diagonal for scores to be constant along; only self-attention is served"
-            )
+            return no("cross attention has no diagonal for scores to follow; only self-attention is served")
         if spec.query_len != spec.key_len:
             return no(
-                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
+                f"{spec.query_len} queries against {spec.key_len} keys: they must stand at the same positions"
             )
-        if spec.key_len < self.config.k:
-            return no(
-                f"k={self.config.k} terms for {spec.key_len} tokens: k must be at most the number of tokens"
-            )
+        if self._low_rank:
+            count = feature_count(spec.head_dim, self.config.degree)
+            if spec.key_len <= count:
+                return no(
+                    f"degree {self.config.degree} in {spec.head_dim} channels makes {count} features: "
+                    f"more work than exact attention over {spec.key_len} tokens"
+                )
+        elif spec.key_len < self.config.k:
+            return no(_too_many(self.config.k, spec.key_len))
         return refuse_extras(spec)
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition; its gradient is the one the configuration names."""
-        offset_bias, key_bias = self._biases(inputs, parameters)
+        offset_bias, key_bias = biases(self.config, inputs, parameters)
+        if self._low_rank:
+            return low_rank.low_rank_attention(self.config.degree, inputs, key_bias)
         return conv_attention(self._pattern(inputs), inputs, offset_bias, key_bias)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
@@ -81,6 +93,8 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         Raises:
             NumericError: The configuration names a form that the range of the scores does not allow.
         """
+        if self._low_rank:
+            return low_rank.forward(self.config, inputs, biases(self.config, inputs, parameters)[1])
         try:
             return AttentionOutput(*conv_aten.forward(*self._tensors(inputs, parameters)))
         except conv_aten.RangeError as error:
@@ -94,28 +108,51 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         grad_out: Tensor,
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
-        """The gradient the configuration names (specification section 7), the places of the anchors held constant."""
-        *tensors, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
-        dq, dk, dv, d_offset, d_key = conv_aten.backward(
-            *tensors,
-            output.out,
-            output.log_sum_exp,
-            grad_out,
-            grad_log_sum_exp,
-            hidden,
-            offset_bias,
-            key_bias,
-        )
+        """The gradient the configuration names (specification section 7), places of anchors held constant."""
+        given = inputs, parameters, output, grad_out, grad_log_sum_exp
+        found = self._low_rank_backward(*given) if self._low_rank else self._conv_backward(*given)
+        dq, dk, dv, d_offset, d_key = found
         learned = list(parameters)
         if self.config.offset_bias == "learned" and d_offset is not None:
-            learned[0] = self._unspread(parameters[0], d_offset, inputs.mask.causal)
+            learned[0] = unspread(parameters[0], d_offset, inputs.mask.causal)
         if self.config.key_bias and d_key is not None:
             learned[-1] = torch.zeros_like(parameters[-1])
             learned[-1][..., : d_key.shape[-1]] = d_key
         return Gradients(dq, dk, dv, tuple(learned))
 
+    def _conv_backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        q, k, v, scale, pattern, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
+        return conv_aten.backward(
+            q, k, v, scale, pattern, output.out, output.log_sum_exp, grad_out, grad_log_sum_exp,
+            hidden, offset_bias, key_bias,
+        )  # fmt: skip
+
+    def _low_rank_backward(
+        self,
+        inputs: AttentionInputs,
+        parameters: tuple[Tensor, ...],
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        key_bias = biases(self.config, inputs, parameters)[1]
+        found, by_key = low_rank.backward(self.config, inputs, output, grad_out, grad_log_sum_exp, key_bias)
+        if key_bias is None:
+            return found.query, found.key, found.value, None, None
+        by_key = by_key.sum_to_size(key_bias.shape).to(key_bias.dtype)
+        return found.query, found.key, found.value, None, by_key
+
     def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
-        """The anchor columns: their scores are the exact ones."""
+        """The anchor columns: their scores are the exact ones. None in the low-rank approximation."""
+        if self._low_rank:
+            return torch.zeros(1, 1, len(rows), inputs.key.shape[2], dtype=torch.bool, device=rows.device)
         batch, n = inputs.key.shape[0], inputs.key.shape[2]
         pattern = self._pattern(inputs)
         hidden = torch.zeros(batch, n, dtype=torch.bool, device=rows.device)
@@ -139,7 +176,13 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
 
     def cost(self, spec: SiteSpec) -> Cost:
         """Counted by the formulas of specification section 10, in the form that the lengths call for."""
+        if self._low_rank:
+            return low_rank_cost(feature_count(spec.head_dim, self.config.degree), BLOCK, spec)
         return conv_cost(self.config, self._pattern_of(spec.mask), spec)
+
+    @property
+    def _low_rank(self) -> bool:
+        return self.config.approximation == "low_rank"
 
     @property
     def learned(self) -> bool:
@@ -167,7 +210,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
     def error_bound(
         self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = (), rows: Tensor | None = None
     ) -> ErrorBound:
-        """Bounds the output error of every head on some tensors (specification section 6), in O(rows * n * d) work.
+        """Bounds the output error of every head on some tensors (section 6); O(rows * n * d) work.
 
         Args:
             inputs: The tensors of the site.
@@ -177,7 +220,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         """
         n = inputs.key.shape[2]
         looked_at = torch.arange(n, device=inputs.query.device) if rows is None else rows
-        found = self._deviation(inputs, parameters, looked_at)
+        if self._low_rank:
+            score = low_rank.score_error(self.config.degree, inputs, looked_at)
+        else:
+            score = self._deviation(inputs, parameters, looked_at).score
         value = inputs.value.repeat_interleave(inputs.group, 1)
         if inputs.key_padding is not None:
             # A hidden value may be anything: a real one of the sequence stands in for it.
@@ -187,7 +233,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
                 .expand(*value.shape[:2], 1, value.shape[3])
             )
             value = torch.where(inputs.key_padding[:, None, :, None], value, value.gather(2, real))
-        return error_bound(found.score, value, rows is None)
+        return error_bound(score, value, rows is None)
 
     def choose_terms(
         self,
@@ -213,8 +259,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             most: Largest number of terms; ``n / 200`` when ``None``, above which exact attention is faster.
 
         Raises:
-            ValueError: The budget is not positive.
+            ValueError: The budget is not positive, or the approximation has no terms to choose.
         """
+        if self._low_rank:
+            raise ValueError("the low-rank approximation has no terms to choose; its error is set by degree")
         if not budget > 0:
             raise ValueError(f"budget must be a positive relative error, got {budget}")
         n = inputs.key.shape[2]
@@ -231,13 +279,13 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
                 return TermChoice(k, tried[-1][1], tuple(tried))
         return TermChoice(None, tried[-1][1] if tried else math.inf, tuple(tried))
 
-    def _deviation(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor) -> Any:
-        *tensors, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
-        return deviation(*tensors, rows, hidden, offset_bias, key_bias)
+    def _deviation(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor) -> Deviation:
+        q, k, v, scale, pattern, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
+        return deviation(q, k, v, scale, pattern, rows, hidden, offset_bias, key_bias)
 
     def _tensors(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The arguments of the kernels: query, key, value, scale, pattern, hidden keys, bias by offset, bias by key."""
-        offset_bias, key_bias = self._biases(inputs, parameters)
+        """Query, key, value, scale, pattern, hidden keys, bias by offset and by key."""
+        offset_bias, key_bias = biases(self.config, inputs, parameters)
         hidden = None if inputs.key_padding is None else ~inputs.key_padding
         pattern = self._pattern(inputs)
         return inputs.query, inputs.key, inputs.value, inputs.scale, pattern, hidden, offset_bias, key_bias
@@ -245,9 +293,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
     def _pattern(self, inputs: AttentionInputs) -> Pattern:
         n = inputs.key.shape[2]
         if self.config.k > n:
-            raise ValueError(
-                f"k={self.config.k} terms for {n} tokens: k must be at most the number of tokens"
-            )
+            raise ValueError(_too_many(self.config.k, n))
         if inputs.query.shape[2] != n:
             raise ValueError(
                 f"{inputs.query.shape[2]} queries against {n} keys: conv_basis serves self-attention"
@@ -264,67 +310,6 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             config.gradient == "softmax_formula", mask.left, mask.right,
         )  # fmt: skip
 
-    def _biases(
-        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Biases by offset ``(h, 2 n - 1)`` and by key ``(b or 1, h or 1, n)`` of these tensors."""
-        heads, n = inputs.query.shape[1], inputs.key.shape[2]
-        wanted = [
-            name for name in ("offset_bias", "key_bias") if name in self.parameter_shapes(inputs.spec())
-        ]
-        if len(parameters) != len(wanted):
-            raise ValueError(
-                f"{self} takes {len(wanted)} parameters ({', '.join(wanted) or 'none'}), got {len(parameters)}"
-            )
-        given = dict(zip(wanted, parameters))
-        offset_bias, key_bias = None, None
-        if self.config.offset_bias == "alibi":
-            distance = torch.arange(1 - n, n, device=inputs.query.device, dtype=torch.float64).abs()
-            slopes = alibi_slopes(heads).to(inputs.query.device)
-            offset_bias = -slopes[:, None] * distance
-        elif "offset_bias" in given:
-            offset_bias = self._spread(given["offset_bias"], heads, n, inputs.mask.causal)
-        if "key_bias" in given:
-            key_bias = given["key_bias"]
-            batch = inputs.key.shape[0]
-            fits = key_bias.dim() == 3 and key_bias.shape[0] in (1, batch) and key_bias.shape[1] in (1, heads)
-            if not fits or key_bias.shape[2] < n:
-                raise ValueError(
-                    f"key_bias must have shape ({batch} or 1, {heads} or 1, {n} or more), got {tuple(key_bias.shape)}"
-                )
-            key_bias = key_bias[..., :n]
-        return offset_bias, key_bias
 
-    @staticmethod
-    def _spread(parameter: Tensor, heads: int, n: int, causal: bool) -> Tensor:
-        """A learned bias as ``(h, 2 n - 1)``: the middle of a longer one, 0 for the offsets a causal one lacks."""
-        wanted = n if causal else 2 * n - 1
-        if parameter.dim() != 2 or parameter.shape[0] != heads or parameter.shape[1] < wanted:
-            raise ValueError(
-                f"offset_bias must have shape ({heads}, {wanted} or more) for {n} tokens"
-                f"{' under a causal mask' if causal else ''}, got {tuple(parameter.shape)}"
-            )
-        if causal:
-            return torch.nn.functional.pad(parameter[:, :n], (n - 1, 0))
-        middle = parameter.shape[1] // 2
-        return parameter[:, middle - n + 1 : middle + n]
-
-    @staticmethod
-    def _unspread(parameter: Tensor, grad: Tensor, causal: bool) -> Tensor:
-        """The gradient of ``_spread``."""
-        n = (grad.shape[1] + 1) // 2
-        result = torch.zeros_like(parameter)
-        if causal:
-            result[:, :n] = grad[:, n - 1 :]
-        else:
-            middle = parameter.shape[1] // 2
-            result[:, middle - n + 1 : middle + n] = grad
-        return result
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of linear biases, one a head (Press, Smith, Lewis 2022): powers of two, interleaved for other numbers of heads."""
-    power = 1 << (heads.bit_length() - 1)
-    first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    between = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
-    return torch.tensor(first + between, dtype=torch.float64)
+def _too_many(k: int, length: int) -> str:
+    return f"k={k} terms for {length} tokens: k must be at most the number of tokens"

@@ -1,4 +1,4 @@
-"""Conv-basis attention as it is defined: a dense softmax over scores in which columns are copies of anchor columns."""
+"""Conv-basis attention as it is defined: a dense softmax over scores whose columns copy anchor columns."""
 
 from __future__ import annotations
 

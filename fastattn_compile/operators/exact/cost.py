@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import dataclasses
 
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.mask import MaskStructure
@@ -16,30 +16,52 @@ def visible_pairs(mask: MaskStructure, query_len: int, key_len: int) -> int:
         query_len: Number of queries.
         key_len: Number of keys.
     """
-    place = torch.arange(query_len, dtype=torch.int64)
-    if mask.end_aligned:
-        place += key_len - query_len
-    low, high = torch.zeros_like(place), torch.full_like(place, key_len)
-    if mask.left is not None:
-        low = (place - mask.left).clamp(0, key_len)
-    if mask.right is not None:
-        high = (place + mask.right + 1).clamp(0, key_len)
-    # What the prefix adds is what of it lies outside the band; a chunk then cuts both pieces.
-    prefix_high = torch.full_like(place, min(mask.prefix or 0, key_len))
-    first, last = torch.zeros_like(place), torch.full_like(place, key_len)
+    offset = key_len - query_len if mask.end_aligned else 0
+    return pairs_between(mask, range(query_len), range(key_len), offset)
+
+
+def pairs_between(mask: MaskStructure, rows: range, keys: range, offset: int = 0) -> int:
+    """Number of pairs of some queries and some keys that the position terms of a mask allow, in closed form.
+
+    Args:
+        mask: An understood mask.
+        rows: Query positions.
+        keys: Key positions.
+        offset: Place of query 0 among the keys.
+    """
     if mask.chunk is not None:
-        first = (torch.div(place, mask.chunk, rounding_mode="floor") * mask.chunk).clamp(0, key_len)
-        last = (torch.div(place, mask.chunk, rounding_mode="floor") * mask.chunk + mask.chunk).clamp(
-            0, key_len
-        )
+        return _pairs_of_chunks(mask, rows, keys, offset)
+    pairs = _in_band(mask, rows, keys, offset)
+    if mask.prefix is not None:
+        # Of the prefix, what lies outside the band is visible too.
+        prefix = range(keys.start, min(max(mask.prefix, keys.start), keys.stop))
+        pairs += len(rows) * len(prefix) - _in_band(mask, rows, prefix, offset)
+    return pairs
 
-    def count(start: torch.Tensor, stop: torch.Tensor) -> int:
-        return int((torch.minimum(stop, last) - torch.maximum(start, first)).clamp(min=0).sum())
 
-    band = count(low, high)
-    prefix = count(torch.zeros_like(place), prefix_high)
-    both = count(low, torch.minimum(high, prefix_high))
-    return band + prefix - both
+def _in_band(mask: MaskStructure, rows: range, keys: range, offset: int) -> int:
+    begins = 0 if mask.left is None else _clipped(rows, offset - mask.left, keys)
+    ends = len(rows) * len(keys) if mask.right is None else _clipped(rows, offset + mask.right + 1, keys)
+    return ends - begins
+
+
+def _clipped(rows: range, shift: int, keys: range) -> int:
+    """Sum over the rows of how many keys stand before ``row + shift``."""
+    first = min(max(keys.start - shift, rows.start), rows.stop)
+    last = min(max(keys.stop - shift, first), rows.stop)
+    rising = (last - first) * (first + last - 1 + 2 * (shift - keys.start)) // 2
+    return rising + (rows.stop - last) * len(keys)
+
+
+def _pairs_of_chunks(mask: MaskStructure, rows: range, keys: range, offset: int) -> int:
+    size, inside = mask.chunk or 1, dataclasses.replace(mask, chunk=None)
+    pairs = 0
+    for chunk in range((rows.start + offset) // size, (rows.stop - 1 + offset) // size + 1):
+        start, stop = chunk * size, (chunk + 1) * size
+        some_rows = range(max(rows.start, start - offset), min(rows.stop, stop - offset))
+        some_keys = range(max(keys.start, start), max(keys.start, start, min(keys.stop, stop)))
+        pairs += pairs_between(inside, some_rows, some_keys, offset)
+    return pairs
 
 
 def traffic(spec: SiteSpec) -> float:
@@ -51,6 +73,7 @@ def traffic(spec: SiteSpec) -> float:
 
 def exact_cost(spec: SiteSpec) -> Cost:
     """Two products a visible pair; an opaque mask counts as none."""
-    pairs = visible_pairs(spec.mask, int(spec.query_len), int(spec.key_len))
+    queries = int(spec.query_len)
+    pairs = visible_pairs(spec.mask, queries, int(spec.key_len))
     flops = 2.0 * spec.batch * spec.heads * pairs * (spec.head_dim + spec.value_dim)
-    return Cost(flops, traffic(spec), pairs / max(1, int(spec.query_len)))
+    return Cost(flops, traffic(spec), pairs / max(1, queries))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fastattn_compile.operators.base import Cost, SiteSpec
-from fastattn_compile.operators.exact.cost import traffic, visible_pairs
+from fastattn_compile.operators.exact.cost import pairs_between, traffic, visible_pairs
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.mask import MaskStructure
-
-
-def _overlap(low: Tensor, high: Tensor, begin: Tensor | int, end: Tensor | int) -> Tensor:
-    """Positions that ``low..high`` and ``begin..end`` (all inclusive) share."""
-    upper = torch.minimum(high, torch.as_tensor(end))
-    return (upper - torch.maximum(low, torch.as_tensor(begin)) + 1).clamp(min=0)
 
 
 def near_pairs(config: FmaConfig, mask: MaskStructure, length: int) -> int:
@@ -25,41 +19,19 @@ def near_pairs(config: FmaConfig, mask: MaskStructure, length: int) -> int:
     Args:
         config: The configuration.
         mask: Position terms of the mask.
-        length: Tokens of the sequence.
+        length: Tokens of the sequence, more than two blocks.
     """
-    place = torch.arange(length)
-    block = torch.div(place, config.block, rounding_mode="floor")
-    low = torch.zeros(length, dtype=torch.int64) if mask.left is None else place - mask.left
-    high = torch.full((length,), length - 1) if mask.right is None else place + mask.right
-    low, high = low.clamp(0), high.clamp(max=length - 1)
-    begin, end = (block - 1) * config.block, (block + 2) * config.block - 1
-    near = _overlap(low, high, begin, end)
-    sinks = _overlap(low, high, 0, config.sinks - 1)
-    both = _overlap(torch.maximum(low, begin), torch.minimum(high, end), 0, config.sinks - 1)
-    return int((near + sinks - both).sum())
+    m = config.block
 
+    def near(block: int) -> int:
+        rows = range(block * m, min((block + 1) * m, length))
+        return pairs_between(mask, rows, range(max(0, (block - 1) * m), min((block + 2) * m, length)))
 
-def _rows_of_group(
-    config: FmaConfig, mask: MaskStructure, place: Tensor, group: Tensor, width: int, length: int
-) -> Tensor:
-    """How many rows of a group each query sees; 0 where the group does not exist."""
-    exists = (group >= 0) & (group * width < length)
-    start = group * width
-    if config.basis == "mean":
-        part = width // config.rank
-        rows = torch.arange(config.rank)
-        first = start[:, None] + rows * part
-        last = first + part - 1
-    else:
-        first, last = start[:, None], start[:, None] + width - 1
-    last = last.clamp(max=length - 1)
-    seen = (last >= first) & (last >= config.sinks)
-    if mask.left is not None:
-        seen &= first >= place[:, None] - mask.left
-    if mask.right is not None:
-        seen &= last <= place[:, None] + mask.right
-    per_query = seen.sum(1) if config.basis == "mean" else seen[:, 0] * config.rank
-    return torch.where(exists, per_query, 0)
+    # All blocks but the first and those at the end are alike.
+    whole = length // m
+    pairs = near(0) + (whole - 2) * near(1) + sum(near(b) for b in range(whole - 1, -(-length // m)))
+    sinks = pairs_between(mask, range(2 * m, length), range(config.sinks))
+    return pairs + sinks
 
 
 def far_pairs(config: FmaConfig, mask: MaskStructure, length: int) -> int:
@@ -70,21 +42,44 @@ def far_pairs(config: FmaConfig, mask: MaskStructure, length: int) -> int:
         mask: Position terms of the mask.
         length: Tokens of the sequence.
     """
-    place = torch.arange(length)
+    # Without a window all queries of a block see the same rows.
+    windowed = mask.left is not None or (mask.right is not None and not mask.causal)
+    place = np.arange(0, length, 1 if windowed else config.block)
+    queries = np.minimum(1 if windowed else config.block, length - place)
     total = 0
     for level in range(level_count(length, config.block)):
         width = config.block << level
-        group = torch.div(place, width, rounding_mode="floor")
-        parent, second = torch.div(group, 2, rounding_mode="floor"), group % 2
-        for other in (-2, -1, 2, 3):
-            met = 2 * parent + other
-            if mask.causal:
-                allowed = (second >= other + 2) if other < 0 else torch.zeros_like(second, dtype=torch.bool)
-            else:
-                allowed = (met - group).abs() > 1
-            seen = _rows_of_group(config, mask, place, met, width, length)
-            total += int((seen * allowed).sum())
+        own = place // width
+        # The groups of the neighbouring parents, counted from the first child of the query's own parent.
+        for other in (-2, -1) if mask.causal else (-2, -1, 2, 3):
+            reach = mask.left if other < 0 else mask.right
+            if reach is not None and reach < width:
+                continue  # a whole group lies between
+            group = own // 2 * 2 + other
+            met = (own % 2 >= other + 2) if mask.causal else (np.abs(group - own) > 1)
+            met &= (group >= 0) & (group * width < length)
+            seen = _rows_seen(config, mask, place, group * width, width, length)
+            total += int((queries * met * seen).sum())
     return total
+
+
+def _rows_seen(
+    config: FmaConfig, mask: MaskStructure, place: NDArray, start: NDArray, width: int, length: int
+) -> NDArray:
+    """How many rows of the group that begins at ``start`` each query sees."""
+    if config.basis == "mean":
+        cover, weight = width // config.rank, 1
+        first = start[:, None] + cover * np.arange(config.rank)
+    else:
+        cover, weight = width, config.rank
+        first = start[:, None]
+    last = np.minimum(first + cover, length) - 1
+    seen = (last >= first) & (last >= config.sinks)
+    if mask.left is not None:
+        seen &= first >= place[:, None] - mask.left
+    if mask.right is not None:
+        seen &= last <= place[:, None] + mask.right
+    return weight * seen.sum(1)
 
 
 @lru_cache(maxsize=1024)

@@ -7,8 +7,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.treeformer_ranges import Sight
-from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec, Support, no
+from fastattn_compile.kernels.tiles import all_finite
+from fastattn_compile.kernels.treeformer_ranges import Sight, near_ranges
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator, SiteSpec, Support, no
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.treeformer.config import TreeConfig
 from fastattn_compile.operators.treeformer.fit import fit_planes, grow, random_planes
@@ -38,8 +39,39 @@ def sight_of(inputs: AttentionInputs) -> Sight:
     return Sight(low, high, keys, inputs.key_padding, segment, segment[:, place])
 
 
+def finished(inputs: AttentionInputs, out: Tensor, log_sum_exp: Tensor) -> AttentionOutput:
+    """The results in the types an operator returns; NaN where routing is not defined.
+
+    A vector that is not finite has no leaf: a query like that, and every query to which a key like that is
+    visible, gets NaN, so that no leaf hides it.
+
+    Args:
+        inputs: The tensors.
+        out: ``(b, h, n, e)``.
+        log_sum_exp: ``(b, h, n)``.
+    """
+    query, key = inputs.query, real_keys(inputs)
+    if not all_finite(query, key):
+        lost = ~torch.isfinite(query).all(-1)
+        sight, (batch, kv_heads) = sight_of(inputs), key.shape[:2]
+        every = torch.zeros_like(lost, dtype=torch.int64)
+        bad = ~torch.isfinite(key).all(-1)
+        hit = near_ranges(query.shape[1], kv_heads, batch, sight, every, every + sight.length, only=bad)
+        lost = lost | (hit.stop > hit.start)
+        out = out.masked_fill(lost[..., None], torch.nan)
+        log_sum_exp = log_sum_exp.masked_fill(lost, torch.nan)
+    wide = torch.float64 if inputs.value.dtype == torch.float64 else torch.float32
+    return AttentionOutput(out.to(inputs.value.dtype), log_sum_exp.to(wide))
+
+
 class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
     """Base of the two operators."""
+
+    def __init__(self, config: TreeConfigT | None = None) -> None:
+        super().__init__(config)
+        # torch.compile traces ``supports`` and takes a float read there for a variable, which costs a second
+        # compilation.
+        self._unrotates = self.config.rotary_base > 0
 
     @property
     def learned(self) -> bool:
@@ -60,16 +92,20 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
             )
         if mask.segments and spec.query_len != spec.key_len:
             return no("packed documents need queries and keys at the same positions")
-        if config.rotary_base and spec.head_dim % 2:
-            return no(f"rotary_base undoes rotations of pairs of channels, and head_dim {spec.head_dim} is odd")
-        if config.rotary_base and mask.segments:
+        if self._unrotates and spec.head_dim % 2:
+            return no(
+                f"rotary_base undoes rotations of pairs of channels, and head_dim {spec.head_dim} is odd"
+            )
+        if self._unrotates and mask.segments:
             return no("rotary_base does not know where the positions of packed documents start")
-        if config.rotary_base and spec.query_len != spec.key_len and not mask.end_aligned:
+        if self._unrotates and spec.query_len != spec.key_len and not mask.end_aligned:
             return no("rotary_base needs queries that stand at positions of the keys")
         return refuse_extras(spec)
 
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
-        """Planes and offsets of the trees, a key head each; those of queries and weights of levels, a query head each."""
+        """Planes and offsets of the trees, a key head each; those of queries and weights of levels, a query
+        head each.
+        """
         return parameter_shapes(self.config, spec)
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
@@ -81,8 +117,9 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
     ) -> dict[str, Tensor]:
         """Parameters of these trees that continue those of lower ones (specification section 9).
 
-        The planes of lower trees are the first of the heap and are kept. Free weights of new levels start at 0, so that
-        coarse attention starts with the outputs it had; splitting the leaves of leaf attention does change its outputs.
+        The planes of lower trees are the first of the heap and are kept. Free weights of new levels start at
+        0, so that coarse attention starts with the outputs it had; splitting the leaves of leaf attention
+        does change its outputs.
 
         Args:
             spec: The site.
@@ -94,7 +131,9 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
         """
         return self._start(spec, sample, learned)
 
-    def _start(self, spec: SiteSpec, sample: AttentionInputs | None, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _start(
+        self, spec: SiteSpec, sample: AttentionInputs | None, learned: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         config = self.config
         shapes = self.parameter_shapes(spec)
         values: dict[str, Tensor] = {}
@@ -105,7 +144,9 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
             if sample is None:
                 planes, offsets = random_planes(shapes["key_planes"], config.seed)
             else:
-                routed = turns(config, sample, torch.float32)[1].undo(real_keys(sample).detach().float()).cpu()
+                routed = (
+                    turns(config, sample, torch.float32)[1].undo(real_keys(sample).detach().float()).cpu()
+                )
                 real = None if sample.key_padding is None else sample.key_padding.cpu()
                 planes, offsets = fit_planes(config, routed, real, known)
             values["key_planes"], values["key_offsets"] = planes, offsets

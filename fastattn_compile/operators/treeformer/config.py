@@ -1,4 +1,6 @@
-"""Configurations of tree attention. What the paper leaves open is a field, with the specification's default."""
+"""Configurations of tree attention. What the paper leaves open is a field, with the specification's
+default.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,22 @@ class TreeConfig(OperatorConfig):
     """What both forms of tree attention can be told.
 
     Args:
-        height: Levels of decisions; a tree has ``2^height`` leaves. 0 is no tree: softmax attention, or the plain mean.
+        height: Levels of decisions; a tree has ``2^height`` leaves. 0 is no tree: softmax attention, or the
+            plain mean.
         n_trees: Trees of a head.
-        shared: Queries and keys go through the same planes (the paper). When false, queries have planes of their own over
-            the same nodes: queries and keys of trained models are distributed differently.
-        estimator: Gradient of the hard decisions: ``"soft"``, the product of sigmoids along the path (specification 6a);
-            ``"sum"``, a sum over the decisions (6b).
-        surrogate: Derivative of one decision under ``"sum"``: ``"clip"``, 1 where ``|z| <= 1``; ``"sigmoid"``.
+        shared: Queries and keys go through the same planes (the paper). When false, queries have planes of
+            their own over the same nodes: queries and keys of trained models are distributed differently.
+        estimator: Gradient of the hard decisions: ``"soft"``, the product of sigmoids along the path
+            (specification 6a); ``"sum"``, a sum over the decisions (6b).
+        surrogate: Derivative of one decision under ``"sum"``: ``"clip"``, 1 where ``|z| <= 1``;
+            ``"sigmoid"``.
         beta: Steepness of the sigmoids; commonly raised from 1 to 10 in training.
-        init: Start of the planes from calibration data: ``"pca"``, median splits along the principal direction of a node's
-            keys; ``"kmeans"``, between two means; ``"random"``, median splits along random directions. Trees after the
-            first see a random half of the channels. Without data planes are random, with offset 0.
-        rotary_base: Base of the rotary embedding that is undone before routing (pairs of channels ``i``, ``i + d / 2``,
-            positions counted over real tokens). 0 routes the vectors as they come.
+        init: Start of the planes from calibration data: ``"pca"``, median splits along the principal
+            direction of a node's keys; ``"kmeans"``, between two means; ``"random"``, median splits along
+            random directions. Trees after the first see a random half of the channels. Without data planes
+            are random, with offset 0.
+        rotary_base: Base of the rotary embedding that is undone before routing (pairs of channels ``i``, ``i
+            + d / 2``, positions counted over real tokens). 0 routes the vectors as they come.
         seed: Of the random start.
     """
 
@@ -81,24 +86,27 @@ class TreeConfig(OperatorConfig):
 class TfConfig(TreeConfig):
     """What leaf attention (``tf_attention``) can be told, besides ``TreeConfig``.
 
-    A query's own membership in its leaf gets no gradient from softmax over that leaf alone (specification 6); hence
-    ``query_gradient``. The other remedies are ``mass_loss`` and training ``tc_attention`` first with the same planes.
+    A query's own membership in its leaf gets no gradient from softmax over that leaf alone (specification 6);
+    hence ``query_gradient``. The other remedies are ``mass_loss`` and training ``tc_attention`` first with
+    the same planes.
 
     Args:
-        fallback: What a query meets whose leaf shows it no key: ``"ancestor"``, the keys of the deepest node above that
-            has any; ``"zero"``, nothing; ``"self+window"``, itself and tokens within ``fallback_window``.
+        fallback: What a query meets whose leaf shows it no key: ``"ancestor"``, the keys of the deepest node
+            above that has any; ``"zero"``, nothing; ``"self+window"``, itself and tokens within
+            ``fallback_window``.
         fallback_window: Tokens of that window.
-        window: Keys less than this many positions away are met exactly in any case. A trained model needs some.
+        window: Keys less than this many positions away are met exactly in any case. A trained model needs
+            some.
         sinks: First real tokens of a sequence that are met exactly in any case.
-        combine: Several trees: ``"union"``, one softmax over the keys of all leaves, each key once; ``"mean"``, the mean
-            of the trees' outputs, without a log-sum-exp (it is NaN).
-        query_gradient: Gradient of the queries' planes: ``"gate"``, the output is multiplied by the soft mass of the leaf
-            over its own value; ``"sibling"``, the sibling leaf is met too, both weighted by the soft last decision, which
-            changes the output; ``"none"``.
-        capacity: A leaf gives a query at most ``ceil(capacity * keys / leaves)`` keys; 0 is no limit. Bounds the work of
-            unbalanced trees.
-        overflow: Which keys a full leaf drops: ``"oldest"``, of what the query sees; ``"margin"``, those nearest to a
-            plane (not with causal masks: it needs the whole sequence).
+        combine: Several trees: ``"union"``, one softmax over the keys of all leaves, each key once;
+            ``"mean"``, the mean of the trees' outputs, without a log-sum-exp (it is NaN).
+        query_gradient: Gradient of the queries' planes: ``"gate"``, the output is multiplied by the soft mass
+            of the leaf over its own value; ``"sibling"``, the sibling leaf is met too, both weighted by the
+            soft last decision, which changes the output; ``"none"``.
+        capacity: A leaf gives a query at most ``ceil(capacity * keys / leaves)`` keys; 0 is no limit. Bounds
+            the work of unbalanced trees.
+        overflow: Which keys a full leaf drops: ``"oldest"``, of what the query sees; ``"margin"``, those
+            nearest to a plane (not with causal masks: it needs the whole sequence).
     """
 
     fallback: str = "ancestor"
@@ -124,7 +132,9 @@ class TfConfig(TreeConfig):
         if self.query_gradient == "sibling" and self.height < 1:
             raise ValueError("query_gradient='sibling' needs a tree with at least one decision, got height=0")
         if self.query_gradient == "sibling" and self.capacity:
-            raise ValueError("query_gradient='sibling' and a capacity do not go together: a capacity is of one leaf")
+            raise ValueError(
+                "query_gradient='sibling' and a capacity do not go together: a capacity is of one leaf"
+            )
 
     def keys_of_leaf(self, keys: int) -> int:
         """Most keys a leaf gives a query; 0 is no limit."""
@@ -137,8 +147,8 @@ class TcConfig(TreeConfig):
 
     Args:
         include_root: The mean of all visible values is level 0 of every path.
-        level_weights: ``"free"``, learned numbers; ``"softmax"``, the softmax over the levels of learned numbers plus the
-            logarithm of the node's count, over the number of trees.
+        level_weights: ``"free"``, learned numbers; ``"softmax"``, the softmax over the levels of learned
+            numbers plus the logarithm of the node's count, over the number of trees.
     """
 
     include_root: bool = True

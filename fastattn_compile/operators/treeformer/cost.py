@@ -28,7 +28,9 @@ def _near_pairs(config: TfConfig, mask: MaskStructure, queries: int, keys: int) 
 
 
 def leaf_cost(config: TfConfig, spec: SiteSpec) -> Cost:
-    """Routing, then two products a pair: visible keys of a leaf are the visible keys over the number of leaves."""
+    """Routing, then two products a pair: visible keys of a leaf are the visible keys over the number of
+    leaves.
+    """
     queries, keys = int(spec.query_len), int(spec.key_len)
     mask = spec.mask.positional
     visible = visible_pairs(mask, queries, keys)
@@ -40,7 +42,9 @@ def leaf_cost(config: TfConfig, spec: SiteSpec) -> Cost:
     met = 1 - (1 - share) ** config.n_trees if config.combine == "union" else config.n_trees * share
     repeated = config.n_trees if config.combine == "mean" else 1
     pairs = repeated * near + (visible - near) * met
-    flops = routing_flops(config, spec) + 2.0 * spec.batch * spec.heads * pairs * (spec.head_dim + spec.value_dim)
+    flops = routing_flops(config, spec) + 2.0 * spec.batch * spec.heads * pairs * (
+        spec.head_dim + spec.value_dim
+    )
     return Cost(flops, traffic(spec), pairs / max(1, queries))
 
 

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 def _check_prefill(inputs: AttentionInputs) -> None:
     if inputs.mask.conflicts("right", "end_aligned", "key_padding") or not inputs.mask.causal:
-        raise ValueError(f"a decoder of tree attention continues a causal prefill, with or without padding; got {inputs.mask}")
+        raise ValueError(
+            f"a decoder of tree attention continues a causal prefill, with or without padding; got {inputs.mask}"
+        )
 
 
 class CoarseDecoder(Decoder):
-    """Sums and counts of the values below every node: ``2^(height + 1) - 1`` rows a tree, whatever the length.
+    """Sums and counts of the values below every node: ``2^(height + 1) - 1`` rows a tree, whatever the
+    length.
 
     Args:
         operator: The operator.
@@ -130,7 +133,8 @@ class _Rows:
 
 
 class LeafDecoder(Decoder):
-    """All keys and values with their leaves; a step compares leaf numbers and reads the rows of its own leaves only.
+    """All keys and values with their leaves; a step compares leaf numbers and reads the rows of its own
+    leaves only.
 
     Args:
         operator: The operator.
@@ -160,7 +164,11 @@ class LeafDecoder(Decoder):
         query = query.to(routing_dtype(inputs))
         leaf, scores = follow(query, trees.query_planes, trees.query_offsets)
         found, level = self._found(leaf)
-        choices = [[tree] for tree in range(config.n_trees)] if config.combine == "mean" else [[*range(config.n_trees)]]
+        choices = (
+            [[tree] for tree in range(config.n_trees)]
+            if config.combine == "mean"
+            else [[*range(config.n_trees)]]
+        )
         each = []
         for chosen in choices:
             met = self._near(~found[:, :, chosen].any(-1).all(-1))
@@ -191,7 +199,9 @@ class LeafDecoder(Decoder):
         trees = Trees.of(self.operator.config, inputs, self.parameters, dtype)
         real = inputs.key_padding
         if real is None:
-            real = torch.ones(inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool, device=inputs.key.device)
+            real = torch.ones(
+                inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool, device=inputs.key.device
+            )
         key = real_keys(inputs)
         self.key.add(key)
         self.value.add(inputs.value.masked_fill(~real[:, None, :, None], 0))
@@ -220,7 +230,9 @@ class LeafDecoder(Decoder):
         return found, level
 
     def _near(self, empty: Tensor) -> Tensor:
-        """Window and sinks, ``(b, h, m)``; ``empty`` ``(b, h)`` says where an empty leaf calls for its window."""
+        """Window and sinks, ``(b, h, m)``; ``empty`` ``(b, h)`` says where an empty leaf calls for its
+        window.
+        """
         config, real = self.operator.config, self.real.rows
         age = real.shape[1] - 1 - torch.arange(real.shape[1], device=real.device)
         near = (real & (age < config.window)) | (real & (real.cumsum(1) <= config.sinks))

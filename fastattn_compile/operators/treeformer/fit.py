@@ -1,4 +1,6 @@
-"""The start of the planes from data: every node splits the keys that reach it into halves (specification section 13)."""
+"""The start of the planes from data: every node splits the keys that reach it into halves (specification
+section 13).
+"""
 
 from __future__ import annotations
 

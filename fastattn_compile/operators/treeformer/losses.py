@@ -1,4 +1,6 @@
-"""Losses that train the planes beside the model's own: balance of the leaves, and attention mass inside them."""
+"""Losses that train the planes beside the model's own: balance of the leaves, and attention mass inside
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ def _trees(config: TreeConfig, inputs: AttentionInputs, parameters: tuple[Tensor
 
 
 def balance_loss(config: TreeConfig, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> Tensor:
-    """How unevenly keys fill the nodes: mean over levels of ``2^l sum_j f_j m_j - 1`` (specification section 6).
+    """How unevenly keys fill the nodes: mean over levels of ``2^l sum_j f_j m_j - 1`` (specification section
+    6).
 
-    ``f`` is the share of keys in a node, ``m`` their mean soft mass there. 0 for even leaves; differentiable in the planes
-    and, where the inputs want it, in the keys. A weight of 0.01 is the specification's.
+    ``f`` is the share of keys in a node, ``m`` their mean soft mass there. 0 for even leaves; differentiable
+    in the planes and, where the inputs want it, in the keys. A weight of 0.01 is the specification's.
 
     Args:
         config: Of the operator.
@@ -54,10 +57,11 @@ def _imbalance(keys: Members, inputs: AttentionInputs) -> Tensor:
 def mass_loss(
     config: TreeConfig, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
 ) -> Tensor:
-    """Teacher attention that falls outside the query's leaf: ``-sum_j P_ij log(sum_leaf Pi(q_i) Pi(k_j))``, mean over rows.
+    """Teacher attention that falls outside the query's leaf: ``-sum_j P_ij log(sum_leaf Pi(q_i) Pi(k_j))``,
+    mean over rows.
 
-    ``P`` is the softmax attention of the inputs. One of the remedies for the gradient that softmax over a leaf does not
-    give to the queries' planes (specification section 6, iii). O(rows keys leaves).
+    ``P`` is the softmax attention of the inputs. One of the remedies for the gradient that softmax over a
+    leaf does not give to the queries' planes (specification section 6, iii). O(rows keys leaves).
 
     Args:
         config: Of the operator.

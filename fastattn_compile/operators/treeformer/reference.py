@@ -1,4 +1,6 @@
-"""Tree attention as the specification defines it: dense, readable, differentiable, planes included; O(n^2) memory."""
+"""Tree attention as the specification defines it: dense, readable, differentiable, planes included; O(n^2)
+memory.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,15 @@ class Members:
         return self.nodes[-1]
 
     def mass(self) -> list[Tensor]:
-        """Soft mass of all nodes, for each level ``(b, h, n, 2^l)``: products of sigmoids (specification 6a)."""
+        """Soft mass of all nodes, for each level ``(b, h, n, 2^l)``: products of sigmoids (specification
+        6a).
+        """
         chance = torch.sigmoid(self.config.beta * self.scores)
-        mass = [torch.ones_like(self.path[..., :1]) if self.config.height else self.scores.new_ones(*self.leaf.shape, 1)]
+        mass = [
+            torch.ones_like(self.path[..., :1])
+            if self.config.height
+            else self.scores.new_ones(*self.leaf.shape, 1)
+        ]
         for level in range(self.config.height):
             here = chance[..., (1 << level) - 1 : (2 << level) - 1]
             mass.append(torch.stack([mass[-1] * (1 - here), mass[-1] * here], -1).flatten(-2))
@@ -62,13 +70,17 @@ class Members:
         return sums
 
     def one_hot(self) -> list[Tensor]:
-        """Membership in all nodes: hard values, straight-through gradients; for each level ``(b, h, n, 2^l)``."""
+        """Membership in all nodes: hard values, straight-through gradients; for each level ``(b, h, n,
+        2^l)``.
+        """
         soft = self._surrogate()
         hard = [torch.nn.functional.one_hot(n, 1 << level) for level, n in enumerate(self.nodes)]
         return [h + s - s.detach() for h, s in zip(hard, soft)]
 
     def own(self) -> Tensor:
-        """Membership, less 1, in the nodes of the own path: zeros with gradients, ``(b, h, n, height + 1)``."""
+        """Membership, less 1, in the nodes of the own path: zeros with gradients, ``(b, h, n, height +
+        1)``.
+        """
         soft = [s.gather(-1, n[..., None]) for s, n in zip(self._surrogate(), self.nodes)]
         stacked = torch.cat(soft, -1)
         return stacked - stacked.detach()
@@ -77,14 +89,14 @@ class Members:
         """Logarithm of the soft mass of the nodes of the own path, ``(b, h, n, height + 1)``."""
         chances = torch.nn.functional.logsigmoid(self.config.beta * self.path.abs())
         # The sign of a score is a constant: abs() has the gradient of the decision that was taken.
-        return torch.cat([torch.zeros_like(chances[..., :1]), chances.cumsum(-1)], -1) if self.config.height else (
-            self.scores.new_zeros(*self.leaf.shape, 1)
+        return (
+            torch.cat([torch.zeros_like(chances[..., :1]), chances.cumsum(-1)], -1)
+            if self.config.height
+            else (self.scores.new_zeros(*self.leaf.shape, 1))
         )
 
 
-def members(
-    config: TreeConfig, inputs: AttentionInputs, trees: Trees
-) -> list[tuple[Members, Members]]:
+def members(config: TreeConfig, inputs: AttentionInputs, trees: Trees) -> list[tuple[Members, Members]]:
     """Queries and keys in every tree; keys once for each query head that reads them."""
     dtype = routing_dtype(inputs)
     of_query, of_key = turns(config, inputs, dtype)
@@ -109,7 +121,8 @@ def _per_head(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def near_keys(config: TfConfig, inputs: AttentionInputs, rows: Tensor, empty: Tensor) -> Tensor:
-    """Keys that queries meet whatever their leaf: window, sinks, and the window that stands for an empty leaf.
+    """Keys that queries meet whatever their leaf: window, sinks, and the window that stands for an empty
+    leaf.
 
     Args:
         config: The configuration.
@@ -192,9 +205,11 @@ def leaf_keys(
 
 
 def leaf_attention(config: TfConfig, inputs: AttentionInputs, trees: Trees) -> AttentionOutput:
-    """TF-Attention (specification sections 4 and 6): softmax over the keys of the query's leaf, of every tree.
+    """TF-Attention (specification sections 4 and 6): softmax over the keys of the query's leaf, of every
+    tree.
 
-    The membership of queries and keys in the node where they meet multiplies the weight of the pair; its value is 1.
+    The membership of queries and keys in the node where they meet multiplies the weight of the pair; its
+    value is 1.
     """
     query, key, value = _per_head(inputs)
     rows = torch.arange(query.shape[2], device=query.device)
@@ -248,7 +263,8 @@ def _one_softmax(
 
 
 def coarse_attention(config: TcConfig, inputs: AttentionInputs, trees: Trees) -> AttentionOutput:
-    """TC-Attention (specification sections 5 and 7): weighted means of values along the query's path, of every tree.
+    """TC-Attention (specification sections 5 and 7): weighted means of values along the query's path, of
+    every tree.
 
     There are no scores; the log-sum-exp is that of scores of 0, the logarithm of the number of visible keys.
     """
@@ -264,7 +280,9 @@ def coarse_attention(config: TcConfig, inputs: AttentionInputs, trees: Trees) ->
             pairs = (of_query.to(value.dtype) @ of_key.to(value.dtype).mT) * seen
             # Sums of all nodes as each query sees them, so that memberships of 0 carry gradients too.
             count = torch.einsum("bhij,bhjk->bhik", seen.expand_as(pairs), of_key.to(value.dtype))
-            total = torch.einsum("bhij,bhjk,bhje->bhike", seen.expand_as(pairs), of_key.to(value.dtype), value)
+            total = torch.einsum(
+                "bhij,bhjk,bhje->bhike", seen.expand_as(pairs), of_key.to(value.dtype), value
+            )
             mean = torch.where(count.detach()[..., None] > 0, total / count.clamp(min=0.5)[..., None], 0.0)
             means.append(torch.einsum("bhik,bhike->bhie", of_query.to(value.dtype), mean))
             counts.append(pairs.detach().sum(-1))
@@ -272,7 +290,9 @@ def coarse_attention(config: TcConfig, inputs: AttentionInputs, trees: Trees) ->
         used = torch.ones_like(count, dtype=torch.bool)
         used[..., 0] = config.include_root
         if config.level_weights == "softmax":
-            logits = (learned[:, None] + count.clamp(min=1).log()).masked_fill(~used | (count == 0), -torch.inf)
+            logits = (learned[:, None] + count.clamp(min=1).log()).masked_fill(
+                ~used | (count == 0), -torch.inf
+            )
             none = torch.isinf(logits).all(-1, keepdim=True)
             weights = logits.masked_fill(none, 0).softmax(-1).masked_fill(none, 0) / config.n_trees
         else:

@@ -27,7 +27,7 @@ from fastattn_compile.operators.base import (
     no,
 )
 from fastattn_compile.operators.exact.operator import visibility
-from fastattn_compile.operators.treeformer.common import TreeOperator
+from fastattn_compile.operators.treeformer.common import TreeOperator, finished
 from fastattn_compile.operators.treeformer.config import TcConfig
 from fastattn_compile.operators.treeformer.cost import coarse_cost
 from fastattn_compile.operators.treeformer.decode import CoarseDecoder
@@ -58,12 +58,13 @@ class _Units:
 
 
 class TreeCoarseAttention(TreeOperator[TcConfig]):
-    """Every query reads, at each node of its path, the mean of the values whose keys passed there: no scores, no softmax.
+    """Every query reads, at each node of its path, the mean of the values whose keys passed there: no scores,
+    no softmax.
 
-    Serves self-attention, bidirectional and causal, and cross-attention without a mask, with grouped queries and key
-    padding. A trained operator: it cannot retrieve a single token, and without training it is hardly better than a mean.
-    There are no scores, hence no normaliser: the log-sum-exp is that of scores of 0, the logarithm of the number of visible
-    keys; it says which queries see none (-inf), and has no gradient.
+    Serves self-attention, bidirectional and causal, and cross-attention without a mask, with grouped queries
+    and key padding. A trained operator: it cannot retrieve a single token, and without training it is hardly
+    better than a mean. There are no scores, hence no normaliser: the log-sum-exp is that of scores of 0, the
+    logarithm of the number of visible keys; it says which queries see none (-inf), and has no gradient.
     """
 
     name = "tc_attention"
@@ -78,9 +79,13 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         """No mask or a causal one, with key padding."""
         mask = spec.mask
         for term in mask.conflicts("right", "end_aligned", "key_padding", "opaque"):
-            return no(f"{_TERMS[term]} is not supported: the running sums of a node would have to forget ({mask})")
+            return no(
+                f"{_TERMS[term]} is not supported: the running sums of a node would have to forget ({mask})"
+            )
         if mask.right is not None and mask.right != 0:
-            return no(f"a mask that ends {mask.right} positions from the diagonal is not supported; only a causal one")
+            return no(
+                f"a mask that ends {mask.right} positions from the diagonal is not supported; only a causal one"
+            )
         if mask.causal and spec.query_len != spec.key_len:
             return no(
                 f"{spec.query_len} queries against {spec.key_len} keys under a causal mask: queries and keys must stand at "
@@ -102,8 +107,7 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         if not finite:
             # A value that is not finite reaches exactly the queries that see it on their paths.
             self._poison(inputs, routed, trees, value, out)
-        wide = torch.float64 if inputs.value.dtype == torch.float64 else torch.float32
-        return AttentionOutput(out.to(inputs.value.dtype), seen.log().to(wide))
+        return finished(inputs, out, seen.log())
 
     def backward(
         self,
@@ -113,7 +117,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         grad_out: Tensor,
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
-        """Closed-form gradients of values and weights, straight-through gradients of the trees (specification 5 to 7)."""
+        """Closed-form gradients of values and weights, straight-through gradients of the trees (specification
+        5 to 7).
+        """
         config, trees = self.config, self._trees(inputs, parameters)
         routed = route(config, inputs, trees)
         dtype = routed.key.dtype
@@ -145,7 +151,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         return None if self.config.rotary_base else CoarseDecoder(self, parameters)
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
-        """Planes from the sample's keys, and weights of the levels by least squares against its softmax attention."""
+        """Planes from the sample's keys, and weights of the levels by least squares against its softmax
+        attention.
+        """
         values = super().initial_parameters(spec, sample)
         if sample is not None and self._free_weights() and self.supports(sample.spec()):
             values["level_weights"] = self._least_squares(sample, values)
@@ -215,7 +223,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         every = learned.repeat(inputs.key.shape[0], 1, 1)[units.rows]
         return Weighting(every, not self._free_weights(), self.config.include_root, 1 / self.config.n_trees)
 
-    def _read(self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = inputs.query.shape
         out = value.new_zeros(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
         seen = value.new_zeros(out.shape[:3])
@@ -227,7 +237,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
                 seen[units.rows] = count.flatten(2, 3)[:, :, :length]
         return out.view(batch, heads, length, -1), seen.view(batch, heads, length)
 
-    def _poison(self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor, out: Tensor) -> None:
+    def _poison(
+        self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor, out: Tensor
+    ) -> None:
         bad = (~torch.isfinite(value)).to(value.dtype)
         for tree in range(self.config.n_trees):
             for units in self._passes(inputs):
@@ -254,9 +266,10 @@ class _Sums:
         self.planes = {
             "query": (trees.query_planes, trees.query_offsets), "key": (trees.key_planes, trees.key_offsets)
         }  # fmt: skip
-        self.grad_x = {side: torch.zeros_like(x) for side, x in self.x.items()}
-        self.grad_planes = {side: [torch.zeros_like(p) for p in both] for side, both in self.planes.items()}
-        self.value = torch.zeros_like(value)
+        # New, not "like": inputs have any strides, and these are written through flattened views.
+        self.grad_x = {side: x.new_zeros(x.shape) for side, x in self.x.items()}
+        self.grad_planes = {side: [p.new_zeros(p.shape) for p in both] for side, both in self.planes.items()}
+        self.value = value.new_zeros(value.shape)
         self.levels = None if trees.level_weights is None else torch.zeros_like(trees.level_weights)
 
     def receiver(self, side: str, tree: int, units: _Units) -> kernel.Members:
@@ -269,7 +282,9 @@ class _Sums:
         )
         x = self.x[side].unflatten(1, (-1, heads)).flatten(0, 1)[units.rows]
         grad_x = self.grad_x[side].unflatten(1, (-1, heads)).flatten(0, 1)[units.rows]
-        kv_heads = torch.arange(batch * weight.shape[0], device=x.device)[units.rows] % self.inputs.key.shape[1]
+        kv_heads = (
+            torch.arange(batch * weight.shape[0], device=x.device)[units.rows] % self.inputs.key.shape[1]
+        )
 
         def receive(chunks: slice, levels: list[Tensor]) -> None:
             if side == "key":
@@ -290,8 +305,12 @@ class _Sums:
         length, kv_heads = self.value.shape[2], self.value.shape[1]
         self.value.flatten(0, 1)[units.rows] += found.value.flatten(1, 2)[:, :length]
         if self.levels is not None:
-            head = torch.arange(self.value.shape[0] * kv_heads, device=self.value.device)[units.rows] % kv_heads
-            self.levels[:, tree].unflatten(0, (kv_heads, -1)).index_add_(0, head, found.learned.to(self.levels.dtype))
+            head = (
+                torch.arange(self.value.shape[0] * kv_heads, device=self.value.device)[units.rows] % kv_heads
+            )
+            self.levels[:, tree].unflatten(0, (kv_heads, -1)).index_add_(
+                0, head, found.learned.to(self.levels.dtype)
+            )
 
     def gradients(self, parameters: tuple[Tensor, ...]) -> Gradients:
         """All of them, in the types of the inputs."""

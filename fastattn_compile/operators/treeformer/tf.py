@@ -26,7 +26,7 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
-from fastattn_compile.operators.treeformer.common import TreeOperator, sight_of
+from fastattn_compile.operators.treeformer.common import TreeOperator, finished, sight_of
 from fastattn_compile.operators.treeformer.config import TfConfig
 from fastattn_compile.operators.treeformer.cost import leaf_cost
 from fastattn_compile.operators.treeformer.decode import LeafDecoder
@@ -39,7 +39,8 @@ class RoutingStatistics:
     """How even the trees of a site are, over all sequences and heads.
 
     Args:
-        imbalance: Pairs met through the trees over those of even leaves (specification section 10); 1 is even.
+        imbalance: Pairs met through the trees over those of even leaves (specification section 10); 1 is
+            even.
         fallback: Share of queries, over all trees, whose own leaf shows them no key.
         dropped: Share of the pairs found through the trees that a capacity dropped.
     """
@@ -65,22 +66,31 @@ class _Plan:
 
 
 class TreeLeafAttention(TreeOperator[TfConfig]):
-    """Every query attends the keys that its own decision tree puts into its leaf; windows and sinks may be added exactly.
+    """Every query attends the keys that its own decision tree puts into its leaf; windows and sinks may be
+    added exactly.
 
-    Serves self- and cross-attention, every understood mask but a prefix behind a window, grouped queries, key padding and
-    packed documents. A trained operator: without training expect large losses.
+    Serves self- and cross-attention, every understood mask but a prefix behind a window, grouped queries, key
+    padding and packed documents. A trained operator: without training expect large losses.
     """
 
     name = "tf_attention"
     config_type = TfConfig
 
+    def __init__(self, config: TfConfig | None = None) -> None:
+        super().__init__(config)
+        self._ranks_keys = self.config.capacity > 0 and self.config.overflow == "margin"
+
     def supports(self, spec: SiteSpec) -> Support:
-        """Every understood mask, self and cross; refuses trees with more leaves than keys, and what changes the scores."""
+        """Every understood mask, self and cross; refuses trees with more leaves than keys, and what changes
+        the scores.
+        """
         mask = spec.mask
         if mask.prefix is not None and mask.left is not None:
             return no(f"a prefix outside a sliding window is not one interval of keys ({mask})")
-        if self.config.overflow == "margin" and self.config.capacity and mask.causal:
-            return no("overflow='margin' ranks the keys of the whole sequence; with a causal mask use overflow='oldest'")
+        if self._ranks_keys and mask.causal:
+            return no(
+                "overflow='margin' ranks the keys of the whole sequence; with a causal mask use overflow='oldest'"
+            )
         return self.refusal(spec)
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
@@ -88,7 +98,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         return leaf_attention(self.config, inputs, self._trees(inputs, parameters))
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
-        """Queries and keys sorted by leaf, tiles of queries against the keys of their leaves; no n x n tensor."""
+        """Queries and keys sorted by leaf, tiles of queries against the keys of their leaves; no n x n
+        tensor.
+        """
         plan = self._plan(inputs, self._trees(inputs, parameters))
         tensors = inputs.query, inputs.key, inputs.value, inputs.scale
         outs = [kernel.attend(*tensors, parts) for parts in self._softmaxes(plan)]
@@ -97,8 +109,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         if len(outs) > 1:
             blind = torch.stack([x.squeeze(-1) == -torch.inf for _, x in outs]).all(0)
             lse = torch.full_like(lse, torch.nan).masked_fill(blind, -torch.inf)
-        wide = torch.float64 if inputs.value.dtype == torch.float64 else torch.float32
-        return AttentionOutput(out.to(inputs.value.dtype), lse.to(wide))
+        return finished(inputs, out, lse)
 
     def backward(
         self,
@@ -108,7 +119,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         grad_out: Tensor,
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
-        """Gradients of the retained pairs, and straight-through gradients of the planes (specification sections 4, 6)."""
+        """Gradients of the retained pairs, and straight-through gradients of the planes (specification
+        sections 4, 6).
+        """
         trees = self._trees(inputs, parameters)
         plan = self._plan(inputs, trees)
         tensors = inputs.query, inputs.key, inputs.value, inputs.scale
@@ -139,7 +152,8 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
     ) -> Tensor:
         """The keys of the query's leaf in every tree, window and sinks.
 
-        Without the learned parameters only window and sinks are known; they alone are returned, which is too few.
+        Without the learned parameters only window and sinks are known; they alone are returned, which is too
+        few.
         """
         empty = torch.zeros(*inputs.query.shape[:2], rows.numel(), dtype=torch.bool, device=rows.device)
         if not parameters and self.config.height:
@@ -160,7 +174,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             return None
         return LeafDecoder(self, scale, parameters)
 
-    def routing_statistics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> RoutingStatistics:
+    def routing_statistics(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]
+    ) -> RoutingStatistics:
         """Balance of the trees, empty leaves and pairs dropped for capacity on some tensors."""
         plan = self._plan(inputs, self._trees(inputs, parameters))
         found = float(sum(part.ranges.found for part in plan.leaves))
@@ -201,7 +217,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             own = near[tree if config.combine == "mean" else 0]
             earlier = [] if config.combine == "mean" else [(t, ranges[t]) for t in range(tree)]
             hidden = _Elsewhere(self, own, sight, routed, earlier)
-            leaves.append(Part(found, hidden if own.parts or earlier else None, gate))
+            width = 1 << (config.height - sibling)
+            sizes = -(-sight.length // width), -(-inputs.group * inputs.query.shape[2] // width)
+            leaves.append(Part(found, *sizes, hidden if own.parts or earlier else None, gate))
         return _Plan(routed, [n.parts for n in near], leaves)
 
     def _leaf_ranges(self, sight: Sight, routed: Routed, tree: int) -> Ranges:
@@ -251,8 +269,12 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         if not config.height:
             return []
         depth = config.height + 1
-        of_query = torch.zeros(*routed.query_leaf.shape, depth, dtype=routed.query.dtype, device=routed.query.device)
-        of_key = torch.zeros(*routed.key_leaf.shape, depth, dtype=routed.query.dtype, device=routed.query.device)
+        of_query = torch.zeros(
+            *routed.query_leaf.shape, depth, dtype=routed.query.dtype, device=routed.query.device
+        )
+        of_key = torch.zeros(
+            *routed.key_leaf.shape, depth, dtype=routed.query.dtype, device=routed.query.device
+        )
         of_mass = torch.zeros_like(of_query) if config.query_gradient == "gate" else None
         of_last = torch.zeros_like(of_query[..., 0]) if config.query_gradient == "sibling" else None
         for tree, (part, gradient) in enumerate(zip(plan.leaves, said)):
@@ -300,11 +322,12 @@ class _Near:
         self.sinks = sink_keys(sight, batch, config.sinks) if config.sinks else None
         self.parts: list[Part] = []
         if bool((width > 0).any()):
-            self.parts.append(Part(near_ranges(heads, kv_heads, batch, sight, self.low, self.high)))
+            ranges = near_ranges(heads, kv_heads, batch, sight, self.low, self.high)
+            self.parts.append(Part(ranges, 2 * config.window, 128))
         if self.sinks is not None:
             every = torch.zeros_like(width), torch.full_like(width, keys)
-            ranges = near_ranges(heads, kv_heads, batch, sight, *every, only=self.sinks)
-            self.parts.append(Part(ranges, self.in_window if self.parts else None))
+            ranges = near_ranges(heads, kv_heads, batch, sight, *every, only=self.sinks[:, None])
+            self.parts.append(Part(ranges, config.sinks, 128, self.in_window if self.parts else None))
         self.keys, self.kv_heads = keys, kv_heads
 
     def in_window(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -326,7 +349,12 @@ class _Elsewhere:
     """Which pairs of a tree are met already: near, or in an earlier tree."""
 
     def __init__(
-        self, operator: TreeLeafAttention, near: _Near, sight: Sight, routed: Routed, earlier: list[tuple[int, Ranges]]
+        self,
+        operator: TreeLeafAttention,
+        near: _Near,
+        sight: Sight,
+        routed: Routed,
+        earlier: list[tuple[int, Ranges]],
     ) -> None:
         height = operator.config.height
         self.near, self.keys = near, sight.length

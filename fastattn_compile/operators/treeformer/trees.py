@@ -17,8 +17,8 @@ from fastattn_compile.operators.treeformer.config import TcConfig, TreeConfig
 def parameter_shapes(config: TreeConfig, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the learned parameters, in order.
 
-    Planes belong to key heads, since keys are routed once a key head; planes of their own for queries, and weights of the
-    levels, to query heads.
+    Planes belong to key heads, since keys are routed once a key head; planes of their own for queries, and
+    weights of the levels, to query heads.
 
     Args:
         config: The configuration.
@@ -56,7 +56,9 @@ class Trees:
     level_weights: Tensor | None
 
     @staticmethod
-    def of(config: TreeConfig, inputs: AttentionInputs, parameters: Sequence[Tensor], dtype: torch.dtype) -> Trees:
+    def of(
+        config: TreeConfig, inputs: AttentionInputs, parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> Trees:
         """Names the parameters.
 
         Raises:
