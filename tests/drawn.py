@@ -1,7 +1,8 @@
-"""Small graphs by hand: nodes of the view that carry the tensor they stand for."""
+"""Small graphs by hand: nodes of the view that carry the tensor they stand for, and masks of them."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn_compile.passes.expression import Expression, axis
 from fastattn_compile.passes.graph import GraphView, Node
+from fastattn_compile.passes.mask_lift import Lifter
+from fastattn_compile.passes.mask_structure import AXES, MaskAnalysis, MaskTerm, recognise, verify
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
@@ -188,3 +192,50 @@ class Graph:
 
     def view(self) -> GraphView:
         return GraphView(self.nodes)
+
+
+# An attention of such a graph.
+
+B, H, N = 2, 3, 8
+LOW = torch.finfo(torch.float32).min
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 7, 7]])
+
+
+def places(sizes: tuple[int, ...]) -> dict[str, Expression]:
+    return {name: axis(name, size) for name, size in zip(AXES, sizes)}
+
+
+@dataclass
+class Case:
+    """An attention of a drawn graph."""
+
+    graph: Graph
+    sizes: tuple[int, int, int, int] = (B, H, N, N)
+    causal: bool = False
+    trust_added: bool = False
+
+    def term(self, x: Drawn, role: str, fill: float = -math.inf, factor: float = 1.0) -> MaskTerm:
+        """A term aligned at the last dimensions of the scores."""
+        at = list(places(self.sizes).values())[4 - x.value.dim() :]
+        return MaskTerm(x.node, role, fill, tuple(at), factor)
+
+    def analyse(self, *terms: MaskTerm, verified: bool = True) -> MaskAnalysis:
+        lifter = Lifter(self.graph.view())
+        sizes = dict(zip(AXES, self.sizes))
+        analysis = recognise(terms, lifter, sizes, self.causal, trust_added=self.trust_added)
+        if verified and analysis.structure.understood:
+            assert verify(analysis, terms, self.graph.values, self.causal)
+        return analysis
+
+
+def rows(g: Graph, n: int = N) -> Drawn:
+    return g.arange(n).reshape(n, 1)
+
+
+def padding(g: Graph, dtype: torch.dtype = torch.int64) -> Drawn:
+    return g.input(PADDING.to(dtype))
+
+
+def additive(g: Graph, keep: Drawn, low: float = LOW) -> Drawn:
+    return g.where(keep, 0.0, low)

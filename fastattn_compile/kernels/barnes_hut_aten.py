@@ -1,8 +1,10 @@
-"""Barnes-Hut attention on ATen: a few blocks of queries at a time, the near field by blocks, the far field by gathered rows.
+"""Barnes-Hut attention on ATen: a few blocks of queries at a time, the near field by blocks, the far field by
+gathered rows.
 
-One softmax over sinks, near keys, keys of the opened leaves and, when wanted, pooled rows of the closed nodes. The choice is
-made again in the backward pass and carries no gradient. Memory is O(n); gradients of gathered rows come back by
-``index_add_``, which on a GPU sums in any order unless deterministic algorithms are on.
+One softmax over sinks, near keys, keys of the opened leaves and, when wanted, pooled rows of the closed
+nodes. The choice is made again in the backward pass and carries no gradient. Memory is O(n); gradients of
+gathered rows come back by ``index_add_``, which on a GPU sums in any order unless deterministic algorithms
+are on.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def near_field(pattern: TreePattern) -> Local:
         own = torch.div(place, block, rounding_mode="floor")
         return (torch.div(keys, block, rounding_mode="floor") - own).abs() <= 1
 
-    return Local(block, block, 0 if pattern.causal else block, near, pattern.left, pattern.right, pattern.sinks)
+    return Local(
+        block, block, 0 if pattern.causal else block, near, pattern.left, pattern.right, pattern.sinks
+    )
 
 
 class _Attention:
@@ -59,7 +63,9 @@ class _Attention:
     def to_groups(self, x: Tensor, tile: Tile) -> Tensor:
         """``(units * blocks, r * rows, k)`` as ``(units, c, groups, r / c * group, k)``."""
         group, choosers = self.pattern.group, self.far.choosers
-        split = x.unflatten(0, (tile.units.stop - tile.units.start, -1)).unflatten(2, (choosers, -1, self._groups, group))
+        split = x.unflatten(0, (tile.units.stop - tile.units.start, -1)).unflatten(
+            2, (choosers, -1, self._groups, group)
+        )
         return split.permute(0, 2, 1, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3).contiguous()
 
     def from_groups(self, x: Tensor, tile: Tile) -> Tensor:
@@ -111,7 +117,8 @@ def forward(
         key_padding: ``(b, n)`` boolean, true where a token is real.
 
     Returns:
-        Output ``(b, h, n, e)``, the values' type, contiguous, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
+        Output ``(b, h, n, e)``, the values' type, contiguous, 0 where a query sees no key; log-sum-exp ``(b,
+        h, n)``,
         float32 (float64 for float64 values), -inf where a query sees no key.
     """
     attention = _Attention(query, key, value, scale, pattern, pool, key_padding)
@@ -138,7 +145,9 @@ def forward(
         if not finite:
             poison(tile_out, lse, seen, *(tiles.gather(*x, tile) for x in near))
             far_out, far_lse = (attention.to_groups(x, tile) for x in (tile_out, lse))
-            exists = (met.bias > -torch.inf)[..., None, :].expand(-1, -1, -1, far_out.shape[3], -1).flatten(0, 2)
+            exists = (
+                (met.bias > -torch.inf)[..., None, :].expand(-1, -1, -1, far_out.shape[3], -1).flatten(0, 2)
+            )
             raw = (attention.take(x, met, tile).flatten(0, 2) for x in attention.given)
             poison(far_out.flatten(0, 2), far_lse.flatten(0, 2), exists, *raw)
             tile_out, lse = attention.from_groups(far_out, tile), attention.from_groups(far_lse, tile)
@@ -160,7 +169,8 @@ def backward(
     grad_log_sum_exp: Tensor | None = None,
     key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward`` for the choice it made: ``dS = P * (dO . v - dO . o + dlse)`` with P the weights.
+    """Gradients of ``forward`` for the choice it made: ``dS = P * (dO . v - dO . o + dlse)`` with P the
+    weights.
 
     Args:
         query: As in ``forward``.
@@ -246,7 +256,12 @@ def unopened_log_mass(
 
 
 def opened_keys(
-    query: Tensor, key: Tensor, scale: float, pattern: TreePattern, rows: Tensor, key_padding: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    pattern: TreePattern,
+    rows: Tensor,
+    key_padding: Tensor | None = None,
 ) -> Tensor:
     """Which far keys some queries meet one by one.
 

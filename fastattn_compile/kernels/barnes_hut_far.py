@@ -1,7 +1,8 @@
-"""The far field of a tree code on ATen: who speaks for a group of queries, what it opens, and the rows that it then meets.
+"""The far field of a tree code on ATen: who speaks for a group of queries, what it opens, and the rows that
+it then meets.
 
-Sizes as in ``barnes_hut_tree``; ``r`` query heads of a unit, ``rows`` the tokens of a unit followed, when closed nodes are
-taken pooled, by its nodes.
+Sizes as in ``barnes_hut_tree``; ``r`` query heads of a unit, ``rows`` the tokens of a unit followed, when
+closed nodes are taken pooled, by its nodes.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class FarField:
     """
 
     def __init__(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, pattern: TreePattern, tiles: LocalTiles,
-        pool: bool,
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, pattern: TreePattern,
+        tiles: LocalTiles, pool: bool,
     ) -> None:  # fmt: skip
         self.query, self.keys, self.scale, self.pattern, self.tiles, self.pool = (
             query, keys, scale, pattern, tiles, pool,
@@ -73,7 +74,9 @@ class FarField:
             return opened
         fan = self.pattern.fanout
         levels = range(1, len(self.tree.levels))
-        listed = sum(fan * (self.pattern.keep(x) + 4) for x in levels) + self.tree.levels[-1].log_count.shape[1]
+        listed = (
+            sum(fan * (self.pattern.keep(x) + 4) for x in levels) + self.tree.levels[-1].log_count.shape[1]
+        )
         return opened + listed
 
     def arrays(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,9 @@ class FarField:
         """
         voices = voices_of(self.pattern, self.query, first, self.tiles.kv_heads)[units].to(self.keys.dtype)
         near = self._near_log_mass(voices, first, units) if self.pattern.tolerance else None
-        return choose(self.pattern, self.tree.levels_of(units), voices, self.scale, first, self.length, near, rest)
+        return choose(
+            self.pattern, self.tree.levels_of(units), voices, self.scale, first, self.length, near, rest
+        )
 
     def met(self, first: Tensor, units: slice = slice(None)) -> Met:
         """The rows that groups of queries of some units meet."""
@@ -123,14 +128,17 @@ class FarField:
         assert choice.rest is not None and choice.closed is not None
         features = torch.cat([x.features for x in self.tree.levels], 1)[units]
         nodes = choice.rest.flatten(1)
-        rows = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[2])).unflatten(1, choice.rest.shape[1:])
+        rows = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[2])).unflatten(
+            1, choice.rest.shape[1:]
+        )
         scores = query_features(self.pattern, query, self.scale) @ rows.mT
         count = self.tree.counts[units].gather(1, nodes).view_as(choice.rest).log()
         count = count.masked_fill(~choice.closed, -torch.inf)
         return (scores + count[..., None, :]).logsumexp(-1)
 
     def scatter_nodes(self, grads: Tensor) -> Tensor:
-        """Gradients of ``arrays`` as those of the tokens: a node's mean hands its own to its tokens in equal parts."""
+        """Gradients of ``arrays`` as those of the tokens: a node's mean hands its own to its tokens in equal
+        parts."""
         total = grads[:, : self.length].clone()
         if not self.pool:
             return total
@@ -142,7 +150,8 @@ class FarField:
         return total
 
     def _near_log_mass(self, voices: Tensor, first: Tensor, units: slice) -> Tensor:
-        """Log mass of the near field and the sinks for the voices, as the first query of each group sees them."""
+        """Log mass of the near field and the sinks for the voices, as the first query of each group sees
+        them."""
         tiles, local, block = self.tiles, self.tiles.local, self.pattern.block
         begin = torch.div(first, block, rounding_mode="floor") * block - local.before
         place = begin[:, None] + torch.arange(local.span, device=first.device)

@@ -1,11 +1,13 @@
-"""The tree of a tree code over key positions, and the choice of what a query opens, on ATen, in lists: no n x n tensor.
+"""The tree of a tree code over key positions, and the choice of what a query opens, on ATen, in lists: no n x
+n tensor.
 
-Sizes: ``u`` units (sequence and key head), ``c`` choosers of a unit (1 when its query heads share a choice, else its query
-heads), ``v`` voices of a chooser (query heads times sampled queries), ``g`` groups of queries, ``d`` channels.
+Sizes: ``u`` units (sequence and key head), ``c`` choosers of a unit (1 when its query heads share a choice,
+else its query heads), ``v`` voices of a chooser (query heads times sampled queries), ``g`` groups of queries,
+``d`` channels.
 
-A node of level ``l`` covers ``leaf * fanout ** l`` consecutive positions. Nodes are candidates when they lie wholly in the
-far field, hold a token, and have a parent that was kept or that reaches beyond the far field. The best ``keep(l)`` candidates
-of each level are expanded, those of level 0 are opened.
+A node of level ``l`` covers ``leaf * fanout ** l`` consecutive positions. Nodes are candidates when they lie
+wholly in the far field, hold a token, and have a parent that was kept or that reaches beyond the far field.
+The best ``keep(l)`` candidates of each level are expanded, those of level 0 are opened.
 """
 
 from __future__ import annotations
@@ -78,17 +80,23 @@ class TreePattern:
         return count
 
     def far(self, first: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-        """The far field of groups of queries: stretches of keys outside the near field that the mask shows all of them.
+        """The far field of groups of queries: stretches of keys outside the near field that the mask shows
+        all of them.
 
         Args:
             first: ``(g,)`` position of each group's first query.
             length: Tokens of the sequence.
 
         Returns:
-            First position and end of each stretch, ``(g,)`` both; an end beyond ``length`` closes an incomplete node.
+            First position and end of each stretch, ``(g,)`` both; an end beyond ``length`` closes an
+            incomplete node.
         """
         block = torch.div(first, self.block, rounding_mode="floor")
-        begin = torch.zeros_like(first) if self.left is None else (first + self.group - 1 - self.left).clamp(min=0)
+        begin = (
+            torch.zeros_like(first)
+            if self.left is None
+            else (first + self.group - 1 - self.left).clamp(min=0)
+        )
         found = [(begin, ((block - 1) * self.block).clamp(min=0))]
         if not self.causal:
             shown = torch.full_like(first, length) if self.right is None else first + self.right + 1
@@ -135,11 +143,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Sums:
-    """What nodes are made of, and merged from: everything a statistic needs, as sums and extremes over tokens.
+    """What nodes are made of, and merged from: everything a statistic needs, as sums and extremes over
+    tokens.
 
     Args:
         statistic: ``"mean"``, ``"cumulant"`` or ``"bound"``.
-        parts: ``(u, nodes, ...)`` each: number of tokens, sum of keys, then for ``"cumulant"`` the sum of squared keys or for
+        parts: ``(u, nodes, ...)`` each: number of tokens, sum of keys, then for ``"cumulant"`` the sum of
+            squared keys or for
             ``"bound"`` the largest of keys and negated keys, then the sum of values where it is wanted.
     """
 
@@ -221,9 +231,11 @@ def build_tree(pattern: TreePattern, keys: Tensor, values: Tensor | None, taken:
 
 
 def query_features(pattern: TreePattern, query: Tensor, scale: float) -> Tensor:
-    """What the features of a node are multiplied with: estimates ``log(mass / count)`` of the node for the query.
+    """What the features of a node are multiplied with: estimates ``log(mass / count)`` of the node for the
+    query.
 
-    ``mean``: the score of the mean key. ``cumulant``: plus half the variance of the scores under a diagonal covariance of the
+    ``mean``: the score of the mean key. ``cumulant``: plus half the variance of the scores under a diagonal
+    covariance of the
     keys. ``bound``: the largest score that a key between the channel-wise extremes of the node can have.
 
     Args:
@@ -242,7 +254,8 @@ def query_features(pattern: TreePattern, query: Tensor, scale: float) -> Tensor:
 def voices_of(pattern: TreePattern, query: Tensor, first: Tensor, kv_heads: int, start: int = 0) -> Tensor:
     """The queries that speak for groups, 0 in place of values that are not finite.
 
-    Causal: the mean of the ``group`` queries that end with the group's first one, or some of them; nothing later, so that the
+    Causal: the mean of the ``group`` queries that end with the group's first one, or some of them; nothing
+    later, so that the
     choice is known when the first query of the group is. Else the group's own queries.
 
     Args:
@@ -272,7 +285,8 @@ def voices_of(pattern: TreePattern, query: Tensor, first: Tensor, kv_heads: int,
 
 
 def _node_scores(level: Level, features: Tensor, nodes: Tensor) -> Tensor:
-    """Estimated log mass of listed nodes: ``(u, c, g, v, f)`` and ``(u, c or 1, g, k)`` to ``(u, c, g, v, k)``."""
+    """Estimated log mass of listed nodes: ``(u, c, g, v, f)`` and ``(u, c or 1, g, k)`` to ``(u, c, g, v,
+    k)``."""
     units, choosers, groups, voices, _ = features.shape
     listed = nodes.shape[-1]
     total = level.features.shape[1]
@@ -316,7 +330,8 @@ class Choice:
     Args:
         leaves: ``(u, c, g, open)`` numbers of leaves, best first.
         opened: The same shape, boolean: false fills up.
-        rest: ``(u, c, g, k)`` numbers, among the nodes of all levels, of the candidates that were left closed; they and the
+        rest: ``(u, c, g, k)`` numbers, among the nodes of all levels, of the candidates that were left
+            closed; they and the
             opened leaves tile the far field. ``None`` when not asked for.
         closed: The shape of ``rest``, boolean.
     """
@@ -432,7 +447,8 @@ def _gather_voices(scores: Tensor, places: Tensor) -> Tensor:
 
 
 def cut_by_tolerance(scores: Tensor, closed: Tensor, near: Tensor, tolerance: float) -> Tensor:
-    """Which of the ranked leaves must be opened for the estimated unopened mass of every voice to fall to a tolerance.
+    """Which of the ranked leaves must be opened for the estimated unopened mass of every voice to fall to a
+    tolerance.
 
     Args:
         scores: ``(..., v, k)`` estimated log masses, best leaf first.

@@ -104,13 +104,20 @@ class Tokens:
         return Tokens(self.query, without_nonfinite(self.key), without_nonfinite(self.value), self.real)
 
     def gradients(
-        self, query: Tensor, key: Tensor, value: Tensor, like: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self, query: Tensor, key: Tensor, value: Tensor, like: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in this layout as gradients of the tensors ``like`` that were given to ``of``."""
-        back = (join_heads(query), key.transpose(0, 1), value.transpose(0, 1))
-        if self.real is not None:
-            back = tuple(x.masked_fill(~self.real[:, None, :, None], 0) for x in back)
-        return tuple(x.to(origin.dtype).contiguous() for x, origin in zip(back, like))
+
+        def back(x: Tensor, origin: Tensor) -> Tensor:
+            if self.real is not None:
+                x = x.masked_fill(~self.real[:, None, :, None], 0)
+            return x.to(origin.dtype).contiguous()
+
+        return (
+            back(join_heads(query), like[0]),
+            back(key.transpose(0, 1), like[1]),
+            back(value.transpose(0, 1), like[2]),
+        )
 
 
 def split_heads(x: Tensor, kv_heads: int) -> Tensor:
@@ -148,7 +155,7 @@ class Affinities:
             self.gate = gate.masked_fill(~torch.isfinite(gate), 0)
 
     def selection(self) -> tuple[Tensor, Tensor]:
-        """The affinity that clusters tokens, and what breaks its ties (specification 1.2, 4), both ``(b, n, c)``.
+        """The affinity that clusters tokens and what breaks its ties (specification 1.2, 4), ``(b, n, c)``.
 
         Both are finite whatever the tokens hold: an assignment must end even where a token is NaN.
         """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _descending(first: Tensor, second: Tensor) -> Tensor:
-    """Indices that sort dimension 1 by ``first``, ties by ``second``, both descending, then by the lower index."""
+    """Indices that sort dimension 1 by ``first``, then ``second``, both descending, then by lower index."""
     order = second.sort(dim=1, descending=True, stable=True).indices
     refined = first.gather(1, order).sort(dim=1, descending=True, stable=True).indices
     return order.gather(1, refined)
@@ -39,7 +39,7 @@ def best_cluster(affinity: Tensor, tie: Tensor, allowed: Tensor) -> tuple[Tensor
 
 
 def top_k(affinity: Tensor, tie: Tensor, size: int, real: Tensor | None = None) -> Tensor:
-    """Expert choice: every cluster takes the tokens of largest affinity to it; a token may be in several or in none.
+    """Expert choice: every cluster takes the tokens of largest affinity; some may be in several or in none.
 
     Args:
         affinity: ``(b, n, c)``.
@@ -87,7 +87,7 @@ def single_assignment(
     batch, length, clusters = affinity.shape
     if clusters * size < length:
         raise ValueError(
-            f"{clusters} clusters of {size} hold {clusters * size} tokens, fewer than the {length} to assign; "
+            f"{clusters} clusters of {size} hold {clusters * size} tokens, fewer than {length} to assign; "
             f"the clusters need a size of at least {-(-length // clusters)}"
         )
     everything = affinity.new_ones((), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""CAST on ATen, bidirectional: exact attention inside clusters, one summary for every other, in O(n (size + clusters)).
+"""CAST on ATen, bidirectional: exact inside clusters, summaries of the others, O(n (size + clusters)).
 
 Both combinations are one mixture ``out_i = sum_c W_ic x_ic`` with ``x_ic`` the attention of token ``i``
 inside its own cluster ``c`` or the summary of a foreign one, and ``W_i = softmax_c(Z_i)``. The paper's ``Z``
@@ -76,13 +76,13 @@ class _Slots:
         return x.flatten(1, 2).index_select(1, self.token).unflatten(1, (batch * clusters, size))
 
     def add_(self, x: Tensor, slots: Tensor) -> None:
-        """Adds the filled ones of ``(g, b c, s, ...)`` slots to ``(g, b, n, ...)`` contiguous tokens in place."""
+        """Adds the filled ``(g, b c, s, ...)`` slots to contiguous ``(g, b, n, ...)`` tokens in place."""
         rows = slots.flatten(1, 2).index_select(1, self.members)
         x.flatten(1, 2).index_add_(1, self.token[self.members], rows)
 
 
 class _Pass:
-    """One forward pass with everything its backward pass reads. Memory O(n (size + clusters)), no n x n tensor."""
+    """One forward pass with all that its backward pass reads, in memory O(n (size + clusters))."""
 
     def __init__(self, tokens: Tokens, weights: Weights, rule: Rule, scale: float) -> None:
         self.tokens, self.rule, self.scale = tokens, rule, scale
@@ -116,7 +116,7 @@ class _Pass:
         return cleared
 
     def _shares(self) -> Tensor:
-        """Weight of every slot in its cluster's summary, ``(g or 1, b c, s)``; sums to 1, or to 0 without members."""
+        """Weight of a slot in its cluster's summary, ``(g or 1, b c, s)``; 0 in a cluster without members."""
         filled = self.slots.filled.flatten(0, 1)
         if self.rule.lse:
             share = self.slots.share.flatten(0, 1)
@@ -173,7 +173,7 @@ class _Pass:
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Weights | None]:
-        """Gradients of queries, keys, values and learned tensors (``None`` where they are 0), in this layout."""
+        """Gradients of query, key, value and learned tensors (``None`` where they are 0), in this layout."""
         slots, tokens = self.slots, self.tokens
         grad_rows = grad_out.flatten(1, 2).index_select(1, slots.token[slots.members])
         grad_own = (grad_rows * self._members(self.inside)).sum(-1)
@@ -193,11 +193,11 @@ class _Pass:
         if self.rule.lse:
             own = grad_logits.flatten(1).index_select(1, slots.own).unflatten(1, (-1, self.group))
             inside_lse_gradient = self._to_slots(own)
-        inside = cast_tiles.backward(
-            self.query.flatten(2, 3), self.key, self.value, self.scale, self.offset, self.inside.flatten(2, 3),
-            self.inside_lse, self._to_slots(self.own[..., None] * grad_rows), inside_lse_gradient,
+        slot_query, slot_key, slot_value = cast_tiles.backward(
+            self.query.flatten(2, 3), self.key, self.value, self.scale, self.offset,
+            self.inside.flatten(2, 3), self.inside_lse, self._to_slots(self.own[..., None] * grad_rows),
+            inside_lse_gradient,
         )  # fmt: skip
-        slot_query, slot_key, slot_value = inside
         slot_value += self.shares[..., None] * grad_summary.flatten(1, 2).unsqueeze(2)
         learned = None
         if self.summary_key is not None:
@@ -279,9 +279,8 @@ def backward(
     kv_heads, dtype = key.shape[1], tokens.query.dtype
     grad = split_heads(grad_out.to(dtype), kv_heads)
     grad_lse = None if grad_log_sum_exp is None else split_heads(grad_log_sum_exp.to(dtype), kv_heads)
-    *main, learned = done.backward(grad, grad_lse)
-    grad_query, grad_key, grad_value = tokens.gradients(*main, like=(query, key, value))
-    return grad_query, grad_key, grad_value, learned
+    grad_query, grad_key, grad_value, learned = done.backward(grad, grad_lse)
+    return *tokens.gradients(grad_query, grad_key, grad_value, like=(query, key, value)), learned
 
 
 def exact_keys(

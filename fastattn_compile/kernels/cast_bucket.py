@@ -1,4 +1,4 @@
-"""Buckets of the causal form of CAST: the last members of a token's cluster exactly, those before them as one mean.
+"""Buckets of causal CAST: the last members of a token's cluster exactly, those before as one mean.
 
 Tokens sorted by cluster stand beside the members of their cluster in order of time. A bucket is then a
 sliding window that ends at the cluster's first token, and what fell out of it a difference of prefix sums.
@@ -64,8 +64,8 @@ class Buckets:
         Returns:
             Output ``(b, h, n, e)``, 0 for tokens without a cluster; log-sum-exp ``(b, h, n)``, -inf for them.
         """
-        tensors = (self._take(x, self.order) for x in (query, key, value))
-        out, lse = exact_aten.forward(*tensors, scale, **self._mask())
+        q, k, v = (self._take(x, self.order) for x in (query, key, value))
+        out, lse = exact_aten.forward(q, k, v, scale, **self._mask())
         return self._take(out, self.back), self._take(lse, self.back)
 
     def attend_backward(
@@ -84,9 +84,10 @@ class Buckets:
             grad_out: Gradient of the output.
             grad_lse: Gradient of the log-sum-exp; ``None`` is zero.
         """
-        given = [self._take(x, self.order) for x in (query, key, value)]
-        saved = [None if x is None else self._take(x, self.order) for x in (out, lse, grad_out, grad_lse)]
-        gradients: Any = exact_aten.backward(*given, scale, *saved, **self._mask())  # type: ignore[arg-type]
+        q, k, v = (self._take(x, self.order) for x in (query, key, value))
+        o, z, grad_o = (self._take(x, self.order) for x in (out, lse, grad_out))
+        grad_z = None if grad_lse is None else self._take(grad_lse, self.order)
+        gradients = exact_aten.backward(q, k, v, scale, o, z, grad_o, grad_z, **self._mask())
         return tuple(self._take(x, self.back) for x in gradients)
 
     def evicted_count(self) -> Tensor:

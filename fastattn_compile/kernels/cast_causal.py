@@ -1,4 +1,4 @@
-"""The causal form of CAST on ATen: tokens choose their cluster alone, meet its recent members, and running summaries.
+"""Causal CAST on ATen: a token chooses its cluster alone, meets its recent members, and running summaries.
 
 Work O(n (size + clusters)), memory O(n clusters); what follows a token has no influence on it. This form is
 not in the paper (specification 5.2). Layout as in ``cast_affinity``.
@@ -17,7 +17,7 @@ from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 
 def choose(affinities: Affinities) -> Tensor:
-    """The cluster of every token, ``(b, n)``; -1 for padding. A token's choice depends on that token alone."""
+    """The cluster of every token, ``(b, n)``; -1 for padding. The choice depends on that token alone."""
     affinity, tie = affinities.selection()
     choice = cast_assign.best_cluster(affinity, tie, torch.ones_like(affinity, dtype=torch.bool))[0]
     real = affinities.tokens.real
@@ -78,7 +78,7 @@ class _Pass:
         return self.affinities.mixing_logits().masked_fill(empty, -torch.inf)
 
     def _one_softmax_logits(self) -> Tensor:
-        """Scores of running summaries; of the own cluster the bucket, and in a last column what fell out of it."""
+        """Scores of running summaries; the bucket of the own cluster; last what fell out of it."""
         _, key, value = self.flat
         self.evicted_key = self.buckets.evicted_mean(key).transpose(0, 1)
         self.evicted_value = self.buckets.evicted_mean(value).transpose(0, 1)
@@ -100,7 +100,7 @@ class _Pass:
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Weights | None]:
-        """Gradients of queries, keys, values and learned tensors (``None`` where they are 0), in this layout."""
+        """Gradients of query, key, value and learned tensors (``None`` where they are 0), in this layout."""
         tokens, rule, scan = self.tokens, self.rule, self.scan
         from_summary = scan.score(grad_out, tokens.value)
         grad_own = (grad_out * self.inside).sum(-1, keepdim=True)
@@ -182,7 +182,7 @@ def forward(
 
 
 def _poison(out: Tensor, log_sum_exp: Tensor, tokens: Tokens) -> None:
-    """Writes NaN, in place, into the results from the first key or value on that is not finite; the past stays clean.
+    """Writes NaN, in place, into results from the first key or value on that is not finite, not before it.
 
     A key takes part in the clustering of all heads, a value is met by its own.
     """
@@ -218,9 +218,8 @@ def backward(
     kv_heads, dtype = key.shape[1], tokens.query.dtype
     grad = split_heads(grad_out.to(dtype), kv_heads)
     grad_lse = None if grad_log_sum_exp is None else split_heads(grad_log_sum_exp.to(dtype), kv_heads)
-    *main, learned = done.backward(grad, grad_lse)
-    grad_query, grad_key, grad_value = tokens.gradients(*main, like=(query, key, value))
-    return grad_query, grad_key, grad_value, learned
+    grad_query, grad_key, grad_value, learned = done.backward(grad, grad_lse)
+    return *tokens.gradients(grad_query, grad_key, grad_value, like=(query, key, value)), learned
 
 
 def exact_keys(

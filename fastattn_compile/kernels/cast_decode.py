@@ -168,7 +168,7 @@ def step(
 
 
 def _keep(state: ClusterState, tokens: Tokens, log_weight: Tensor, own: Tensor, size: int) -> None:
-    """Adds one token to the summary and to the bucket of its cluster; the oldest of a full bucket is evicted."""
+    """Adds a token to the summary and the bucket of its cluster; the oldest of a full bucket is evicted."""
     everyone = torch.arange(own.shape[0], device=own.device)
     key, value = tokens.key[:, :, 0], tokens.value[:, :, 0]
     before = state.mass[:, everyone, own]

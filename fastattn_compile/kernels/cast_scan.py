@@ -1,4 +1,4 @@
-"""Running summaries of clusters in chunks of tokens: means over the members so far, never formed for every token.
+"""Running summaries of clusters, chunk by chunk: means over members so far, never formed for every token.
 
 ``b`` batch, ``g`` key heads, ``n`` tokens, ``r`` query heads of a key head, ``c`` clusters. With ``a_j`` the
 logit of token ``j`` in the summary of its cluster ``k_j``, and ``z_tc`` the logarithm of the sum of
@@ -118,7 +118,7 @@ class ClusterScan:
         return out
 
     def transposed(self, weight: Tensor, query: Tensor) -> Tensor:
-        """``sum over t >= j and r of weight_t exp(a_j - z_t) query_t``, both at the cluster of ``j``: what reaches ``v_j``.
+        """What reaches ``v_j``: ``sum over t >= j and r of weight_t exp(a_j - z_t) query_t`` at its cluster.
 
         Args:
             weight: ``(g, b, n, r, c)``; 0 where a cluster is empty.
@@ -151,8 +151,8 @@ class ClusterScan:
             score: ``(g, b, n, r, c)``, ``self.score(query, value)``.
 
         Returns:
-            ``(g, b, n)``: ``sum over t >= j and r of weight_t exp(a_j - z_t) (query_t . v_j - score_t)``, at the
-            cluster of ``j``; 0 for tokens without one.
+            ``(g, b, n)``: ``sum over t >= j and r of weight_t exp(a_j - z_t) (query_t . v_j - score_t)``, at
+            the cluster of ``j``; 0 for tokens without one.
         """
         heads, batch, length, group, clusters = weight.shape
         out = query.new_empty(heads, batch, length)

@@ -1,4 +1,4 @@
-"""Softmax attention inside clusters whose tokens have been gathered, forward and backward, a few clusters at a time."""
+"""Softmax attention inside gathered clusters, forward and backward, a few clusters at a time."""
 
 from __future__ import annotations
 

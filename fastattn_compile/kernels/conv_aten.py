@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import conv_anchors, conv_fft, conv_gather
-from fastattn_compile.kernels.conv_profiles import Side, make_side, profile_gradients, row_maxima
+from fastattn_compile.kernels import conv_fft, conv_gather
+from fastattn_compile.kernels.conv_pattern import Pattern, make_sides, triangles
+from fastattn_compile.kernels.conv_profiles import Side, profile_gradients, row_maxima
 from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 # Elements of the profiles of the heads that are worked on together.
@@ -25,44 +26,6 @@ FFT_PENALTY = 4.0
 
 class RangeError(ArithmeticError):
     """The scores span more orders of magnitude than the named form of the sums can tell apart."""
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """The numbers that decide anchors, visibility and arithmetic.
-
-    Args:
-        terms: Segments of a triangle, ``k``.
-        anchors: ``"recover"``, ``"strided"``, ``"sink_strided"`` or ``"jumps"``.
-        sinks: Leading columns that are segments of their own (``"sink_strided"``, ``"jumps"``).
-        probe: Scores of a column that are compared, ``T``.
-        delta: Separation of anchors.
-        eps: Noise of a score.
-        uncovered: Columns before the first anchor: ``"anchor"`` makes the first column one, ``"ones"`` gives
-            them score 0, ``"zeros"`` hides them.
-        share: Query heads of a key head share anchor positions.
-        form: ``"auto"``, ``"fft"``, ``"buckets"`` or ``"gather"``.
-        width: Nats of a bucket.
-        transform: Type of the transforms.
-        formula: The gradient is that of the softmax formula (7A), not of this function (7B).
-        left: Largest visible distance back, ``None`` for any.
-        right: Largest visible distance ahead, ``None`` for any.
-    """
-
-    terms: int
-    anchors: str = "sink_strided"
-    sinks: int = 4
-    probe: int = 8
-    delta: float = 8.0
-    eps: float = 0.0
-    uncovered: str = "anchor"
-    share: bool = False
-    form: str = "auto"
-    width: float = 8.0
-    transform: torch.dtype = torch.float64
-    formula: bool = False
-    left: int | None = None
-    right: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,86 +47,6 @@ class Lanes:
     def weight(self) -> Tensor:
         """Factor of every key, the largest of a lane 1; 0 for hidden keys."""
         return (self.log_weight - self.top_weight).exp()
-
-
-def triangles(pattern: Pattern, n: int) -> list[tuple[bool, tuple[int, int]]]:
-    """Triangles a band touches, with their visible offsets; the diagonal is in the lower one."""
-    back = n - 1 if pattern.left is None else min(pattern.left, n - 1)
-    ahead = n - 1 if pattern.right is None else min(pattern.right, n - 1)
-    found = [(False, (max(0, -ahead), back))]
-    if ahead > 0:
-        found.append((True, (max(1, -back), ahead)))
-    return found
-
-
-def select(
-    pattern: Pattern, query: Tensor, key: Tensor, scale: float, first: Tensor, stop: Tensor
-) -> tuple[Tensor, float | None]:
-    """Boundaries of the segments of one triangle, and the score of a first term that no anchor covers.
-
-    Always decided in float64, so that the same numbers give the same anchors whatever type they are stored
-    in.
-
-    Args:
-        pattern: The pattern.
-        query: ``(b, g, r, n, d)``.
-        key: ``(b, g, 1, n, d)``.
-        scale: Factor on the scores.
-        first: ``(b,)`` first real column.
-        stop: ``(b,)`` column after the last real one.
-    """
-    p, count = pattern, pattern.terms
-    if p.anchors == "strided":
-        return conv_anchors.strided(first, stop, count), None
-    if p.anchors == "sink_strided":
-        return conv_anchors.strided(first, stop, count, p.sinks), None
-    wide = query.double(), key.double(), scale, first, stop, count, p.probe
-    if p.anchors == "jumps":
-        return conv_anchors.column_jumps(*wide, sinks=p.sinks, share=p.share), None
-    force = p.uncovered == "anchor"
-    bounds = conv_anchors.recover(*wide, p.delta, p.eps, force_first=force, share=p.share)
-    if force:
-        return bounds, None
-    before = first[:, None, None, None].expand(*bounds.shape[:3], 1)
-    return torch.cat([before, bounds], -1), 0.0 if p.uncovered == "ones" else -torch.inf
-
-
-def real_span(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """First real column and the one after the last, ``(b,)`` each; 0 and 0 where all are hidden."""
-    n = hidden.shape[1]
-    place = torch.arange(n, device=hidden.device)
-    stop = (place + 1).masked_fill(hidden, 0).amax(1)
-    return torch.minimum(place.expand_as(hidden).masked_fill(hidden, n).amin(1), stop), stop
-
-
-def make_sides(
-    pattern: Pattern,
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    hidden: Tensor,
-    offset_bias: Tensor | None = None,
-) -> tuple[Side, ...]:
-    """Anchors and profiles of all triangles.
-
-    Args:
-        pattern: The pattern.
-        query: ``(b, g, r, n, d)``.
-        key: ``(b, g, 1, n, d)``.
-        scale: Factor on the scores.
-        hidden: ``(b, n)`` keys nobody sees.
-        offset_bias: ``(g, r, 2 n - 1)`` added score of ``i - j = -(n - 1) .. n - 1``.
-    """
-    n = key.shape[3]
-    sides = []
-    for flipped, band in triangles(pattern, n):
-        q, k, gone = (x.flip(dim) if flipped else x for x, dim in ((query, 3), (key, 3), (hidden, 1)))
-        bounds, uncovered = select(pattern, q, k, scale, *real_span(gone))
-        bias = None
-        if offset_bias is not None:
-            bias = (offset_bias[..., :n].flip(-1) if flipped else offset_bias[..., n - 1 :]).unsqueeze(-2)
-        sides.append(make_side(q, k, scale, bounds, band, flipped, uncovered, bias))
-    return tuple(sides)
 
 
 def _seen(pattern: Pattern, hidden: Tensor) -> Tensor:
@@ -441,14 +324,18 @@ def _backward(
     n, value_dim = lanes.value.shape[3:]
     slopes_needed = want_slopes or not pattern.formula
     gather = _by_tiles(pattern, lanes.value[:, 0])
-    buckets = None if gather else conv_fft.Buckets(magnitudes(lanes.sides, lanes.seen), pattern.width)
-    if pattern.form == "auto" and buckets is not None:
-        # The formula sends d channels through the operator for every value channel.
-        channels = value_dim * (lanes.query.shape[-1] if pattern.formula else 1)
-        sides = len(lanes.sides)
-        transforms = fft_flops(n, pattern.terms, channels, sides, len(buckets.live))
-        finite = bool(torch.isfinite(lse).logical_or(~lanes.seen).all())
-        gather = gather_flops(n, 2 * value_dim) <= 2 * FFT_PENALTY * transforms or not finite
+    buckets = None
+    if not gather:
+        magnitude = magnitudes(lanes.sides, lanes.seen)
+        buckets = conv_fft.Buckets(magnitude, pattern.width)
+        if pattern.form == "auto":
+            # The formula sends d channels through the operator for every value channel.
+            channels = value_dim * (lanes.query.shape[-1] if pattern.formula else 1)
+            transforms = fft_flops(n, pattern.terms, channels, len(lanes.sides), len(buckets.live))
+            gather = gather_flops(n, 2 * value_dim) <= 2 * FFT_PENALTY * transforms
+            # Rows far below their largest score (its key is hidden or light), or not finite, take the tiles.
+            depth = magnitude - (lse - lanes.top_weight)
+            gather = gather or not bool(((depth < pattern.width) | ~lanes.seen).all())
     formula = (lanes.query, lanes.key, scale) if pattern.formula else None
     direct: tuple[Tensor, Tensor] | None
     if gather or buckets is None:

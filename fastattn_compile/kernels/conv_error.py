@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_aten import Pattern, make_lanes
+from fastattn_compile.kernels.conv_aten import make_lanes
 from fastattn_compile.kernels.conv_gather import row_scores
+from fastattn_compile.kernels.conv_pattern import Pattern
 from fastattn_compile.kernels.tiles import SCORE_TILE
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastattn_compile.kernels.fma_plan import Pattern
 from fastattn_compile.kernels.fma_pool import combine_levels_backward, spread_levels
 from fastattn_compile.kernels.fma_tiles import Part, Tiling
+from fastattn_compile.kernels.parallel import map_parts
 from fastattn_compile.kernels.tiles import (
     normalise,
     poison,
@@ -62,12 +63,12 @@ def forward(
         Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
         float32 (float64 for float64 values), -inf where a query sees no key.
     """
-    tiling = Tiling(query, key, value, scale, pattern, key_padding)
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(*query.shape[:3], 1, dtype=statistics_dtype(value))
     # Without padding and window every query meets itself at least.
     may_be_empty = key_padding is not None or pattern.banded
-    for part in tiling.parts():
+
+    def attend(tiling: Tiling, part: Part) -> None:
         keys = tiling.rows(key, part, _of_keys(weights), "key rows")
         values = tiling.rows(value, part, _of_values(weights), "value rows")
         for blocks in tiling.passes():
@@ -85,6 +86,9 @@ def forward(
                 poison(tile, lse, visible, k, v)
             tiling.store(out, part, blocks, tile)
             tiling.store(log_sum_exp, part, blocks, lse)
+
+    tiling = Tiling(query, key, value, scale, pattern, key_padding)
+    map_parts(attend, tiling.parts(), tiling.another, query.device)
     return out, log_sum_exp.squeeze(3)
 
 
@@ -120,16 +124,15 @@ def backward(
         Gradients of query, key, value and each of ``weights``, each of its input's shape and type.
     """
     tiling = Tiling(query, key, value, scale, pattern, key_padding)
-    dtype = tiling.dtype
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
-    grad_weights = [torch.zeros(w.shape, dtype=dtype, device=w.device) for w in weights]
-    slope = (grad_out.to(dtype) * out).sum(-1)
+    slope = (grad_out.to(tiling.dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp
-    statistics = torch.stack([log_sum_exp.to(dtype), slope], -1)
-    for part in tiling.parts():
+    statistics = torch.stack([log_sum_exp.to(tiling.dtype), slope], -1)
+
+    def differentiate(tiling: Tiling, part: Part) -> list[Tensor]:
         keys = tiling.rows(key, part, _of_keys(weights), "key rows")
         values = tiling.rows(value, part, _of_values(weights), "value rows")
         if not tiling.finite:
@@ -150,9 +153,17 @@ def backward(
             to_keys.add(torch.bmm(grad_scores.mT, q, out=tiling.buffer("grad key", *k.shape)), blocks)
             tile = torch.bmm(grad_scores, k, out=tiling.buffer("grad query", *q.shape))
             tiling.store(grad_query, part, blocks, tile)
+        grad_weights = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
         grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grad_weights))
         grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grad_weights))
-    return grad_query, grad_key, grad_value, tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
+        return grad_weights
+
+    by_part = map_parts(differentiate, tiling.parts(), tiling.another, query.device)
+    # Weights are shared by all heads: their gradients are added in the order of the parts.
+    grad_weights = tuple(
+        torch.stack(grads).sum(0).to(w.dtype) for w, grads in zip(weights, zip(*by_part, strict=True))
+    )
+    return grad_query, grad_key, grad_value, grad_weights
 
 
 class _Scatter:

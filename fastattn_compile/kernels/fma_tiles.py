@@ -6,6 +6,7 @@ share a key head, ``group * block`` rows, and the slots its list names.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Part:
 
 
 class Tiling:
-    """How one attention is cut into tiles, and the buffers that every pass over a few blocks uses again.
+    """How one attention is cut into tiles, and the buffers that one thread uses again in every pass.
 
     Args:
         query: ``(b, h, n, d)``.
@@ -123,10 +124,18 @@ class Tiling:
         self.slots = self.plan.index.shape[1]
         tiles = max(1, SCORE_TILE // (self.group * pattern.block * self.slots))
         self.blocks_at_once = min(self.plan.blocks, tiles)
-        self.heads_at_once = min(self.kv_heads, max(1, tiles // self.plan.blocks))
+        # Short sequences are taken a few heads at a time, but every thread gets its share of them.
+        share = -(-self.batch * self.kv_heads // torch.get_num_threads())
+        self.heads_at_once = max(1, min(self.kv_heads, tiles // self.plan.blocks, share))
         self._buffers: dict[str, Tensor] = {}
         block = torch.full((pattern.block, pattern.block), -torch.inf, dtype=self.dtype, device=self.device)
         self._future = block.triu_(1)
+
+    def another(self) -> Tiling:
+        """The same with buffers of its own, for another thread."""
+        twin = copy.copy(self)
+        twin._buffers = {}
+        return twin
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """A contiguous tensor of the work type whose memory is kept for the next request of this name."""
@@ -135,15 +144,17 @@ class Tiling:
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self._buffers[name][:size].view(shape)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> list[Part]:
         """Sequences and key heads, a few heads at a time when sequences are short."""
+        parts = []
         for batch in range(self.batch):
             if self.key_padding is None:
                 lists = _lists_without_padding(self.plan.length, self.pattern, self.device, self.dtype)
             else:
                 lists = make_lists(self.plan, self.pattern, ~self.key_padding[batch], self.dtype)
             for head in range(0, self.kv_heads, self.heads_at_once):
-                yield Part(batch, slice(head, min(head + self.heads_at_once, self.kv_heads)), lists)
+                parts.append(Part(batch, slice(head, min(head + self.heads_at_once, self.kv_heads)), lists))
+        return parts
 
     def passes(self) -> Iterator[slice]:
         """Blocks, as many at a time as fit the cache."""

@@ -1,4 +1,4 @@
-"""Linformer on ATen: a projection of keys and values, then exact attention over the projected rows. O(n rank).
+"""Linformer on ATen: keys and values projected, then exact attention over the rows, O(n rank).
 
 Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``n`` tokens, ``d`` channels of query and key, ``e``
 of value, ``r`` rows, ``p`` projections, 1 for all heads or one for each key head, ``m >= n`` their columns.
@@ -16,7 +16,7 @@ from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 
 class _Projected:
-    """Projected rows, and the tensors as one sequence for each key head, since rows may be hidden head by head."""
+    """Projected rows, and each key head as a sequence of its own, since rows may be hidden head by head."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class _Projected:
         return x.unflatten(0, (-1, self.kv_heads)).flatten(1, 2)
 
     def carried(self, rows: Tensor, projection: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of tokens ``(b, g, n, *)`` and projection ``(p, r, n)`` from that of the projected rows."""
+        """Gradients of ``(b, g, n, *)`` tokens and ``(p, r, n)`` projection from that of the rows."""
         grad = rows.squeeze(1).unflatten(0, (-1, self.kv_heads))
         to_projection = (grad @ tokens.mT).sum(0)
         if projection.shape[0] == 1:
@@ -120,18 +120,12 @@ def backward(
         the columns beyond the sequence.
     """
     projected = _Projected(query, key, value, projections, real)
-    saved = [
-        None if x is None else projected.heads(x.to(projected.dtype))
-        for x in (out, log_sum_exp, grad_out, grad_log_sum_exp)
-    ]
+    given, lse, grad = (projected.heads(x.to(projected.dtype)) for x in (out, log_sum_exp, grad_out))
+    grad_lse = None if grad_log_sum_exp is None else projected.heads(grad_log_sum_exp.to(projected.dtype))
     grad_query, key_rows, value_rows = exact_aten.backward(
-        projected.query,
-        projected.key_rows,
-        projected.value_rows,
-        scale,
-        *saved,
-        **projected.mask,  # type: ignore[arg-type]
-    )
+        projected.query, projected.key_rows, projected.value_rows, scale, given, lse, grad, grad_lse,
+        **projected.mask,
+    )  # fmt: skip
     grad_key, for_keys = projected.carried(key_rows, projected.for_keys, projected.key)
     grad_value, for_values = projected.carried(value_rows, projected.for_values, projected.value)
     grad_projections = tuple(

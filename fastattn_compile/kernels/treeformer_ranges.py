@@ -102,7 +102,8 @@ def node_ranges(
     gone = torch.zeros_like(key_leaf, dtype=torch.bool) if dropped is None else dropped
     if sight.real is not None:
         gone = gone | ~sight.real[:, None]
-    orders, levels = [], []
+    orders: list[Tensor] = []
+    levels: list[int] = []
     start = torch.zeros(batch, heads, queries, dtype=torch.int64, device=device)
     stop, level_of, node = (torch.zeros_like(start) for _ in range(3))
     waiting = torch.ones_like(start, dtype=torch.bool)
@@ -130,8 +131,8 @@ def node_ranges(
         if not ancestors or not bool(waiting.any()):
             break
     table = torch.stack(orders, 1).flatten()
-    base = unit * (len(orders) * length)
-    start, stop = start + base, stop + base
+    begin = unit * (len(orders) * length)
+    start, stop = start + begin, stop + begin
     found = (stop - start).sum()
     if capacity:
         start = torch.maximum(start, stop - capacity)

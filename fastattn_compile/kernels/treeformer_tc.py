@@ -319,9 +319,9 @@ def _query_members(
             dot = dot + torch.matmul(pairs[:, :, chunks].tril(), keys[:, None])
             count = count + keys.cumsum(-2)[:, None]
         per_level = zip(_parents(dot, -1), _parents(count, -1))
-        send(chunks, [
-            weights[:, :, chunks, :, level, None] * d / c.clamp(min=1) for level, (d, c) in enumerate(per_level)
-        ])  # fmt: skip
+        share = weights[:, :, chunks]
+        found = [share[..., level, None] * d / c.clamp(min=1) for level, (d, c) in enumerate(per_level)]
+        send(chunks, found)
 
 
 def _key_members(

@@ -1,9 +1,10 @@
-"""Local attention on ATen: every query meets the keys near it and a few sinks, in tiles of query rows, O(n) memory.
+"""Local attention on ATen: every query meets the keys near it and a few sinks, in tiles of query rows, O(n)
+memory.
 
-Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``u = b * g`` units, ``r = h // g`` query heads of a unit, ``n``
-queries, ``m`` keys, ``d`` channels of query and key, ``e`` of value. A tile is ``Local.rows`` queries of every head of a
-unit; its keys are the sinks, then ``before + rows + after`` consecutive positions. ``LocalTiles`` is also the near field
-of operators that add a far field.
+Sizes: ``b`` batch, ``h`` query heads, ``g`` key heads, ``u = b * g`` units, ``r = h // g`` query heads of a
+unit, ``n`` queries, ``m`` keys, ``d`` channels of query and key, ``e`` of value. A tile is ``Local.rows``
+queries of every head of a unit; its keys are the sinks, then ``before + rows + after`` consecutive positions.
+``LocalTiles`` is also the near field of operators that add a far field.
 """
 
 from __future__ import annotations
@@ -123,7 +124,11 @@ class LocalTiles:
         self.dtype = work_dtype(query, key, value)
         self.padding = None if key_padding is None else ~key_padding[:, None, :, None]
         device = key.device
-        real = key_padding if key_padding is not None else torch.ones(1, self.keys, dtype=torch.bool, device=device)
+        real = (
+            key_padding
+            if key_padding is not None
+            else torch.ones(1, self.keys, dtype=torch.bool, device=device)
+        )
         rank = real.cumsum(-1)
         wanted = torch.arange(1, local.sinks + 1, device=device).expand(real.shape[0], -1).contiguous()
         place = torch.searchsorted(rank, wanted)
@@ -139,7 +144,8 @@ class LocalTiles:
         return x.flatten(0, 1)
 
     def stretched(self, array: Tensor) -> Tensor:
-        """``(u, m, c)`` laid out so that block ``i`` begins at row ``i * rows`` with its ``before`` positions."""
+        """``(u, m, c)`` laid out so that block ``i`` begins at row ``i * rows`` with its ``before``
+        positions."""
         local = self.local
         first, front = max(0, local.offset - local.before), max(0, local.before - local.offset)
         total = local.before + self.blocks * local.rows + local.after
@@ -174,7 +180,8 @@ class LocalTiles:
         return (place + self.local.offset).unflatten(0, (-1, rows))
 
     def queries(self, x: Tensor, tile: Tile, fill: float = 0.0) -> Tensor:
-        """The tile's part of ``(b, h, n, c)`` as ``(units * blocks, r * rows, c)``; ``fill`` beyond the last query."""
+        """The tile's part of ``(b, h, n, c)`` as ``(units * blocks, r * rows, c)``; ``fill`` beyond the last
+        query."""
         rows = self.local.rows
         first, last = tile.blocks.start * rows, min(tile.blocks.stop * rows, self.length)
         if self.units == tile.units.stop - tile.units.start:
@@ -189,7 +196,9 @@ class LocalTiles:
     def gather(self, stretched: Tensor, sinks: Tensor, tile: Tile) -> Tensor:
         """Keys or values of a tile, ``(units * blocks, sinks + span, c)``."""
         local = self.local
-        rows = stretched[tile.units, tile.blocks.start * local.rows : (tile.blocks.stop - 1) * local.rows + local.span]
+        rows = stretched[
+            tile.units, tile.blocks.start * local.rows : (tile.blocks.stop - 1) * local.rows + local.span
+        ]
         windows = rows.unfold(1, local.span, local.rows).transpose(2, 3)
         together = sinks[tile.units, None].expand(-1, windows.shape[1], -1, -1)
         return torch.cat([together, windows], 2).flatten(0, 1)
@@ -216,7 +225,9 @@ class LocalTiles:
         split = x.unflatten(0, (tile.units.stop - tile.units.start, -1))
         sink_grads[tile.units] += split[:, :, : local.sinks].sum(1)
         for side in range(local.span // local.rows):
-            target = grads[tile.units, (tile.blocks.start + side) * local.rows : (tile.blocks.stop + side) * local.rows]
+            target = grads[
+                tile.units, (tile.blocks.start + side) * local.rows : (tile.blocks.stop + side) * local.rows
+            ]
             begin = local.sinks + side * local.rows
             target.unflatten(1, (-1, local.rows)).add_(split[:, :, begin : begin + local.rows])
 
@@ -267,7 +278,8 @@ def forward(
         key_padding: ``(b, m)`` boolean, true where a token is real.
 
     Returns:
-        Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``, float32
+        Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
+        float32
         (float64 for float64 values), -inf where a query sees no key.
     """
     tiles = LocalTiles(query, key, value, local, key_padding)

@@ -271,9 +271,7 @@ def _where_truth(condition: Expression, a: Expression, b: Expression) -> Express
 
 
 def _linear(coefficients: Mapping[Axis, int], offset: Size) -> Expression:
-    terms = sorted(
-        ((a, c) for a, c in coefficients.items() if c), key=lambda t: (t[0].name, str(t[0].extent))
-    )
+    terms = sorted(((a, c) for a, c in coefficients.items() if c), key=lambda term: term[0].name)
     return Linear(tuple(terms), plain_size(offset)) if terms else constant(plain_size(offset))
 
 

@@ -93,13 +93,53 @@ def _functional_copy(args: tuple[Any, ...], target: torch.fx.Node) -> Functional
 
 
 def _functional_setitem(node: torch.fx.Node, target: torch.fx.Node) -> FunctionalCall | None:
-    """``x[mask] = number`` with a mask of the shape of ``x`` is a masked fill."""
-    _, mask, value = node.args
-    if not isinstance(mask, torch.fx.Node) or not isinstance(value, (bool, int, float)):
+    """``x[mask] = number`` is a masked fill, ``x[:, a:b] = y`` a slice scatter."""
+    _, index, value = node.args
+    old = example(target)
+    if not isinstance(old, torch.Tensor):
         return None
-    old, where = example(target), example(mask)
-    if not isinstance(old, torch.Tensor) or not isinstance(where, torch.Tensor) or where.dtype != torch.bool:
+    if isinstance(index, torch.fx.Node):
+        mask = example(index)
+        full = (
+            isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and same_sizes(old.shape, mask.shape)
+        )
+        known = full and isinstance(value, (bool, int, float))
+        return ("masked_fill", (target, index, value), {}) if known else None
+    bounds = _sliced(index, old.dim())
+    if bounds is None or not isinstance(value, torch.fx.Node):
         return None
-    if not same_sizes(old.shape, where.shape):
+    new, place = example(value), old[(slice(None),) * bounds[0] + (slice(*bounds[1:]),)]
+    if not isinstance(new, torch.Tensor) or new.dtype != old.dtype or not same_sizes(place.shape, new.shape):
         return None
-    return "masked_fill", (target, mask, value), {}
+    return torch.slice_scatter, (target, value, *bounds), {}
+
+
+def scatter_form(part: torch.fx.Node, value: torch.fx.Node) -> FunctionalCall | None:
+    """The whole that ``part`` is a slice of, with ``value`` in the place of the slice.
+
+    Args:
+        part: A node; only a slice along one dimension has such a form.
+        value: A tensor of its shape and type.
+    """
+    if part.target is not operator.getitem or not isinstance(part.args[0], torch.fx.Node):
+        return None
+    whole = example(part.args[0])
+    bounds = _sliced(part.args[1], whole.dim()) if isinstance(whole, torch.Tensor) else None
+    return None if bounds is None else (torch.slice_scatter, (part.args[0], value, *bounds), {})
+
+
+def _sliced(index: Any, rank: int) -> tuple[int, int | None, int | None, int] | None:
+    """Dimension, start, stop and step of a subscript that slices one dimension, by plain numbers."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if any(entry is not Ellipsis and not isinstance(entry, slice) for entry in entries):
+        return None
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (rank - len(entries) + 1)
+    parts = [(d, entry) for d, entry in enumerate(entries) if entry != slice(None)]
+    if len(parts) != 1:
+        return None
+    dim, part = parts[0]
+    if any(bound is not None and not isinstance(bound, int) for bound in (part.start, part.stop, part.step)):
+        return None
+    return dim, part.start, part.stop, 1 if part.step is None else part.step

@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastattn_compile.passes.functional_form import HARMLESS, FunctionalCall, functional_form
+from fastattn_compile.passes.functional_form import (
+    HARMLESS,
+    FunctionalCall,
+    functional_form,
+    scatter_form,
+)
 from fastattn_compile.passes.fx_meta import example, fake_call, same_sizes, tensors
 from fastattn_compile.passes.fx_view import has_meaning
 from fastattn_compile.passes.fx_vocabulary import canonical_name, is_in_place, target_name, words
@@ -111,6 +116,7 @@ class _Functionalizer:
         self.keys: dict[torch.fx.Node, list[Any]] = {}
         self.grad_mode: dict[torch.fx.Node, Any] = {}
         self.members: dict[Any, set[torch.fx.Node]] = defaultdict(set)
+        self.trial: list[torch.fx.Node] = []  # nodes of a replacement under way
         mode: Any = None
         for node in gm.graph.nodes:
             self.keys[node] = self._storages(node)
@@ -200,46 +206,83 @@ class _Functionalizer:
     # ---- replacing
 
     def _replace(self, node: torch.fx.Node, target: torch.fx.Node) -> bool:
-        """Puts the functional form in the place of an in-place call; false when that would not be the
-        same."""
+        """Puts the functional form in the place of an in-place call; false when the result could differ."""
         before, old = self.order[node], example(target)
         group = self._group(target)
-        if any(member.op in ("placeholder", "get_attr") for member in group) or not isinstance(
-            old, FakeTensor
-        ):
+        outside = any(member.op in ("placeholder", "get_attr") for member in group)
+        if outside or not isinstance(old, FakeTensor):
             return False
-        for member in group - {target, node}:
-            if self.order[member] < before and any(self.order[user] > before for user in member.users):
-                return False  # another view of the storage is read later
-        if old.requires_grad and self.grad_mode[target] != self.grad_mode[node]:
-            return False  # under no_grad a value changes without its history
-        form = functional_form(node, target)
-        value = _run(form, old.fake_mode) if form is not None else None
-        if form is None or value is None or not _same_layout(value, old):
-            return False
+        others = group - {target, node}
+        live = [m for m in others if self.order[m] < before and any(self.order[u] > before for u in m.users)]
+        whole = target.args[0] if target.op == "call_function" and target.args else None
+        if live and live != [whole]:
+            return False  # another view of the storage is read later
+        for changed in (target, *live):
+            requires_grad = getattr(example(changed), "requires_grad", False)
+            if requires_grad and self.grad_mode[changed] != self.grad_mode[node]:
+                return False  # under no_grad a value changes without its history
         with self.gm.graph.inserting_before(node):
-            new = self._insert(form, value, node, target)
-            if value.dtype != old.dtype:
+            new = self._call(functional_form(node, target), node, target, None if live else old)
+            if new is not None and example(new).dtype != old.dtype:
                 # An in-place call keeps the type of what it changes.
-                form = ("to", (new, old.dtype), {})
-                new = self._insert(form, _run(form, old.fake_mode), node, target)
+                new = self._call(("to", (new, old.dtype), {}), node, target)
+            filled = None
+            if new is not None and live:
+                # A slice was changed, and so what it is a slice of; who reads the slice reads it anew.
+                filled = self._call(scatter_form(target, new), node, live[0], example(live[0]))
+                again = (operator.getitem, (filled, *target.args[1:]), {})
+                new = self._call(again, node, target, old) if filled is not None else None
+        trial, self.trial = self.trial, []
+        if new is None:
+            for attempt in reversed(trial):
+                self._forget(attempt)
+            return False
+        if filled is not None:
+            self._read_instead(live[0], filled, before)
         node.replace_all_uses_with(new)
-        for user in list(target.users):
-            if self.order[user] > before:
-                user.replace_input_with(target, new)
-        for key in self.keys[target]:
+        self._read_instead(target, new, before)
+        self._forget(node)
+        return True
+
+    def _read_instead(self, old: torch.fx.Node, new: torch.fx.Node, after: int) -> None:
+        """Lets the readers of a node after a position read another."""
+        for user in list(old.users):
+            if self.order[user] > after:
+                user.replace_input_with(old, new)
+
+    def _forget(self, node: torch.fx.Node) -> None:
+        for key in self.keys.pop(node):
             self.members[self._find(key)].discard(node)
         del self.order[node]
         self.gm.graph.erase_node(node)
-        return True
 
-    def _insert(
-        self, form: FunctionalCall, value: Any, like: torch.fx.Node, target: torch.fx.Node
-    ) -> torch.fx.Node:
+    def _call(
+        self, form: FunctionalCall | None, like: torch.fx.Node, target: torch.fx.Node, layout: Any = None
+    ) -> torch.fx.Node | None:
+        """Inserts a call in the place of ``like``.
+
+        Args:
+            form: The call.
+            like: The in-place call it stands for.
+            target: The node whose storage its result takes the place of.
+            layout: A tensor whose sizes and strides the result must have.
+
+        Returns:
+            The node; ``None`` when the call cannot be run or gives another layout.
+        """
+        if form is None:
+            return None
+        try:
+            value = fake_call(*form, example(target).fake_mode)
+        except Exception:  # whatever it is, the operation stays as it was
+            return None
+        if not isinstance(value, torch.Tensor) or (layout is not None and not _same_layout(value, layout)):
+            return None
         call, args, kwargs = form
         create = self.gm.graph.call_method if isinstance(call, str) else self.gm.graph.call_function
         new = create(call, args, kwargs)
         new.meta = {**like.meta, "example_value": value}
+        self.trial.append(new)
         self.order[new], self.grad_mode[new] = self.order[like], self.grad_mode[like]
         # Later views were made of the old storage as far as the fakes know: the new node belongs to them.
         self.keys[new] = self.keys[target]
@@ -288,11 +331,3 @@ def _same_layout(new: torch.Tensor, old: torch.Tensor) -> bool:
         and same_sizes(new.shape, old.shape)
         and same_sizes(new.stride(), old.stride())
     )
-
-
-def _run(form: FunctionalCall, mode: FakeTensorMode) -> Any:
-    """Fake result of a call, ``None`` when it cannot be run: then the operation stays as it was."""
-    try:
-        return fake_call(*form, mode)
-    except Exception:
-        return None

@@ -158,4 +158,6 @@ def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for every value of their symbols."""
     if a == b or (isinstance(a, int) and isinstance(b, int)):
         return bool(a == b)
-    return bool(sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0)
+    difference = sympy.expand(sympy.sympify(a) - sympy.sympify(b))
+    # An expanded polynomial shows whether it is 0; only rounding and division need more thought.
+    return bool(difference == 0) or (not difference.is_polynomial() and bool(sympy.simplify(difference) == 0))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 
 from fastattn_compile.passes.expression import (
     ZERO,
@@ -152,19 +153,18 @@ def _index(lifter: Lifter, node: Node) -> Expression | None:
         if entry is None:
             out += 1
         elif isinstance(entry, slice):
-            size = before[len(indices)]
-            indices.append(_along_slice(lifter, entry, size, dim(out, after[out])) if size != 1 else ZERO)
+            if out == len(after):
+                return None
+            indices.append(_along_slice(lifter, entry, before[len(indices)], out, after[out]))
             out += 1
         elif isinstance(entry, Node) and entry.shape:
-            if len(entry.shape) > block or start + block > len(after):
-                return None
+            if entry.dtype == torch.bool or start + block > len(after):
+                return None  # a mask selects, it does not index
             shift = start + block - len(entry.shape)
             places = {f"d{j}": dim(j + shift, after[j + shift]) for j in range(len(entry.shape))}
             indices.append(substitute(lifter.of(entry), places))
         else:
-            number = lifter.scalar(entry)
-            negative = isinstance(number, Constant) and isinstance(number.value, int) and number.value < 0
-            indices.append(add(number, constant(before[len(indices)])) if negative else number)
+            indices.append(_counted(lifter.scalar(entry), before[len(indices)]))
     if out + (0 if placed or not tensors else block) != len(after) or len(indices) != len(before):
         return None
     return _at(lifter, x, indices) if _in_range(lifter.of(x), indices) else None
@@ -187,17 +187,26 @@ def _block_start(entries: list[Any]) -> int:
     return at[0] if at[-1] - at[0] == len(at) - 1 else 0
 
 
-def _along_slice(lifter: Lifter, entry: slice, size: Size, index: Expression) -> Expression:
+def _along_slice(lifter: Lifter, entry: slice, size: Size, place: int, length: Size) -> Expression:
+    """The index along a sliced dimension; ``length`` is the size that is left at dimension ``place``."""
     step = 1 if entry.step is None else entry.step
     if not isinstance(step, int) or step < 1:
         raise NotIndexArithmetic
-    start = lifter.scalar(0 if entry.start is None else entry.start)
-    if isinstance(start, Constant) and isinstance(start.value, int) and start.value < 0:
-        start = add(start, constant(size))
+    start = _counted(lifter.scalar(0 if entry.start is None else entry.start), size)
+    stop = constant(size) if entry.stop is None else _counted(lifter.scalar(entry.stop), size)
     # A start below zero counts from the end or is cut to 0: only a proven one says what comes first.
-    if not isinstance(start, Constant) or not nonnegative(start.value):
+    if not isinstance(start, Constant) or not isinstance(stop, Constant) or not nonnegative(start.value):
         raise NotIndexArithmetic
-    return add(mul(index, constant(step)), start)
+    end = min(stop.value, size) if isinstance(stop.value, int) and isinstance(size, int) else stop.value
+    if not same_size(length * step, end - start.value + (start.value - end) % step):
+        raise NotIndexArithmetic  # read from another dimension than the one written to
+    return add(mul(dim(place, length), constant(step)), start) if size != 1 else ZERO
+
+
+def _counted(index: Expression, size: Size) -> Expression:
+    """An index from the front when it is a negative number."""
+    negative = isinstance(index, Constant) and isinstance(index.value, int) and index.value < 0
+    return add(index, constant(size)) if negative else index
 
 
 def _in_range(x: Expression, indices: Sequence[Expression]) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from fastattn_compile.passes.expression import (
     Binary,
     Compare,
@@ -243,7 +245,7 @@ def restart_positions(segment: Segment, lifter: Lifter, places: Places) -> dict[
     if not isinstance(segment.at_key, Load) or not isinstance(segment.at_query, Load):
         return {}
     counted = segment.at_key.node
-    if counted.kind != "cumsum" or counted.tainted:
+    if counted.kind != "cumsum" or counted.tainted or counted.dtype not in (torch.int32, torch.int64):
         return {}
     changed = _through(counted.inputs[0], "cast", "identity")
     if (

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastattn_compile.report.document import Report, SiteReport, SpanReport
-from fastattn_compile.report.verdict import ratio_text, verdict
+from fastattn_compile.report.verdict import change_text, ratio_text, verdict
 
 if TYPE_CHECKING:
     from fastattn_compile.scanning import Scan
@@ -180,7 +180,7 @@ def _print_model(out: Console, report: Report) -> None:
 
 
 def _delta(span: SpanReport | Any) -> tuple[str, ...]:
-    change = f"{(span.ppl / span.ppl_exact - 1) * 100:+.1f} %" if span.ppl and span.ppl_exact else "-"
+    change = change_text(span.ppl_exact, span.ppl, 1) if span.ppl and span.ppl_exact else "-"
     kept = f"{span.top1 * 100:.1f} %" if span.top1 is not None else "-"
     return number(span.kl), kept, number(span.ppl_exact), number(span.ppl), change
 

@@ -6,6 +6,7 @@ from fastattn_compile.report.document import Report
 
 # Bounds of the words on KL in nats a token: below the first a reader rarely sees a difference in the text.
 _CLOSE, _VISIBLE = 0.01, 0.1
+_LOWERED = {"eager": "run without a compiler"}
 
 
 def verdict(report: Report) -> list[str]:
@@ -44,8 +45,8 @@ def _quality(report: Report) -> str:
     if model.top1 is not None:
         parts.append(f"{model.top1 * 100:.0f} % of the predictions unchanged")
     if model.ppl is not None and model.ppl_exact:
-        change = (model.ppl / model.ppl_exact - 1) * 100
-        parts.append(f"perplexity {model.ppl_exact:.3g} to {model.ppl:.3g} ({change:+.0f} %)")
+        change = change_text(model.ppl_exact, model.ppl, 0)
+        parts.append(f"perplexity {model.ppl_exact:.3g} to {model.ppl:.3g} ({change})")
     return f"{word}: {', '.join(parts)}."
 
 
@@ -74,7 +75,9 @@ def _cost(report: Report) -> str:
     if cost.attention_ms and cost.attention_ms_exact:
         parts.append(f"attention {_compared(cost.attention_ms_exact, cost.attention_ms)}")
     if cost.total_ms and cost.total_ms_exact:
-        lowered = f", both lowered by {cost.compiler}" if cost.compiler else ""
+        lowered = (
+            f", both {_LOWERED.get(cost.compiler, f'lowered by {cost.compiler}')}" if cost.compiler else ""
+        )
         parts.append(f"the whole model {_compared(cost.total_ms_exact, cost.total_ms)}{lowered}")
     if not parts:
         return ""
@@ -85,6 +88,11 @@ def _cost(report: Report) -> str:
 
 def _compared(exact: float, replaced: float) -> str:
     return f"{exact / replaced:.2f}x faster" if replaced < exact else f"{replaced / exact:.2f}x slower"
+
+
+def change_text(before: float, after: float, digits: int) -> str:
+    """A change in per cent with its sign, for example ``+24 %``; no minus sign before a zero."""
+    return f"{round((after / before - 1) * 100, digits) + 0.0:+.{digits}f} %"
 
 
 def ratio_text(exact: float | None, replaced: float | None) -> str:

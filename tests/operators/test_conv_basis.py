@@ -68,7 +68,7 @@ def golden_inputs() -> AttentionInputs:
 
 
 def planted(n: int, starts: list[int], seed: int, noise: float = 0.0, step: float = 3.0):
-    """A lower-triangular matrix of slid columns with anchors at ``starts``, and one within ``noise`` of it."""
+    """A lower-triangular matrix of slid columns with anchors at ``starts``, and one within ``noise``."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.zeros(n, n, dtype=torch.float64)
     for number, start in enumerate(starts):
@@ -150,7 +150,7 @@ def test_golden_recover_probes_and_basis():
 
 
 def test_batched_recover_equals_the_one_written_down():
-    """Every lane of the operator's search against RECOVER for one head, on generic content where it is erratic."""
+    """Every lane of the operator's search against RECOVER for one head, on generic content."""
     inputs = make_inputs("causal", length=60, dtype=torch.float64)
     for force in (True, False):
         config = {
@@ -229,7 +229,7 @@ def test_golden_single_term(form):
     "mask", ["causal", "none", "causal & window(7)", "left(4) & right(6)", "causal & key_padding"]
 )
 def test_as_many_terms_as_tokens_is_exact_attention(anchors, mask):
-    """Literal Recover may stop before the last columns, so it is asked for a separation that everything has."""
+    """Recover finds every column when any difference counts as separation."""
     inputs = make_inputs(mask, length=30, dtype=torch.float64)
     operator = make_operator("conv_basis", k=30, anchors=anchors, probe=1, delta=1e-9)
     exact = make_operator("exact").reference(inputs)
@@ -244,7 +244,7 @@ def test_as_many_terms_as_tokens_is_exact_attention(anchors, mask):
 
 @pytest.mark.parametrize("gradient", ["implemented", "softmax_formula"])
 def test_scores_of_positions_alone_are_exact_with_one_term(gradient):
-    """Rotated constant queries and keys: logits depend on i - j, and 7A is then the gradient of exact attention."""
+    """Rotated constants: scores depend on i - j, and 7A is then the gradient of exact attention."""
     n = 40
     angle = torch.arange(n, dtype=torch.float64) * 0.3
     turn = torch.stack([angle.cos(), angle.sin()], -1)
@@ -318,7 +318,7 @@ def test_shared_anchors_are_the_same_for_every_head_of_a_group():
 
 
 def test_column_jumps_find_planted_changes():
-    """Keys and queries change at 20 and 45 only: these columns and the first are the anchors, and all is exact."""
+    """Keys change at 20 and 45 only: these columns and the first are the anchors, and all is exact."""
     n = 64
     content = torch.randn(3, 6, dtype=torch.float64)
     part = (torch.arange(n) >= 20).int() + (torch.arange(n) >= 45).int()

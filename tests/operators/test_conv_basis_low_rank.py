@@ -51,15 +51,20 @@ def test_an_even_polynomial_is_positive_and_tends_to_the_exponential():
 def test_masked_sums_and_their_transpose(block, n, monkeypatch):
     monkeypatch.setattr(conv_lowrank, "BLOCK", block)
     i = torch.arange(n)
-    masks = {
-        "none": Ranges(0 * i, 0 * i + n), "causal": Ranges(0 * i, i + 1), "window": Ranges((i - 6).clamp(0), i + 1),
-        "band": Ranges((i - 9).clamp(0), (i + 5).clamp(max=n)), "behind": Ranges((i - 9).clamp(0), (i - 2).clamp(0)),
-        "ahead": Ranges((i + 2).clamp(max=n), 0 * i + n), "chunk": Ranges(i // 16 * 16, (i // 16 * 16 + 16).clamp(max=n)),
-        "prefix": Ranges(0 * i, (i + 1).clamp(min=min(9, n))),
-    }  # fmt: skip
+    zero, end, chunk = 0 * i, 0 * i + n, i // 16 * 16
+    masks = [
+        Ranges(zero, end),
+        Ranges(zero, i + 1),
+        Ranges((i - 6).clamp(0), i + 1),
+        Ranges((i - 9).clamp(0), (i + 5).clamp(max=n)),
+        Ranges((i - 9).clamp(0), (i - 2).clamp(0)),
+        Ranges((i + 2).clamp(max=n), end),
+        Ranges(chunk, (chunk + 16).clamp(max=n)),
+        Ranges(zero, (i + 1).clamp(min=min(9, n))),
+    ]
     left, right = torch.randn(2, 2, n, 3, dtype=torch.float64)
     x = torch.randn(2, n, 2, dtype=torch.float64)
-    for mask in masks.values():
+    for mask in masks:
         turned = mask.transposed()
         dense = (i >= mask.first[:, None]) & (i < mask.last[:, None])
         assert torch.equal(dense.T, (i >= turned.first[:, None]) & (i < turned.last[:, None]))
@@ -145,11 +150,12 @@ def test_the_error_stays_under_the_reported_bound(degree):
     operator = build(degree=degree)
     bound = operator.error_bound(inputs)
     error = (run(operator, inputs).out - make_operator("exact").reference(inputs).out).abs().amax((-2, -1))
-    assert bound.certified and (0 < error).all() and (error <= bound.output).all()
+    assert bound.certified and (error > 0).all() and (error <= bound.output).all()
 
 
 def test_a_higher_degree_is_closer():
     inputs = make_inputs("causal", length=80, head_dim=3, dtype=torch.float64)
+    inputs = dataclasses.replace(inputs, query=0.3 * inputs.query)
     exact = make_operator("exact").reference(inputs).out
     errors = [float((run(build(degree=d), inputs).out - exact).abs().max()) for d in (0, 2, 4)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0

@@ -4,12 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-
-from fastattn_compile.operators.base import AttentionInputs
-from fastattn_compile.operators.exact.reference import exact_attention
-from fastattn_compile.operators.library import torch_op
-from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.operators.registry import make_operator
 from oracle import (
     assert_as_good_as,
     cast,
@@ -20,6 +14,12 @@ from oracle import (
     relative_error,
     run,
 )
+
+from fastattn_compile.operators.base import AttentionInputs
+from fastattn_compile.operators.exact.reference import exact_attention
+from fastattn_compile.operators.library import torch_op
+from fastattn_compile.operators.mask import MaskStructure
+from fastattn_compile.operators.registry import make_operator
 
 CASES = {"shared": {}, "per-head": {"sharing": "none", "max_length": 60}, "data": {"start": "data"}}
 each_case = pytest.mark.parametrize("case", CASES)
@@ -74,7 +74,11 @@ def test_kernel_is_as_accurate_as_its_type(case, dtype, padded):
         given, params, sources = leaves(given, params)
         output = evaluate(given, params)
         results.append(
-            (output.out, output.log_sum_exp, *gradients(output, sources, tuple(s.to(given.value.dtype) for s in seeds)))
+            (
+                output.out,
+                output.log_sum_exp,
+                *gradients(output, sources, tuple(s.to(given.value.dtype) for s in seeds)),
+            )
         )
     names = ("out", "log_sum_exp", "query", "key", "value", "key projection", "value projection")
     for name, got, formula, oracle in zip(names, *results):
@@ -87,7 +91,7 @@ def test_kernel_is_as_accurate_as_its_type(case, dtype, padded):
 def test_gradcheck(case, padded):
     operator = build(case)
     inputs = fitting(padded, length=15, heads=2, kv_heads=1, head_dim=3, dtype=torch.float64)
-    given, parameters, sources = leaves(inputs, make_parameters(operator, inputs))
+    given, _parameters, sources = leaves(inputs, make_parameters(operator, inputs))
 
     def function(q, k, v, *params):
         output = run(operator, dataclasses.replace(given, query=q, key=k, value=v), params)
@@ -104,7 +108,9 @@ def test_shorter_sequences_use_the_first_columns():
     given, parameters, sources = leaves(inputs, tuple(p.double() for p in start.values()))
     got = run(operator, given, parameters)
     # Blocks of ten: two of them reach the sequence, the others stand for nothing and are not seen.
-    rows = [torch.stack([x[:, :, :10].mean(2), x[:, :, 10:].sum(2) / 10], 2) for x in (inputs.key, inputs.value)]
+    rows = [
+        torch.stack([x[:, :, :10].mean(2), x[:, :, 10:].sum(2) / 10], 2) for x in (inputs.key, inputs.value)
+    ]
     pooled = AttentionInputs(inputs.query, *rows, inputs.scale)
     assert torch.allclose(got.out, exact_attention(pooled).out, atol=1e-12)
     grads = torch.autograd.grad(got.out.sum(), sources)
@@ -180,7 +186,17 @@ def test_the_torch_op_keeps_its_promises(case, padded):
     inputs = fitting(padded, length=21, batch=1)
     parameters = [p.requires_grad_() for p in make_parameters(operator, inputs)]
     tensors = [x.requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
-    arguments = (*tensors, inputs.key_padding, None, None, parameters, 0.3, str(inputs.mask), operator.token, "site")
+    arguments = (
+        *tensors,
+        inputs.key_padding,
+        None,
+        None,
+        parameters,
+        0.3,
+        str(inputs.mask),
+        operator.token,
+        "site",
+    )
     torch.library.opcheck(torch_op("linformer"), arguments)
 
 
@@ -270,7 +286,12 @@ def test_bad_options_are_refused(options, words):
 
 def test_parameters_that_do_not_fit_are_an_error():
     operator, inputs = build("shared"), fitting()
-    for parameters in ((), (torch.zeros(1, 7, 40),) * 2, (torch.zeros(2, 7, 41),) * 2, (torch.zeros(1, 6, 41),) * 2):
+    for parameters in (
+        (),
+        (torch.zeros(1, 7, 40),) * 2,
+        (torch.zeros(2, 7, 41),) * 2,
+        (torch.zeros(1, 6, 41),) * 2,
+    ):
         with pytest.raises(ValueError, match="initial_parameters"):
             run(operator, inputs, parameters)
     with pytest.raises(ValueError, match="the sample"):

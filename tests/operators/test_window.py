@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from oracle import make_inputs, relative_error, run
 
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.registry import make_operator
-from oracle import make_inputs, relative_error, run
 
 
 def test_a_wide_window_is_exact_attention():
@@ -54,7 +54,12 @@ def test_queries_that_continue_a_cache():
     whole = make_inputs("causal", dtype=torch.float64)
     wanted = run(operator, whole).out[:, :, 58:]
     got, _ = attend(
-        whole.query[:, :, 58:], whole.key, whole.value, operator, scale=whole.scale, mask="causal & end_aligned"
+        whole.query[:, :, 58:],
+        whole.key,
+        whole.value,
+        operator,
+        scale=whole.scale,
+        mask="causal & end_aligned",
     )
     assert relative_error(got, wanted) < 1e-13
 
@@ -64,7 +69,9 @@ def test_the_cost_counts_the_keys_that_are_met(mask):
     inputs = make_inputs(mask)
     operator = make_operator("window", width=14, sinks=3)
     met = operator.exact_keys(inputs, torch.arange(75)).expand(2, 4, 75, 75)
-    assert operator.cost(inputs.spec()).keys_per_query == pytest.approx(float(met[0, 0].sum(-1).double().mean()))
+    assert operator.cost(inputs.spec()).keys_per_query == pytest.approx(
+        float(met[0, 0].sum(-1).double().mean())
+    )
 
 
 @pytest.mark.parametrize("mask", ["causal", "causal & window(9)", "causal & key_padding"])
@@ -130,7 +137,9 @@ def test_wrong_options_are_refused(options):
         make_operator("window", **options)
 
 
-@pytest.mark.parametrize(("mask", "word"), [("chunk(16)", "chunk"), ("causal & prefix(9)", "prefix"), ("segments", "packed")])
+@pytest.mark.parametrize(
+    ("mask", "word"), [("chunk(16)", "chunk"), ("causal & prefix(9)", "prefix"), ("segments", "packed")]
+)
 def test_masks_it_cannot_honour(mask, word):
     support = make_operator("window").supports(make_inputs(mask).spec())
     assert not support and word in support.reason

@@ -139,13 +139,35 @@ def test_a_view_that_lives_on() -> None:
     check(fn, Q, HIDDEN, left=["masked_fill_"], tainted={"scores", "rows", "masked_fill_"})
 
 
+def test_a_slice_changed_and_the_whole_read() -> None:
+    def fn(q: Any) -> Any:
+        scores = q @ q.mT
+        part = scores[:, :2]
+        part.add_(1.0)
+        again = part * 3
+        scores[1:].mul_(2.0)
+        return scores * 2, again
+
+    check(fn, Q, left=[], tainted=set())
+
+
 def test_a_part_changed_and_the_whole_read() -> None:
     def fn(q: Any) -> Any:
         scores = q @ q.mT
-        scores[:, :2].add_(1.0)
+        scores[:2, :2].add_(1.0)
         return scores * 2
 
     check(fn, Q, left=["add_"], tainted={"scores", "getitem", "add_"})
+
+
+def test_a_slice_changed_and_another_read() -> None:
+    def fn(q: Any) -> Any:
+        scores = q @ q.mT
+        row = scores[0]
+        scores[:, :2].add_(1.0)
+        return scores * 2, row * 2
+
+    check(fn, Q, left=["add_"], tainted={"scores", "getitem_1", "row", "add_"})
 
 
 def test_identities_may_be_the_same_tensor() -> None:
@@ -200,9 +222,45 @@ def test_a_cache_is_written() -> None:
     assert in_place(gm) == ["index_copy_", "add_"]
 
 
+def test_keys_put_together_by_assignment() -> None:
+    def fn(rope: Any, nope: Any, q: Any) -> Any:
+        keys = rope.new_zeros(4, 12)
+        keys[..., :6] = nope
+        keys[:, -6:] = rope
+        keys[::2] = nope.repeat(1, 2)[:2]
+        return (q.repeat(1, 2) @ keys.mT).softmax(-1)
+
+    gm = check(fn, K, V, Q, left=[], tainted=set())
+    assert sum(n.target is torch.slice_scatter for n in gm.graph.nodes) == 3
+
+
+@pytest.mark.parametrize("index", [0, (slice(0, 2), slice(0, 2)), torch.tensor([0, 2])])
+def test_other_assignments_stay(index: Any) -> None:
+    def fn(q: Any) -> Any:
+        scores = q @ q.mT
+        scores[index] = 1.0
+        return scores.softmax(-1)
+
+    ((gm, inputs),) = capture(fn, Q)
+    before = run(gm, inputs)
+    assert {"scores", "setitem"} <= {n.name for n in functionalize(gm)} and in_place(gm) == ["setitem"]
+    assert all(torch.equal(a, b) for a, b in zip(before, run(gm, inputs)))
+
+
 def test_keys_put_together_in_new_memory() -> None:
     def fn(rope: Any, nope: Any, q: Any) -> Any:
         keys = rope.new_empty(4, 12)
+        keys[:, :6].copy_(nope)
+        keys[:, 6:] = rope
+        return (q.repeat(1, 2) @ keys.mT).softmax(-1)
+
+    check(fn, K, V, Q, left=[], tainted=set())
+
+
+def test_keys_put_together_in_part() -> None:
+    def fn(rope: Any, nope: Any, q: Any) -> Any:
+        keys = rope.new_empty(4, 12)
+        keys[0] = 0.0
         keys[:, :6] = nope
         keys[:, 6:].copy_(rope)
         return (q.repeat(1, 2) @ keys.mT).softmax(-1)
@@ -210,14 +268,9 @@ def test_keys_put_together_in_new_memory() -> None:
     ((gm, inputs),) = capture(fn, K, V, Q)
     before = run(gm, inputs)
     found = {n.name for n in functionalize(gm)}
-    assert {"keys", "setitem", "getitem", "copy_"} <= found and not found & {
-        "l_rope_",
-        "l_nope_",
-        "l_q_",
-        "softmax",
-    }
+    assert {"keys", "setitem", "copy_"} <= found and not found & {"l_rope_", "l_nope_", "l_q_", "softmax"}
     erase_dead(gm)
-    assert in_place(gm) == ["setitem", "copy_"]
+    assert in_place(gm) == ["setitem", "setitem", "copy_"]
     assert all(torch.equal(a, b) for a, b in zip(before, run(gm, inputs)))
 
 
@@ -230,12 +283,13 @@ def test_out_arguments() -> None:
     check(fn, Q, left=["matmul"], tainted={"buffer", "matmul"})
 
 
-def test_changes_without_gradient_stay() -> None:
+@pytest.mark.parametrize("part", [False, True])
+def test_changes_without_gradient_stay(part: bool) -> None:
     def fn(q: Any) -> Any:
         scores = q @ q.mT
         with torch.no_grad():
-            scores.mul_(2.0)
-        return scores.sum()
+            (scores[:, :2] if part else scores).mul_(2.0)
+        return scores.square().sum()
 
     q = Q.clone().requires_grad_()
     ((gm, inputs),) = capture(fn, q)

@@ -201,6 +201,21 @@ def test_slices_with_symbolic_bounds() -> None:
     assert Lifter(GraphView([table, loose])).lift(loose) == Load(loose, (axis("d0", 2 * N),))
 
 
+def test_a_slice_that_does_not_fit_its_place_is_not_believed() -> None:
+    table = Node("table", "input", (), {}, (2, 3, 4), torch.float32)
+    picked = Node("picked", "input", (), {}, (2,), torch.int64)
+    # torch gives x[0, :, i] the shape (3, 2): the slice keeps 3 elements, not 2.
+    index = (0, slice(1, 3, None), picked)
+    wrong = Node("wrong", "index", (table, picked), {"index": index}, (3, 2), torch.float32)
+    formula = Lifter(GraphView([table, picked, wrong])).lift(wrong)
+    assert isinstance(formula, Load) and formula.node is wrong
+
+
+def test_boolean_selection_is_read() -> None:
+    g = Graph()
+    assert opaque_leaf(g.input(torch.randn(4))[g.input(torch.tensor([True, False, True, False]))])
+
+
 def test_sizes_as_operands() -> None:
     keys = Node("k", "arange", (), {"start": 0, "step": 1}, (N,), torch.int64)
     size = Node("size", "input", (), {"symbol": N})

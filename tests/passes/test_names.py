@@ -228,13 +228,13 @@ def test_source_lines_start_at_the_package() -> None:
     node: Any = torch.fx.Graph().placeholder("x")
     assert source_line(node) == ""
     frames = [
-        '  File "/venv/lib/python3.11/site-packages/transformers/models/llama/modeling_llama.py", line 42, in f',
+        '  File "/venv/lib/python3.11/site-packages/transformers/models/llama/model.py", line 42, in f',
         "    x = y", '  File "/project/attention.py", line 7, in forward', "    return x.softmax(-1)",
     ]  # fmt: skip
     node.meta["stack_trace"] = "\n".join(frames)
     assert source_line(node) == "attention.py:7"
     node.meta["stack_trace"] = "\n".join(frames[:2])
-    assert source_line(node) == "transformers/models/llama/modeling_llama.py:42"
+    assert source_line(node) == "transformers/models/llama/model.py:42"
 
 
 def test_repeated_names_are_numbered_in_order() -> None:

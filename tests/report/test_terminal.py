@@ -5,6 +5,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastattn_compile.passes.site import Softmax
 from fastattn_compile.report.document import CostReport, ModelReport, Report, SiteReport, SpanReport
@@ -160,3 +161,20 @@ def test_names_with_several_numbers_are_joined():
     assert joined_names(["a.0.b.1", "a.1.b.3"]) == "a.{0..1}.b.{1..3} (2)"
     assert joined_names(["a.5"]) == "a.5"
     assert joined_names(["a", "a"]) == "a (2)"
+
+
+def test_no_change_has_no_minus_sign_and_eager_is_no_compiler():
+    same = ModelReport(1e-9, 1.0, 98.5, 98.4999)
+    said = " ".join(
+        verdict(report([site(0)], model=same, cost=CostReport(1.0, 2.0, 3.0, 4.0, 64, compiler="eager")))
+    )
+    assert "98.5 to 98.5 (+0 %)" in said
+    assert "both run without a compiler at n = 64" in said
+
+
+def test_the_package_is_the_function():
+    import fastattn_compile as fa
+    from fastattn_compile.report.document import ReportError
+
+    with pytest.raises(ReportError, match="run it once"):
+        fa.report(torch.nn.Linear(2, 2))

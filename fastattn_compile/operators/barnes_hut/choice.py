@@ -1,7 +1,7 @@
 """Which leaves a query opens, as it is defined: dense, over all nodes at once, in boolean masks.
 
-Specification, section Definition. It shares its words with the kernels' descent by lists and none of its code. The choice is
-made in float32 (float64 for float64 inputs) and carries no gradient.
+Specification, section Definition. It shares its words with the kernels' descent by lists and none of its
+code. The choice is made in float32 (float64 for float64 inputs) and carries no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ LEAST_KEPT = 8
 
 @dataclass(frozen=True)
 class NodeLevel:
-    """The nodes of one level. ``c`` choosers of a key head: 1 when its query heads share a choice, else each its own.
+    """The nodes of one level. ``c`` choosers of a key head: 1 when its query heads share a choice, else each
+    its own.
 
     Args:
         width: Tokens a node covers.
@@ -86,7 +87,9 @@ def group_voices(config: BarnesHutConfig, query: Tensor, causal: bool) -> Tensor
     return voices.flatten(2, 3).unsqueeze(2) if config.share_group else voices
 
 
-def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Tensor, width: int, scale: float) -> Tensor:
+def node_scores(
+    config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Tensor, width: int, scale: float
+) -> Tensor:
     """Estimated log mass of every node of a level for every voice.
 
     Args:
@@ -98,7 +101,8 @@ def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Ten
         scale: Factor on the scores.
 
     Returns:
-        ``(b, g, c, v, groups, N)``, -inf for a node without tokens, +inf for one whose estimate is not finite.
+        ``(b, g, c, v, groups, N)``, -inf for a node without tokens, +inf for one whose estimate is not
+        finite.
     """
     chosen = taken[:, None, :, None]
     count = _split(chosen.to(key.dtype), width).sum(-2)
@@ -114,8 +118,14 @@ def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Ten
         variance = spread.sum(-2) / count.clamp(min=1)
         scores = product(scaled, mean) + 0.5 * product(scaled**2, variance)
     elif config.select == "bound":
-        high = _split(key.masked_fill(~chosen, -torch.inf), width, -torch.inf).amax(-2).masked_fill(count == 0, 0)
-        low = _split(key.masked_fill(~chosen, torch.inf), width, torch.inf).amin(-2).masked_fill(count == 0, 0)
+        high = (
+            _split(key.masked_fill(~chosen, -torch.inf), width, -torch.inf)
+            .amax(-2)
+            .masked_fill(count == 0, 0)
+        )
+        low = (
+            _split(key.masked_fill(~chosen, torch.inf), width, torch.inf).amin(-2).masked_fill(count == 0, 0)
+        )
         scores = product(scaled.clamp(min=0), high) + product(scaled.clamp(max=0), low)
     else:
         scores = product(scaled, mean)
@@ -124,7 +134,9 @@ def node_scores(config: BarnesHutConfig, voices: Tensor, key: Tensor, taken: Ten
     return torch.where(number > 0, scores + number.clamp(min=1).log(), -torch.inf)
 
 
-def far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, nodes: int, length: int) -> Tensor:
+def far_nodes(
+    config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, nodes: int, length: int
+) -> Tensor:
     """Whether a node lies wholly in the far field of a group of queries and is visible to all of it.
 
     Args:
@@ -144,7 +156,8 @@ def far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width
     far = end <= (block - 1) * config.block
     if not mask.causal:
         far = far | (begin >= (block + 2) * config.block)
-    # A node counts only if every query of the group sees every one of its tokens: what is hidden has no influence.
+    # A node counts only if every query of the group sees every one of its tokens: what is hidden has no
+    # influence.
     if mask.left is not None:
         far = far & (begin >= last_row - mask.left)
     if mask.right is not None:
@@ -196,7 +209,9 @@ def choose_nodes(config: BarnesHutConfig, inputs: AttentionInputs) -> list[NodeL
         seen = far_nodes(config, mask, first, width, nodes, length)
         if found:
             parent = torch.arange(nodes, device=key.device) // config.fanout
-            whole = far_nodes(config, mask, first, found[-1].width, found[-1].begin.numel(), length)[:, parent]
+            whole = far_nodes(config, mask, first, found[-1].width, found[-1].begin.numel(), length)[
+                :, parent
+            ]
             candidate = seen & (found[-1].opened[..., parent] | ~whole)
         else:
             candidate = seen
@@ -204,25 +219,30 @@ def choose_nodes(config: BarnesHutConfig, inputs: AttentionInputs) -> list[NodeL
         candidate = candidate if candidate.dim() == 2 else candidate[..., None, :, :]
         scores = scores.masked_fill(~candidate, -torch.inf)
         merged = _merged(scores)
-        keep = config.most_open if level == 0 else max(min(config.beam, LEAST_KEPT), config.beam >> (level - 1))
+        keep = (
+            config.most_open if level == 0 else max(min(config.beam, LEAST_KEPT), config.beam >> (level - 1))
+        )
         opened = _best(merged, keep)
         found.append(NodeLevel(width, begin, scores, opened, (merged > -torch.inf) & ~opened))
     found.reverse()
-    return _tolerated(config, inputs, voices, key, taken, first, found) if config.tolerance else found
+    return _tolerated(config, inputs, voices, key, first, found) if config.tolerance else found
 
 
 def _tolerated(
-    config: BarnesHutConfig, inputs: AttentionInputs, voices: Tensor, key: Tensor, taken: Tensor, first: Tensor,
+    config: BarnesHutConfig, inputs: AttentionInputs, voices: Tensor, key: Tensor, first: Tensor,
     found: list[NodeLevel],
 ) -> list[NodeLevel]:  # fmt: skip
-    """Closes the last of the opened leaves while the estimated unopened share of every voice stays tolerated."""
+    """Closes the last of the opened leaves while the estimated unopened share of every voice stays
+    tolerated."""
     positions = torch.arange(key.shape[2], device=key.device)
     sink, _ = taken_tokens(inputs, config.sinks)
     near = near_blocks(first[:, None], positions, config.block)
     seen = inputs.visible(first) & (near | sink[:, None, None])
     near_scores = inputs.scale * (voices @ torch.where(torch.isfinite(key), key, 0)[:, :, None, None].mT)
     near_mass = near_scores.masked_fill(~seen[:, :, None, None], -torch.inf).logsumexp(-1)
-    closed = torch.cat([x.scores.masked_fill(~x.closed[..., None, :, :], -torch.inf) for x in found], -1).logsumexp(-1)
+    closed = torch.cat(
+        [x.scores.masked_fill(~x.closed[..., None, :, :], -torch.inf) for x in found], -1
+    ).logsumexp(-1)
     leaves = found[0]
     candidates = leaves.scores.masked_fill(~leaves.opened[..., None, :, :], -torch.inf)
     whole = torch.cat([candidates, closed[..., None], near_mass[..., None]], -1).logsumexp(-1, keepdim=True)

@@ -1,4 +1,5 @@
-"""What Barnes-Hut attention costs, counted from its definition: keys met one by one, and products spent on choosing."""
+"""What Barnes-Hut attention costs, counted from its definition: keys met one by one, and products spent on
+choosing."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Work:
     Args:
         exact: Keys met one by one: near field, sinks, opened leaves. Under a tolerance an upper limit.
         pooled: Pooled rows met.
-        selection: Products of a query vector with a node of the tree; a node of twice the length counts twice.
+        selection: Products of a query vector with a node of the tree; a node of twice the length counts
+            twice.
     """
 
     exact: int
@@ -33,7 +35,9 @@ def near_pairs(config: BarnesHutConfig, mask: MaskStructure, length: int) -> int
     """Pairs of a query and a key of the near field or a sink."""
     place = torch.arange(length)
     low = torch.zeros_like(place) if mask.left is None else (place - mask.left).clamp(min=0)
-    high = torch.full_like(place, length) if mask.right is None else (place + mask.right + 1).clamp(max=length)
+    high = (
+        torch.full_like(place, length) if mask.right is None else (place + mask.right + 1).clamp(max=length)
+    )
     begin = (place // config.block - 1) * config.block
     near_low, near_high = torch.maximum(low, begin), torch.minimum(high, begin + 3 * config.block)
     near = (near_high - near_low).clamp(min=0)
@@ -42,7 +46,9 @@ def near_pairs(config: BarnesHutConfig, mask: MaskStructure, length: int) -> int
     return int((near + sinks - both).sum())
 
 
-def _far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, length: int) -> Tensor:
+def _far_nodes(
+    config: BarnesHutConfig, mask: MaskStructure, first: Tensor, width: int, length: int
+) -> Tensor:
     """Nodes of a level in the far field of each group, on both sides."""
     found = torch.zeros_like(first)
     for begin, end in config.pattern(mask).far(first, length):
@@ -54,7 +60,7 @@ def _far_nodes(config: BarnesHutConfig, mask: MaskStructure, first: Tensor, widt
 
 @lru_cache(maxsize=1024)
 def count_work(config: BarnesHutConfig, mask: MaskStructure, length: int) -> Work:
-    """Counts the descent group by group.
+    """Counts the descent group by group, every node as if it were full.
 
     Args:
         config: The configuration.
@@ -69,7 +75,14 @@ def count_work(config: BarnesHutConfig, mask: MaskStructure, length: int) -> Wor
     top = pattern.levels(length) - 1
     for level in range(top, -1, -1):
         here = _far_nodes(config, mask, first, pattern.width(level), length)
-        listed = here if level == top else torch.minimum(here, kept * config.fanout + (here - above * config.fanout).clamp(min=0))
+        # The last node of the level above may have fewer children.
+        missing = (
+            0
+            if mask.causal
+            else -(-length // pattern.width(level + 1)) * config.fanout - -(-length // pattern.width(level))
+        )
+        edges = (here - above * config.fanout + missing).clamp(min=0)
+        listed = here if level == top else torch.minimum(here, kept * config.fanout + edges)
         kept = listed.clamp(max=pattern.keep(level))
         scored, closed, above = scored + listed, closed + listed - kept, here
     opened = int((kept * members).sum()) * config.leaf
@@ -83,7 +96,8 @@ def count_work(config: BarnesHutConfig, mask: MaskStructure, length: int) -> Wor
 
 
 def barnes_hut_cost(config: BarnesHutConfig, spec: SiteSpec) -> Cost:
-    """Two products a key or pooled row that is met, one a product of the choice, and the building of the tree."""
+    """Two products a key or pooled row that is met, one a product of the choice, and the building of the
+    tree."""
     length = int(spec.key_len)
     work = count_work(config, spec.mask.positional, length)
     met = work.exact + work.pooled

@@ -1,4 +1,5 @@
-"""Decoding by Barnes-Hut attention, one token at a time: all keys, and a tree over them that grows at its right edge."""
+"""Decoding by Barnes-Hut attention, one token at a time: all keys, and a tree over them that grows at its
+right edge."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
+from fastattn_compile.kernels.barnes_hut_tree import Level, Sums, choose, voices_of
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.exact.reference import masked_softmax
 
@@ -81,7 +82,8 @@ class BarnesHutDecoder(Decoder):
         self._length: int | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
-        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
+        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in
+        force.
 
         Raises:
             ValueError: The mask is not causal, or queries and keys differ in number.
@@ -94,7 +96,11 @@ class BarnesHutDecoder(Decoder):
             )
         output = self.operator.forward(inputs)
         self._pattern = pattern = self.operator.config.pattern(inputs.mask)
-        self._heads, self._kv_heads, self._type = inputs.query.shape[1], inputs.key.shape[1], inputs.value.dtype
+        self._heads, self._kv_heads, self._type = (
+            inputs.query.shape[1],
+            inputs.key.shape[1],
+            inputs.value.dtype,
+        )
         wide = any(x.dtype == torch.float64 for x in (inputs.query, inputs.key, inputs.value))
         self._dtype = torch.float64 if wide else torch.float32
         real = inputs.key_padding
@@ -105,7 +111,8 @@ class BarnesHutDecoder(Decoder):
         self._rank = units.sum(-1)
         self._real, self._sink = _Rows(units[..., None]), _Rows(sink[..., None])
         self._keys, self._values = (
-            _Rows(x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0)) for x in (inputs.key, inputs.value)
+            _Rows(x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0))
+            for x in (inputs.key, inputs.value)
         )
         self._sinks = [place.nonzero().flatten().tolist() for place in sink]
         self._nodes: list[_Nodes] = []
@@ -160,11 +167,15 @@ class BarnesHutDecoder(Decoder):
                 if level == 0:
                     span = slice(old * width, new * width)
                     taken = (self._real.rows & ~self._sink.rows)[:, span, 0]
-                    made = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], None, taken).merged(width)
+                    made = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], None, taken).merged(
+                        width
+                    )
                 else:
                     below = self._nodes[level - 1].after(old * pattern.fanout)
                     children = (new - old) * pattern.fanout
-                    made = Sums(below.statistic, tuple(x[:, :children] for x in below.parts)).merged(pattern.fanout)
+                    made = Sums(below.statistic, tuple(x[:, :children] for x in below.parts)).merged(
+                        pattern.fanout
+                    )
                 if level == len(self._nodes):
                     self._nodes.append(_Nodes(made))
                 else:
@@ -188,13 +199,16 @@ class BarnesHutDecoder(Decoder):
         self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near)
 
     def _near(self, now: int) -> tuple[Tensor, Tensor]:
-        """Rows of the near field and the sinks at a position, ``(u, k)``, and whether each is there and visible."""
+        """Rows of the near field and the sinks at a position, ``(u, k)``, and whether each is there and
+        visible."""
         pattern, units = self._pattern, self._keys.rows.shape[0]
         device = self._rank.device
         begin = max(0, (now // pattern.block - 1) * pattern.block)
         near = torch.arange(begin, now + 1, device=device).expand(units, -1)
         near_seen = (self._real.rows & ~self._sink.rows)[:, begin : now + 1, 0]
-        sinks = torch.tensor([(x + [now + 1] * pattern.sinks)[: pattern.sinks] for x in self._sinks], device=device)
+        sinks = torch.tensor(
+            [(x + [now + 1] * pattern.sinks)[: pattern.sinks] for x in self._sinks], device=device
+        )
         sinks = sinks.view(units, pattern.sinks).long()
         rows, seen = torch.cat([sinks, near], 1), torch.cat([sinks <= now, near_seen], 1)
         if pattern.left is not None:
@@ -214,11 +228,19 @@ class BarnesHutDecoder(Decoder):
             fine = (self._real.rows & ~self._sink.rows)[..., 0]
             far_seen = opened & fine.gather(1, tokens.flatten(1)).view_as(tokens)
             shape = (-1, tokens.shape[1], -1)
-            rows, seen = torch.cat([rows.expand(shape), tokens], 2), torch.cat([seen.expand(shape), far_seen], 2)
+            rows, seen = (
+                torch.cat([rows.expand(shape), tokens], 2),
+                torch.cat([seen.expand(shape), far_seen], 2),
+            )
         units, choosers, count = rows.shape
-        keys, values = (self._taken(x, rows.flatten(1)).view(units, choosers, count, -1) for x in (self._keys, self._values))
+        keys, values = (
+            self._taken(x, rows.flatten(1)).view(units, choosers, count, -1)
+            for x in (self._keys, self._values)
+        )
         wide = query.to(self._dtype).view(units, choosers, -1, query.shape[3])
         weights, log_sum_exp = masked_softmax(self.scale * (wide @ keys.mT), seen[:, :, None])
         shape = (query.shape[0], self._heads, 1)
         statistics = torch.float64 if self._type == torch.float64 else torch.float32
-        return AttentionOutput((weights @ values).reshape(*shape, -1).to(self._type), log_sum_exp.reshape(shape).to(statistics))
+        return AttentionOutput(
+            (weights @ values).reshape(*shape, -1).to(self._type), log_sum_exp.reshape(shape).to(statistics)
+        )

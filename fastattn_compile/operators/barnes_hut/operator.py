@@ -1,4 +1,5 @@
-"""Barnes-Hut attention as an operator: a tree code with a content-based choice of what is opened. Nothing is learned."""
+"""Barnes-Hut attention as an operator: a tree code with a content-based choice of what is opened. Nothing is
+learned."""
 
 from __future__ import annotations
 
@@ -32,10 +33,13 @@ _TERMS = {
 
 
 class BarnesHutAttention(Operator[BarnesHutConfig]):
-    """Near field and sinks exactly, and the far keys under the nodes of a tree that promise the most softmax mass.
+    """Near field and sinks exactly, and the far keys under the nodes of a tree that promise the most softmax
+    mass.
 
-    Serves self-attention, causal and bidirectional, with sliding windows, bands and key padding, at any length; a
-    sequence of at most two blocks is attended exactly. Work is O(n log n), and the choice of a query never depends on
+    Serves self-attention, causal and bidirectional, with sliding windows, bands and key padding, at any
+    length; a
+    sequence of at most two blocks is attended exactly. Work is O(n log n), and the choice of a query never
+    depends on
     what follows it under a causal mask.
     """
 
@@ -43,19 +47,26 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
     config_type = BarnesHutConfig
 
     def supports(self, spec: SiteSpec) -> Support:
-        """Self-attention with causal, windowed, banded or padded masks; anything else is refused with the reason."""
+        """Self-attention with causal, windowed, banded or padded masks; anything else is refused with the
+        reason."""
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
         for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
             return no(f"{_TERMS[term]} is not supported: groups would span what the mask separates ({mask})")
         if spec.kind != "self":
-            return no("cross attention has no shared positions, so no key is near a query; only self-attention is served")
+            return no(
+                "cross attention has no shared positions, so no key is near a query; "
+                "only self-attention is served"
+            )
         if spec.query_len == 1:
-            return no("a single query (decoding) gains nothing from a tree made for one step; exact is faster")
+            return no(
+                "a single query (decoding) gains nothing from a tree made for one step; exact is faster"
+            )
         if spec.query_len != spec.key_len:
             return no(
-                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
+                f"{spec.query_len} queries against {spec.key_len} keys: "
+                "queries and keys must stand at the same positions"
             )
         if mask.right is not None and mask.right < 0:
             return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
@@ -108,9 +119,12 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
     def unopened_mass(self, inputs: AttentionInputs) -> Tensor:
         """Estimated share of every row's softmax mass that lies on keys which were not opened.
 
-        Half the L1 distance between the row's weights and the exact ones is at most the true share, and the error of the
-        output at most twice the share times the spread of the values. With ``select="bound"`` the estimate is an upper
-        bound on the true share; else it is an estimate, usually too small since a mean key hides its best member.
+        Half the L1 distance between the row's weights and the exact ones is at most the true share, and the
+        error of the
+        output at most twice the share times the spread of the values. With ``select="bound"`` the estimate is
+        an upper
+        bound on the true share; else it is an estimate, usually too small since a mean key hides its best
+        member.
 
         Args:
             inputs: The tensors.
@@ -126,7 +140,8 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         return torch.where(mass == -torch.inf, 0.0, torch.sigmoid(mass - met))
 
     def cost(self, spec: SiteSpec) -> Cost:
-        """Keys met, pooled rows met, the products of the choice and the tree; ``keys_per_query`` leaves out the choice."""
+        """Keys met, pooled rows met, the products of the choice and the tree; ``keys_per_query`` leaves out
+        the choice."""
         return barnes_hut_cost(self.config, spec)
 
     def selection_products(self, spec: SiteSpec) -> float:
@@ -135,7 +150,8 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         return count_work(self.config, spec.mask.positional, length).selection / max(1, length)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
-        """All keys, and a tree over them that grows with every token; none when closed nodes are met pooled."""
+        """All keys, and a tree over them that grows with every token; none when closed nodes are met
+        pooled."""
         if self.config.rest == "pool":
             return None
         return BarnesHutDecoder(self, scale)

@@ -1,4 +1,5 @@
-"""Barnes-Hut attention as it is defined: one dense softmax over near keys, sinks, opened leaves and pooled closed nodes."""
+"""Barnes-Hut attention as it is defined: one dense softmax over near keys, sinks, opened leaves and pooled
+closed nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def barnes_hut_attention(config: BarnesHutConfig, inputs: AttentionInputs) -> At
     if config.rest == "pool":
         part = taken[:, None, None, :, None]
         for level in levels:
-            owner = (place // level.width == torch.arange(level.begin.numel(), device=place.device)[:, None]).to(key.dtype)
+            owner = (
+                place // level.width == torch.arange(level.begin.numel(), device=place.device)[:, None]
+            ).to(key.dtype)
             count = owner @ part.to(key.dtype)
             keys.append(owner @ key.masked_fill(~part, 0) / count.clamp(min=1))
             values.append(owner @ value.masked_fill(~part, 0) / count.clamp(min=1))

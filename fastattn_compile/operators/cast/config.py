@@ -79,8 +79,8 @@ class CastConfig(OperatorConfig):
                 raise ValueError(f"cluster_size must be a positive number of tokens, got {self.cluster_size}")
         elif self.clustering == "token_choice":
             raise ValueError(
-                "token_choice needs a cluster_size: the number of recent members a token meets cannot follow from the "
-                "length of a sequence that is still being written"
+                "token_choice needs a cluster_size: how many recent members a token meets cannot follow from "
+                "the length of a sequence that is still being written"
             )
         if self.combine == "lse":
             if self.own_summary == "included":
@@ -89,7 +89,7 @@ class CastConfig(OperatorConfig):
                 )
             if self.tau == "learned":
                 raise ValueError(
-                    "tau='learned' needs combine='paper': one softmax is at the site's own scale and learns no temperature"
+                    "tau='learned' needs combine='paper': one softmax is at the site's own scale"
                 )
 
     @property

@@ -53,28 +53,22 @@ class CastAttention(Operator[CastConfig]):
         if not extras:
             return extras
         for term in mask.conflicts("right", "end_aligned", "key_padding"):
-            return no(
-                f"the mask term {term} is not supported: clusters and summaries span what it separates ({mask})"
-            )
+            return no(f"the mask term {term} is not supported: clusters span what it separates ({mask})")
         if spec.kind != "self":
-            return no(
-                "cross attention is not supported: a token's cluster comes from its query and its key together"
-            )
+            return no("cross attention is not supported: a token's cluster comes from its query and its key")
         if spec.query_len == 1:
             return no(
                 "a single query (decoding) has nothing to cluster; token_choice decodes through its decoder"
             )
         if spec.query_len != spec.key_len:
             return no(
-                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same positions"
+                f"{spec.query_len} queries against {spec.key_len} keys: they must stand at the same positions"
             )
         if mask.right is not None and mask.right != 0:
-            return no(
-                f"a band that ends {mask.right} positions from the query is not supported, only causal or none"
-            )
+            return no(f"a band that ends {mask.right} positions from the query is not supported")
         if mask.causal and not config.causal:
             return no(
-                f"{config.clustering} looks at all tokens, so a future token would move past ones between clusters; "
+                f"{config.clustering} looks at all tokens: future ones would move past ones elsewhere; "
                 "set clustering='token_choice', which is causal, with a cluster_size"
             )
         if config.causal and not mask.causal:
@@ -88,8 +82,8 @@ class CastAttention(Operator[CastConfig]):
                 )
             if config.clustering == "sa_topk" and spec.key_len > config.clusters * config.cluster_size:
                 return no(
-                    f"{config.clusters} clusters of {config.cluster_size} hold fewer than {spec.key_len} tokens; "
-                    "raise clusters or cluster_size, or leave cluster_size out"
+                    f"{config.clusters} clusters of {config.cluster_size} hold fewer than {spec.key_len} "
+                    "tokens; raise clusters or cluster_size, or leave cluster_size out"
                 )
         return YES
 
@@ -119,11 +113,12 @@ class CastAttention(Operator[CastConfig]):
     ) -> Gradients:
         """Gradients of ``forward``, computed anew; none passes the choice of clusters (specification 1.7)."""
         kernel = cast_causal if self.config.causal else cast_aten
-        *main, learned = kernel.backward(
+        query, key, value, learned = kernel.backward(
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
-            unpacked(self.config, parameters, inputs.query.shape[1]), grad_out, grad_log_sum_exp, inputs.key_padding,
+            unpacked(self.config, parameters, inputs.query.shape[1]), grad_out, grad_log_sum_exp,
+            inputs.key_padding,
         )  # fmt: skip
-        return Gradients(*main, packed_gradients(self.config, learned, parameters))
+        return Gradients(query, key, value, packed_gradients(self.config, learned, parameters))
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
@@ -144,11 +139,11 @@ class CastAttention(Operator[CastConfig]):
         )  # fmt: skip
 
     def cost(self, spec: SiteSpec) -> Cost:
-        """Counted from the definition; ``keys_per_query`` is the pairs inside clusters and one for each summary."""
+        """Counted from the definition; ``keys_per_query`` is pairs inside clusters and one a summary."""
         return cast_cost(self.config, spec)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
-        """A cache of buckets and summaries under ``token_choice``; the bidirectional clusterings have none."""
+        """Buckets and summaries under ``token_choice``; the bidirectional clusterings have no such form."""
         if not self.config.causal:
             return None
         return CastDecoder(self.config, self.rule(1), scale, parameters)
@@ -170,7 +165,7 @@ class CastAttention(Operator[CastConfig]):
         """The configuration as the kernels read it, for a sequence of ``length`` tokens."""
         config = self.config
         return Rule(
-            config.clusters, config.size(length), config.clustering, config.sa_order == "pair", config.head_reduce,
-            config.affinity_scale == "sqrt_width", config.select, sharpness(config),
+            config.clusters, config.size(length), config.clustering, config.sa_order == "pair",
+            config.head_reduce, config.affinity_scale == "sqrt_width", config.select, sharpness(config),
             config.own_summary == "included", config.combine == "lse",
         )  # fmt: skip

@@ -76,7 +76,8 @@ def _centroids(config: CastConfig, spec: SiteSpec, sample: AttentionInputs) -> T
     kv_heads, head_dim = sample.key.shape[1], sample.key.shape[3]
     if (kv_heads, head_dim) != (int(spec.kv_heads), int(spec.head_dim)):
         raise ValueError(
-            f"the sample's keys have {kv_heads} heads of {head_dim} channels, the site {spec.kv_heads} of {spec.head_dim}"
+            f"the sample's keys have {kv_heads} heads of {head_dim} channels, those of the site "
+            f"{spec.kv_heads} of {spec.head_dim}"
         )
     keys = sample.key.detach().transpose(1, 2).float().cpu()
     tokens = keys[sample.key_padding.cpu()] if sample.key_padding is not None else keys.flatten(0, 1)
@@ -115,7 +116,7 @@ def unpacked(config: CastConfig, parameters: tuple[Tensor, ...], heads: int) -> 
 def packed_gradients(
     config: CastConfig, gradients: Weights | None, parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``unpacked`` tensors as gradients of the parameters, each of its parameter's shape and type.
+    """Gradients of ``unpacked`` tensors as those of the parameters, each of its parameter's shape and type.
 
     Args:
         config: The configuration.
@@ -147,6 +148,7 @@ def check(config: CastConfig, parameters: tuple[Tensor, ...], inputs: AttentionI
     expected = shapes(config, inputs.spec())
     if [tuple(p.shape) for p in parameters] != list(expected.values()):
         raise ValueError(
-            f"cast expects the parameters {expected} at this site, got shapes {[tuple(p.shape) for p in parameters]}; "
+            f"cast expects the parameters {expected} at this site, got shapes "
+            f"{[tuple(p.shape) for p in parameters]}; "
             "make them with initial_parameters"
         )

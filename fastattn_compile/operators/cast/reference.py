@@ -21,7 +21,7 @@ from fastattn_compile.operators.exact.reference import compute_dtype, masked_sof
 
 @dataclass(frozen=True)
 class _Products:
-    """Products of the tokens of one sequence with surrogates: query ``(h, n, c)``, key ``(g, n, c)``, gate ``(p, n)``."""
+    """Products of a sequence with surrogates: query ``(h, n, c)``, key ``(g, n, c)``; gate ``(p, n)``."""
 
     query: Tensor
     key: Tensor
@@ -77,21 +77,22 @@ def clusters_of(affinity: Tensor, tie: Tensor, config: CastConfig, real: Tensor)
     tokens = [i for i in range(length) if bool(real[i])]
     member = torch.zeros(length, clusters, dtype=torch.bool)
 
-    def rank(i: int, c: int) -> tuple[float, float]:
-        return -scores[i][c], -ties[i][c]
+    def rank(pair: tuple[int, int]) -> tuple[float, float]:
+        return -scores[pair[0]][pair[1]], -ties[pair[0]][pair[1]]
 
     if config.clustering == "topk":
         for c in range(clusters):
-            member[sorted(tokens, key=lambda i, c=c: rank(i, c))[:size], c] = True
+            for i, _ in sorted(((i, c) for i in tokens), key=rank)[:size]:
+                member[i, c] = True
         return member.to(affinity.device)
-    choices = {i: sorted(range(clusters), key=lambda c, i=i: rank(i, c)) for i in tokens}
+    choices = {i: sorted(((i, c) for c in range(clusters)), key=rank) for i in tokens}
     if config.clustering == "token_choice":
-        visits = [(i, choices[i][0]) for i in tokens]
+        visits = [choices[i][0] for i in tokens]
         size = length
     elif config.sa_order == "token":
-        visits = [(i, c) for i in sorted(tokens, key=lambda i: rank(i, choices[i][0])) for c in choices[i]]
+        visits = [pair for i in sorted(tokens, key=lambda i: rank(choices[i][0])) for pair in choices[i]]
     else:
-        visits = sorted(((i, c) for i in tokens for c in range(clusters)), key=lambda pair: rank(*pair))
+        visits = sorted(((i, c) for i in tokens for c in range(clusters)), key=rank)
     for i, c in visits:
         if not bool(member[i].any()) and int(member[:, c].sum()) < size:
             member[i, c] = True
@@ -125,7 +126,7 @@ def _sequence(
     weights: Weights,
     member: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """CAST of one sequence, given its clusters: ``(h, n, d)``, ``(g, n, d)``, ``(g, n, e)`` to ``(h, n, e)``, ``(h, n)``."""
+    """CAST of one sequence, ``(h, n, d)``, ``(g, n, d)``, ``(g, n, e)`` to ``(h, n, e)`` and ``(h, n)``."""
     group = query.shape[0] // key.shape[0]
     products = _Products.of(query, key, weights)
     keys, values = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)

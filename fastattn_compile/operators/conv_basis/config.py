@@ -47,7 +47,7 @@ class ConvBasisConfig(OperatorConfig):
             ``"auto"``: the cheapest that is safe.
         bucket_width: Nats that a bucket spans; 0 for 8 in float64 and 4 in float32.
         transform: Type of the transforms. float64 lets rows differ by 8 more orders of magnitude and is the
-            default for inputs of any type.
+            default for inputs of any type; in float32 the first rows, which see few keys, drown in the noise.
         offset_bias: A score added by distance, which costs no term: ``"alibi"`` with the slopes of Press et
             al. (2022), or ``"learned"``, a parameter of every head.
         key_bias: Whether a score added by key is learned, one of every head and position.

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastattn_compile.errors import NumericError
 from fastattn_compile.kernels import conv_aten
 from fastattn_compile.kernels.conv_anchors import segment_of
-from fastattn_compile.kernels.conv_aten import Pattern
 from fastattn_compile.kernels.conv_error import Deviation, deviation
 from fastattn_compile.kernels.conv_lowrank import BLOCK, feature_count
+from fastattn_compile.kernels.conv_pattern import Pattern, real_span, select, triangles
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
@@ -162,10 +162,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         key = inputs.key.unsqueeze(2)
         place = torch.arange(n, device=rows.device)
         exact = torch.zeros(1, 1, 1, len(rows), n, dtype=torch.bool, device=rows.device)
-        for flipped, _ in conv_aten.triangles(pattern, n):
+        for flipped, _ in triangles(pattern, n):
             q, k, gone = (x.flip(dim) if flipped else x for x, dim in ((query, 3), (key, 3), (hidden, 1)))
             q, k = (x.masked_fill(gone[:, None, None, :, None], 0) for x in (q, k))
-            bounds, uncovered = conv_aten.select(pattern, q, k, inputs.scale, *conv_aten.real_span(gone))
+            bounds, uncovered = select(pattern, q, k, inputs.scale, *real_span(gone))
             segment = segment_of(bounds, n)
             anchor = bounds.gather(-1, segment.clamp(min=0)) == place
             anchor = anchor & (segment >= (1 if uncovered is not None else 0))

@@ -25,7 +25,7 @@ from fastattn_compile.operators.linformer.reference import linformer_attention
 
 
 class LinformerAttention(Operator[LinformerConfig]):
-    """Queries meet ``rank`` learned combinations of all keys: O(n rank), bidirectional self-attention with padding."""
+    """Queries meet ``rank`` learned combinations of all keys, O(n rank): bidirectional self-attention."""
 
     name = "linformer"
     config_type = LinformerConfig
@@ -40,26 +40,25 @@ class LinformerAttention(Operator[LinformerConfig]):
             return extras
         if mask.right is not None:
             return no(
-                f"the mask ({mask}) hides what follows a token, and every projected row mixes the whole sequence: the "
-                "future would leak into the past; only bidirectional attention is served"
+                f"the mask ({mask}) hides what follows a token, and every projected row mixes the whole "
+                "sequence: the future would leak into the past; only bidirectional attention is served"
             )
         for term in mask.conflicts("end_aligned", "key_padding"):
             return no(
-                f"the mask term {term} is not supported: every projected row mixes the whole sequence ({mask})"
+                f"the mask term {term} is not supported: a projected row mixes the whole sequence ({mask})"
             )
         if spec.kind != "self":
             return no("cross attention is not supported: projections belong to the positions of one sequence")
         if spec.query_len == 1:
-            return no(
-                "a single query (decoding) gains nothing from projecting all keys for one step; exact is faster"
-            )
+            return no("a single query (decoding) gains nothing from projecting all keys; exact is faster")
         if spec.query_len != spec.key_len:
             return no(
                 f"{spec.query_len} queries against {spec.key_len} keys: they must stand at the same positions"
             )
         if config.max_length is not None and spec.key_len > config.max_length:
             return no(
-                f"the projections serve {config.max_length} positions, the sequence has {spec.key_len}; raise max_length"
+                f"the projections serve {config.max_length} positions, the sequence has {spec.key_len}; "
+                "raise max_length"
             )
         return YES
 
@@ -85,11 +84,11 @@ class LinformerAttention(Operator[LinformerConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``, computed from the scores again."""
-        *main, projections = linformer_aten.backward(
+        query, key, value, projections = linformer_aten.backward(
             inputs.query, inputs.key, inputs.value, inputs.scale, self._checked(inputs, parameters),
             output.out, output.log_sum_exp, grad_out, grad_log_sum_exp, inputs.key_padding,
         )  # fmt: skip
-        return Gradients(*main, projections)
+        return Gradients(query, key, value, projections)
 
     def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
         """None: every key is met through projected rows alone."""
@@ -115,7 +114,7 @@ class LinformerAttention(Operator[LinformerConfig]):
         return {"key_projection": shape, "value_projection": shape}
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
-        """Means of the positions that share a row: equal blocks, or alike in the sample (``LinformerConfig.start``).
+        """Means of the positions that share a row, blocks or alike in the sample (``LinformerConfig.start``).
 
         Raises:
             ValueError: The sample is longer than the projections, or has other key heads than the site.
@@ -126,8 +125,8 @@ class LinformerAttention(Operator[LinformerConfig]):
             length = sample.key.shape[2]
             if length > columns or sample.key.shape[1] != int(spec.kv_heads):
                 raise ValueError(
-                    f"the sample has {sample.key.shape[1]} key heads and {length} positions, the projections are made "
-                    f"for {spec.kv_heads} heads and at most {columns} positions"
+                    f"the sample has {sample.key.shape[1]} key heads and {length} positions, the projections "
+                    f"are made for {spec.kv_heads} heads and at most {columns} positions"
                 )
             row[:, :length] = self._alike(sample, heads)
         initial = torch.nn.functional.one_hot(row, rank).mT.float()
@@ -135,7 +134,7 @@ class LinformerAttention(Operator[LinformerConfig]):
         return {"key_projection": initial, "value_projection": initial.clone()}
 
     def _alike(self, sample: AttentionInputs, heads: int) -> Tensor:
-        """A row for every position of the sample, ``(heads, n)``: positions whose keys are alike, about equally many each."""
+        """A row for every position of the sample, ``(heads, n)``: about equally many positions for each."""
         keys = sample.key.detach().float().cpu()
         if sample.key_padding is not None:
             keys = keys.masked_fill(~sample.key_padding.cpu()[:, None, :, None], 0)
@@ -155,7 +154,7 @@ class LinformerAttention(Operator[LinformerConfig]):
         fitting = len(shapes) == 2 and shapes[0] == shapes[1]
         if not fitting or shapes[0][:2] != (heads, self.config.rank) or shapes[0][2] < length:
             raise ValueError(
-                f"linformer expects a key and a value projection of shape ({heads}, {self.config.rank}, at least "
-                f"{length}), got {shapes}; make them with initial_parameters"
+                f"linformer expects a key and a value projection of shape ({heads}, {self.config.rank}, "
+                f"at least {length}), got {shapes}; make them with initial_parameters"
             )
         return parameters[0], parameters[1]

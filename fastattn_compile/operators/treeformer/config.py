@@ -1,6 +1,4 @@
-"""Configurations of tree attention. What the paper leaves open is a field, with the specification's
-default.
-"""
+"""Configurations of tree attention: what the paper leaves open is a field, with its proposed default."""
 
 from __future__ import annotations
 
@@ -61,7 +59,8 @@ class TreeConfig(OperatorConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.height <= MAX_HEIGHT:
             raise ValueError(
-                f"height must be between 0 and {MAX_HEIGHT} (and at most log2 of the number of keys), got {self.height}"
+                f"height must be between 0 and {MAX_HEIGHT} (and at most log2 of the number of keys), "
+                f"got {self.height}"
             )
         _at_least("n_trees", self.n_trees, 1)
         _one_of("estimator", self.estimator, ("soft", "sum"))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def _check_prefill(inputs: AttentionInputs) -> None:
     if inputs.mask.conflicts("right", "end_aligned", "key_padding") or not inputs.mask.causal:
         raise ValueError(
-            f"a decoder of tree attention continues a causal prefill, with or without padding; got {inputs.mask}"
+            f"a decoder of tree attention continues a causal prefill, padded or not; got {inputs.mask}"
         )
 
 

@@ -36,8 +36,8 @@ def grow(name: str, old: Tensor, new: Tensor, dim: int) -> Tensor:
     )
     if not same or old.shape[at] > new.shape[at]:
         raise ValueError(
-            f"{name} of shape {tuple(old.shape)} cannot grow into {tuple(new.shape)}: heads, trees and channels must be "
-            "the same and the trees not lower"
+            f"{name} of shape {tuple(old.shape)} cannot grow into {tuple(new.shape)}: heads, trees and "
+            "channels must be the same and the trees not lower"
         )
     return torch.cat([old, new.narrow(at, old.shape[at], new.shape[at] - old.shape[at])], at)
 

@@ -84,12 +84,12 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
             )
         if mask.right is not None and mask.right != 0:
             return no(
-                f"a mask that ends {mask.right} positions from the diagonal is not supported; only a causal one"
+                f"a mask that ends {mask.right} positions from the diagonal is not supported; a causal one is"
             )
         if mask.causal and spec.query_len != spec.key_len:
             return no(
-                f"{spec.query_len} queries against {spec.key_len} keys under a causal mask: queries and keys must stand at "
-                "the same positions; to continue a cache use the decoder"
+                f"{spec.query_len} queries against {spec.key_len} keys under a causal mask: queries and keys "
+                "must stand at the same positions; to continue a cache use the decoder"
             )
         return self.refusal(spec)
 

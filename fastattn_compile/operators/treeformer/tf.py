@@ -89,7 +89,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             return no(f"a prefix outside a sliding window is not one interval of keys ({mask})")
         if self._ranks_keys and mask.causal:
             return no(
-                "overflow='margin' ranks the keys of the whole sequence; with a causal mask use overflow='oldest'"
+                "overflow='margin' ranks the keys of the whole sequence; with a causal mask use 'oldest'"
             )
         return self.refusal(spec)
 
@@ -144,8 +144,8 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             said += of_parts[len(parts) - trees_here :]
             log_mass += [(grad_out * out).sum(-1)] * trees_here
         planes = self._tree_gradients(inputs, trees, plan, said, log_mass, grads)
-        main = [g.to(x.dtype) for g, x in zip(grads, tensors[:3])]
-        return Gradients(*main, tuple(g.to(p.dtype) for g, p in zip(planes, parameters)))
+        to_query, to_key, to_value = (g.to(x.dtype) for g, x in zip(grads, tensors[:3]))
+        return Gradients(to_query, to_key, to_value, tuple(g.to(p.dtype) for g, p in zip(planes, parameters)))
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()

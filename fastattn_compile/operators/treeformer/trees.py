@@ -117,16 +117,16 @@ class Turn:
 
     def undo(self, x: Tensor) -> Tensor:
         """The vectors before the embedding."""
-        return x if self.cos is None or self.sin is None else self._rotated(x, -self.sin)
+        return x if self.cos is None or self.sin is None else _rotated(x, self.cos, -self.sin)
 
     def redo(self, x: Tensor) -> Tensor:
         """The way back; also how gradients go through ``undo``."""
-        return x if self.cos is None or self.sin is None else self._rotated(x, self.sin)
+        return x if self.cos is None or self.sin is None else _rotated(x, self.cos, self.sin)
 
-    def _rotated(self, x: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        cos = self.cos
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def turns(config: TreeConfig, inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Turn, Turn]:

@@ -1,4 +1,5 @@
-"""Local window attention: the tokens around a query and the first tokens of the sequence, exactly; nothing else."""
+"""Local window attention: the tokens around a query and the first tokens of the sequence, exactly; nothing
+else."""
 
 from fastattn_compile.operators.window.config import WindowConfig
 from fastattn_compile.operators.window.operator import WindowAttention

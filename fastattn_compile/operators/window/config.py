@@ -13,7 +13,8 @@ class WindowConfig(OperatorConfig):
     """What local window attention can be told.
 
     Args:
-        width: Tokens a query meets around it: itself and those before it under a causal mask, half on each side
+        width: Tokens a query meets around it: itself and those before it under a causal mask, half on each
+            side
             otherwise.
         sinks: First real tokens of a sequence that every query keeps meeting.
     """

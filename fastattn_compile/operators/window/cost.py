@@ -24,7 +24,9 @@ def window_pairs(config: WindowConfig, mask: MaskStructure, query_len: int, key_
     """
     place = torch.arange(query_len) + (key_len - query_len if mask.end_aligned else 0)
     low = torch.zeros_like(place) if mask.left is None else (place - mask.left).clamp(min=0)
-    high = torch.full_like(place, key_len) if mask.right is None else (place + mask.right + 1).clamp(max=key_len)
+    high = (
+        torch.full_like(place, key_len) if mask.right is None else (place + mask.right + 1).clamp(max=key_len)
+    )
     left, right = config.reach(mask.causal)
     near_low, near_high = torch.maximum(low, place - left), torch.minimum(high, place + right + 1)
     near = (near_high - near_low).clamp(min=0)

@@ -29,7 +29,8 @@ class WindowDecoder(Decoder):
         self._length: int | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
-        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
+        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in
+        force.
 
         Raises:
             ValueError: The mask is not causal, or queries and keys differ in number.
@@ -41,11 +42,13 @@ class WindowDecoder(Decoder):
             )
         output = self.operator.forward(inputs)
         sinks = self.operator.config.sinks
-        batch, kv_heads, length, channels = inputs.key.shape
+        batch, kv_heads, length, _ = inputs.key.shape
         self._left = inputs.mask.left
         self._width = self.operator.config.width if self._left is None else min(self._width, self._left + 1)
         self._length = length
-        self._ring = [x.new_zeros(batch, kv_heads, self._width, x.shape[3]) for x in (inputs.key, inputs.value)]
+        self._ring = [
+            x.new_zeros(batch, kv_heads, self._width, x.shape[3]) for x in (inputs.key, inputs.value)
+        ]
         self._sinks = [x.new_zeros(batch, kv_heads, sinks, x.shape[3]) for x in (inputs.key, inputs.value)]
         device = inputs.key.device
         # Position of what stands in each place of the ring, -1 for nothing; and of the sinks.

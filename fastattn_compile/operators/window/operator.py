@@ -1,4 +1,5 @@
-"""Local window attention as an operator: exact for what is near, blind for the rest. The control of every report."""
+"""Local window attention as an operator: exact for what is near, blind for the rest. The control of every
+report."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ _TERMS = {
 
 
 class WindowAttention(Operator[WindowConfig]):
-    """The ``width`` tokens around a query and the first ``sinks`` of the sequence, as far as the site's mask shows them.
+    """The ``width`` tokens around a query and the first ``sinks`` of the sequence, as far as the site's mask
+    shows them.
 
-    Serves causal and bidirectional self-attention with sliding windows, bands and key padding, at any length, and
+    Serves causal and bidirectional self-attention with sliding windows, bands and key padding, at any length,
+    and
     queries that continue a cache (``end_aligned``).
     """
 
@@ -40,18 +43,24 @@ class WindowAttention(Operator[WindowConfig]):
     config_type = WindowConfig
 
     def supports(self, spec: SiteSpec) -> Support:
-        """Positions must be shared by queries and keys; terms that give every document its own sinks are refused."""
+        """Positions must be shared by queries and keys; terms that give every document its own sinks are
+        refused."""
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
         for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
-            return no(f"{_TERMS[term]} is not supported: the sinks are the first tokens of the sequence ({mask})")
+            return no(
+                f"{_TERMS[term]} is not supported: the sinks are the first tokens of the sequence ({mask})"
+            )
         if spec.kind != "self" and not mask.end_aligned:
-            return no("cross attention has no shared positions, so no key is near a query; only self-attention is served")
+            return no(
+                "cross attention has no shared positions, so no key is near a query; "
+                "only self-attention is served"
+            )
         if spec.query_len != spec.key_len and not mask.end_aligned:
             return no(
-                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand at the same "
-                "positions, or the last query at the last key"
+                f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand "
+                "at the same positions, or the last query at the last key"
             )
         return refuse_extras(spec)
 

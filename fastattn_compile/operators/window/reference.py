@@ -36,7 +36,8 @@ def window_keys(config: WindowConfig, inputs: AttentionInputs, rows: Tensor) -> 
 
 
 def window_attention(config: WindowConfig, inputs: AttentionInputs) -> AttentionOutput:
-    """Dense local attention, differentiable (Beltagy et al., arXiv 2004.05150; sinks: Xiao et al., arXiv 2309.17453).
+    """Dense local attention, differentiable (Beltagy et al., arXiv 2004.05150; sinks: Xiao et al., arXiv
+    2309.17453).
 
     Args:
         config: The configuration.

@@ -1,0 +1,72 @@
+"""Independent parts of one kernel on the threads of a CPU, one part a thread.
+
+A kernel made of many small ATen calls meets its other threads at the end of every one of them, and on a busy machine each
+meeting waits for the scheduler. Giving every thread a part of its own, and its ATen calls to that thread alone, leaves
+one meeting a kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+State = TypeVar("State")
+Result = TypeVar("Result")
+
+
+def map_parts(
+    work: Callable[[State, Item], Result],
+    items: Sequence[Item],
+    state: Callable[[], State],
+    device: torch.device,
+) -> list[Result]:
+    """``[work(state, item) for item in items]``, on as many threads as torch may use.
+
+    Args:
+        work: Called once an item, on any thread, without autograd; items must not write to the same place.
+        items: The parts.
+        state: Makes what one thread keeps from item to item (buffers).
+        device: Where the tensors are; only a CPU has threads to use.
+
+    Returns:
+        The results in the order of the items.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(items)) < 2:
+        own = state()
+        return [work(own, item) for item in items]
+    idle: list[State] = []
+
+    def task(item: Item) -> Result:
+        try:
+            own = idle.pop()
+        except IndexError:
+            own = state()
+        # Autograd and autocast are switched off in the thread that called, not in this one.
+        with torch.inference_mode():
+            result = work(own, item)
+        idle.append(own)
+        return result
+
+    return list(_pool(threads, os.getpid()).map(task, items))
+
+
+# By process: the threads of a pool do not survive a fork.
+@lru_cache(maxsize=4)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads whose ATen calls use that thread alone."""
+    pool = ThreadPoolExecutor(threads, "fastattn", torch.set_num_threads, (1,))
+    started = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    # The number is kept a thread, but the last one set is what threads yet to come start from.
+    torch.set_num_threads(threads)
+    return pool

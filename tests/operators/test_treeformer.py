@@ -1,0 +1,717 @@
+"""Tree attention against its specification: golden numbers, identities, gradients, drawn configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import gradients, leaves, make_inputs, make_parameters, relative_error, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastattn_compile.kernels.treeformer_route import Estimator, dense_backward, follow, path_backward
+from fastattn_compile.operators import treeformer
+from fastattn_compile.operators.base import AttentionInputs, SiteSpec
+from fastattn_compile.operators.exact.reference import exact_attention
+from fastattn_compile.operators.mask import CAUSAL, NO_MASK, MaskStructure
+from fastattn_compile.operators.registry import make_operator
+
+W = [(1, 0), (0, 1), (0, 1)]
+Q = [(1, 1), (-1, 1), (1, -1), (-1, -1), (2, 1), (-2, 1), (1, -2), (-1, 2)]
+K = [(1, 2), (-1, 1), (2, -1), (1, 1), (-2, 1), (1, -1), (2, 2), (-1, 3)]
+V = [(1, 0), (0, 1), (2, -1), (-1, 3), (1, 1), (0, -2), (3, 0), (-1, 1)]
+TF = [
+    (1.8718922003, 0.4200877351), (-0.2919799355, 1), (1.3395230987, -1.3302384507), (0.5456654869, 1),
+    (2.2914647354, 0.2638462163), (0, 1), (1.3395230987, -1.3302384507), (-0.7465160553, 1),
+]  # fmt: skip
+TF_CAUSAL = [
+    (1, 0), (0, 1), (2, -1), (0, 1), (0.3395230987, 0.9907153520), (0.8044296825, 1),
+    (1.3395230987, -1.3302384507), (-0.7465160553, 1),
+]  # fmt: skip
+TC = [
+    (0.90625, 0.59375), (0.15625, 0.84375), (0.90625, -0.65625), (0.15625, 0.34375),
+    (0.90625, 0.59375), (0.15625, 0.84375), (0.90625, -0.65625), (0.15625, 0.84375),
+]  # fmt: skip
+TC_CAUSAL = [
+    (1, 0), (0.125, 0.875), (1.625, -0.625), (0.125, 0.4375), (0.3166666667, 1.1166666667), (0.5, 0.8333333333),
+    (0.9642857143, -0.6785714286), (0.15625, 0.84375),
+]  # fmt: skip
+TC_GRADIENTS = {
+    "query": [
+        (0.1474589499, 0), (-0.0888108029, 0.1379637862), (0.1474589499, 0), (-0.1569541137, 0.1379637862),
+        (0.0787451891, 0), (-0.0474262394, 0.1158835043), (0.1474589499, 0), (-0.0667305210, 0.0736746358),
+    ],
+    "key": [
+        (0.1521249192, -0.0141185620), (-0.1136725465, 0.0088128488), (0.1670221701, -0.0522992530),
+        (-0.5021545557, 0.1007887063), (0, 0), (0.1471120679, -0.0553598324), (0.1974018886, -0.0370837855),
+        (-0.2128275597, 0.0040499584),
+    ],
+    "value": [
+        (0.6583333333, 0.125), (0.125, 0.9583333333), (0.825, 0.125), (0.6583333333, 0.125),
+        (0.125, 0.9583333333), (0.825, 0.125), (0.6583333333, 0.125), (0.125, 0.9583333333),
+    ],
+    "planes": [(1.8596457994, -1.1983070852), (-0.4552343719, 0.2782208521), (-0.2864534173, 0.1120177443)],
+    "offsets": [-0.0037932541, 0.1984490828, 0.2218267102],
+    "weights": [4, 8, 7],
+}  # fmt: skip
+ROUNDED = 6e-11  # the specification prints ten decimals
+
+
+def tensor(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def golden(mask, operator, **options):
+    inputs = AttentionInputs(*(tensor(x)[None, None] for x in (Q, K, V)), 2**-0.5, mask)
+    parameters = (tensor(W)[None, None], torch.zeros(1, 1, 3, dtype=torch.float64))
+    if operator == "tc_attention":
+        parameters = (*parameters, tensor([0.25, 0.25, 0.5])[None, None])
+    return make_operator(operator, height=2, **options), inputs, parameters
+
+
+def spec(**changes):
+    return dataclasses.replace(SiteSpec(1, 1, 1, 512, 512, 64, 64), **changes)
+
+
+@pytest.mark.parametrize("way", ["reference", "kernel"])
+@pytest.mark.parametrize(
+    ("name", "mask", "wanted"),
+    [
+        ("tf_attention", NO_MASK, TF),
+        ("tf_attention", CAUSAL, TF_CAUSAL),
+        ("tc_attention", NO_MASK, TC),
+        ("tc_attention", CAUSAL, TC_CAUSAL),
+    ],
+)
+def test_golden_outputs(way, name, mask, wanted):
+    operator, inputs, parameters = golden(mask, name)
+    evaluate = operator.reference if way == "reference" else operator.forward
+    assert (evaluate(inputs, parameters).out[0, 0] - tensor(wanted)).abs().max() < ROUNDED
+
+
+@pytest.mark.parametrize("way", ["reference", "kernel"])
+def test_golden_gradients_of_coarse_attention(way):
+    operator, inputs, parameters = golden(NO_MASK, "tc_attention")
+    given_inputs, given_parameters, sources = leaves(inputs, parameters)
+    evaluate = operator.reference if way == "reference" else lambda i, p: run(operator, i, p)
+    out = evaluate(given_inputs, given_parameters).out
+    seed = tensor([(1, 0), (0, 1)]).repeat(4, 1)[None, None]
+    for name, got in zip(TC_GRADIENTS, torch.autograd.grad((out * seed).sum(), sources)):
+        assert (got.squeeze() - tensor(TC_GRADIENTS[name])).abs().max() < ROUNDED, name
+
+
+@pytest.mark.parametrize("height", [1, 3, 8])
+def test_routing_follows_the_rule_node_by_node_and_ties_go_to_the_first_child(height):
+    planes = 2**height - 1
+    x = torch.randint(-2, 3, (2, 2, 30, 3)).double()
+    weight, offset = torch.randint(-1, 2, (2, 2, planes, 3)).double(), torch.zeros(2, 2, planes).double()
+    leaf, scores = follow(x, weight, offset)
+    assert (scores == 0).any()
+    for b, h, t, n in torch.cartesian_prod(*(torch.arange(s) for s in leaf.shape))[::7].tolist():
+        node = 0
+        for level in range(height):
+            z = weight[h, t, 2**level - 1 + node] @ x[b, h, n]
+            assert z == scores[b, h, t, n, level]
+            node = 2 * node + int(z > 0)
+        assert node == leaf[b, h, t, n]
+
+
+@pytest.mark.parametrize("kind", ["soft", "sum"])
+@pytest.mark.parametrize("surrogate", ["clip", "sigmoid"])
+def test_the_sparse_backward_of_routing_is_the_dense_one_on_paths(kind, surrogate):
+    estimator, height = Estimator(kind, surrogate, 1.7), 3
+    x, weight, offset = (
+        torch.randn(1, 1, 40, 4).double(),
+        torch.randn(1, 1, 7, 4).double(),
+        torch.randn(1, 1, 7).double(),
+    )
+    leaf, scores = follow(x, weight, offset)
+    grad = torch.randn(1, 1, 1, 40, height + 1).double()
+    dense = []
+    for level in range(height + 1):
+        node = leaf[0, 0, 0] >> (height - level)
+        dense.append(
+            torch.zeros(40, 2**level).double().scatter(1, node[:, None], grad[0, 0, 0, :, level, None])
+        )
+    got = path_backward(x, weight, leaf, scores, estimator, grad)
+    wanted = dense_backward(x[0, 0], weight[0, 0], offset[0, 0], estimator, dense)
+    for g, w in zip(got, wanted):
+        assert relative_error(g.squeeze(), w) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "causal & window(21)", "causal & key_padding", "causal & segments"]
+)
+def test_leaf_attention_without_decisions_is_softmax_attention(mask):
+    inputs = make_inputs(mask, dtype=torch.float64)
+    wanted = exact_attention(inputs)
+    flat = make_operator("tf_attention", height=0)
+    assert not flat.learned and flat.parameter_shapes(inputs.spec()) == {}
+    # Planes that send every vector to leaf 0.
+    deep = make_operator("tf_attention", height=2)
+    planes = torch.zeros(2, 1, 3, 8).double(), -torch.ones(2, 1, 3).double()
+    for operator, parameters in ((flat, ()), (deep, planes)):
+        got = run(operator, inputs, parameters)
+        assert relative_error(got.out, wanted.out) < 1e-13
+        assert relative_error(got.log_sum_exp, wanted.log_sum_exp) < 1e-13
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_coarse_attention_without_decisions_is_the_mean(mask):
+    inputs = make_inputs(mask, dtype=torch.float64)
+    got = run(make_operator("tc_attention", height=0), inputs, (torch.ones(4, 1, 1).double(),))
+    value = inputs.value.repeat_interleave(2, 1)
+    count = torch.arange(1, 76).double()[:, None]
+    wanted = value.cumsum(2) / count if mask == "causal" else value.mean(2, keepdim=True).expand_as(value)
+    assert relative_error(got.out, wanted) < 1e-13
+
+
+def test_the_softmax_over_a_leaf_gives_its_own_queries_planes_nothing_and_the_remedies_do():
+    inputs = make_inputs("causal", dtype=torch.float64)
+    found = {}
+    for remedy in ("none", "gate", "sibling"):
+        operator = make_operator("tf_attention", height=3, shared=False, query_gradient=remedy)
+        parameters = make_parameters(operator, inputs)
+        given_inputs, given_parameters, _ = leaves(inputs, parameters)
+        out = run(operator, given_inputs, given_parameters).out
+        seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        names = operator.parameter_shapes(inputs.spec())
+        found[remedy] = dict(zip(names, torch.autograd.grad((out * seed).sum(), given_parameters)))
+    assert found["none"]["query_planes"].abs().max() < 1e-13
+    assert found["none"]["key_planes"].abs().max() > 1e-2
+    assert found["gate"]["query_planes"].abs().max() > 1e-2
+    deepest = found["sibling"]["query_planes"]
+    assert deepest[:, :, 3:].abs().max() > 1e-2
+    assert deepest[:, :, :3].abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_gradient": "none"},
+        {"n_trees": 2, "window": 3, "sinks": 2},
+        {"n_trees": 2, "combine": "mean", "fallback": "self+window", "fallback_window": 3},
+        {"query_gradient": "sibling"},
+        {"capacity": 1.0, "fallback": "zero"},
+    ],
+)
+def test_finite_differences_where_routing_is_flat(mask, options):
+    """A sigmoid without slope passes nothing through decisions: what is left is the gradient of the retained pairs."""
+    inputs = make_inputs(mask, batch=1, heads=2, kv_heads=1, length=35, head_dim=3, dtype=torch.float64)
+    operator = make_operator("tf_attention", height=2, beta=1e-12, **options)
+    parameters = make_parameters(operator, inputs)
+    inputs, _, sources = leaves(inputs, ())
+
+    def function(q, k, v):
+        output = run(operator, dataclasses.replace(inputs, query=q, key=k, value=v), parameters)
+        return output.out if options.get("combine") == "mean" else (output.out, output.log_sum_exp)
+
+    assert torch.autograd.gradcheck(function, sources, fast_mode=True)
+
+
+def test_finite_differences_of_the_last_decision_of_queries():
+    inputs = make_inputs("causal", batch=1, heads=2, kv_heads=1, length=35, head_dim=3, dtype=torch.float64)
+    operator = make_operator("tf_attention", height=2, shared=False, query_gradient="sibling")
+    planes, offsets, query_planes, query_offsets = make_parameters(operator, inputs)
+
+    def function(weight, offset):
+        both = weight, offset
+        joined = [torch.cat([old[:, :, :1], new], 2) for old, new in zip((query_planes, query_offsets), both)]
+        return run(operator, inputs, (planes, offsets, *joined)).out
+
+    deepest = [x[:, :, 1:].clone().requires_grad_() for x in (query_planes, query_offsets)]
+    assert torch.autograd.gradcheck(function, deepest, fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "causal & key_padding"])
+@pytest.mark.parametrize("options", [{}, {"n_trees": 2, "include_root": False}, {"level_weights": "softmax"}])
+def test_finite_differences_of_values_and_level_weights(mask, options):
+    inputs = make_inputs(mask, batch=1, heads=2, kv_heads=1, length=35, head_dim=3, dtype=torch.float64)
+    operator = make_operator("tc_attention", height=2, **options)
+    *planes, weights = make_parameters(operator, inputs)
+
+    def function(value, learned):
+        return run(operator, dataclasses.replace(inputs, value=value), (*planes, learned)).out
+
+    sources = inputs.value.requires_grad_(), weights.requires_grad_()
+    assert torch.autograd.gradcheck(function, sources, fast_mode=True)
+
+
+MASKS = [
+    "none", "causal", "causal & window(21)", "right(13) & left(22)", "key_padding", "causal & key_padding",
+    "causal & window(30) & key_padding", "chunk(16)", "causal & prefix(9)", "causal & segments", "segments",
+]  # fmt: skip
+TREES = {
+    "height": st.integers(0, 4), "n_trees": st.integers(1, 3), "shared": st.booleans(),
+    "estimator": st.sampled_from(["soft", "sum"]), "surrogate": st.sampled_from(["clip", "sigmoid"]),
+    "beta": st.sampled_from([1.0, 2.0]), "rotary_base": st.sampled_from([0.0, 100.0]),
+    "init": st.sampled_from(["pca", "kmeans", "random"]),
+}  # fmt: skip
+OPTIONS = {
+    "tf_attention": {
+        **TREES, "fallback": st.sampled_from(["ancestor", "zero", "self+window"]), "fallback_window": st.just(5),
+        "window": st.sampled_from([0, 1, 4]), "sinks": st.sampled_from([0, 3]),
+        "combine": st.sampled_from(["union", "mean"]), "capacity": st.sampled_from([0.0, 0.5, 1.0]),
+        "query_gradient": st.sampled_from(["gate", "sibling", "none"]),
+        "overflow": st.sampled_from(["oldest", "margin"]),
+    },
+    "tc_attention": {
+        **TREES, "include_root": st.booleans(), "level_weights": st.sampled_from(["free", "softmax"]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_configuration_equals_the_definition(name, data):
+    group, kv_heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    inputs = make_inputs(
+        data.draw(st.sampled_from(MASKS)), batch=data.draw(st.integers(1, 2)), heads=group * kv_heads,
+        kv_heads=kv_heads, length=data.draw(st.integers(2, 150 if name == "tf_attention" else 70)),
+        head_dim=data.draw(st.sampled_from([2, 4, 5])), value_dim=data.draw(st.integers(1, 5)),
+        dtype=torch.float64, seed=data.draw(st.integers(0, 99)),
+    )  # fmt: skip
+    try:
+        operator = make_operator(name, **{key: data.draw(values) for key, values in OPTIONS[name].items()})
+    except ValueError:
+        return
+    if not operator.supports(inputs.spec()):
+        return
+    compare(operator, inputs)
+
+
+def compare(operator, inputs):
+    given_inputs, parameters, sources = leaves(inputs, make_parameters(operator, inputs))
+    shape = (*inputs.query.shape[:3], inputs.value.shape[3])
+    seeds = torch.randn(shape, dtype=torch.float64), torch.randn(shape[:3], dtype=torch.float64)
+    got, wanted = run(operator, given_inputs, parameters), operator.reference(given_inputs, parameters)
+    assert float((got.out - wanted.out).abs().max()) < 1e-11
+    finite = ~wanted.log_sum_exp.isnan()
+    assert torch.equal(finite, ~got.log_sum_exp.isnan())
+    assert relative_error(got.log_sum_exp[finite], wanted.log_sum_exp[finite]) < 1e-12
+    for g, w in zip(gradients(got, sources, seeds), gradients(wanted, sources, seeds)):
+        assert not w.numel() or float((g - w).abs().max()) < 1e-11 * max(1.0, float(w.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "key_len"),
+    [
+        ("tf_attention", "none", 90),
+        ("tf_attention", "key_padding", 40),
+        ("tf_attention", "causal & end_aligned", 90),
+        ("tc_attention", "none", 90),
+        ("tc_attention", "key_padding", 40),
+    ],
+)
+def test_cross_attention_and_queries_that_continue_keys(name, mask, key_len):
+    inputs = make_inputs(mask, length=61, key_len=key_len, dtype=torch.float64)
+    compare(make_operator(name, height=3, shared=False), inputs)
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+def test_heads_are_independent_and_bring_their_parameters(name):
+    inputs = make_inputs("causal", heads=3, kv_heads=3)
+    operator = make_operator(name, height=3, shared=False)
+    parameters = make_parameters(operator, inputs)
+    heads = torch.tensor([1, 2, 0])
+    moved = dataclasses.replace(
+        inputs, query=inputs.query[:, heads], key=inputs.key[:, heads], value=inputs.value[:, heads]
+    )
+    got = run(operator, moved, tuple(p[heads] for p in parameters)).out
+    assert torch.allclose(got, run(operator, inputs, parameters).out[:, heads], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_query_groups_equal_repeated_keys(name, shared):
+    inputs = make_inputs("causal", heads=6, kv_heads=2)
+    operator = make_operator(name, height=3, shared=shared)
+    parameters = make_parameters(operator, inputs)
+    repeated = dataclasses.replace(
+        inputs, key=inputs.key.repeat_interleave(3, 1), value=inputs.value.repeat_interleave(3, 1)
+    )
+    spread = (*(p.repeat_interleave(3, 0) for p in parameters[:2]), *parameters[2:])
+    assert torch.allclose(
+        run(operator, inputs, parameters).out, run(operator, repeated, spread).out, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"n_trees": 2, "window": 3, "sinks": 2}, {"capacity": 0.5}])
+def test_exact_keys_are_the_keys_that_matter(options):
+    inputs = make_inputs("causal & key_padding", dtype=torch.float64)
+    operator = make_operator("tf_attention", height=3, **options)
+    parameters = make_parameters(operator, inputs)
+    rows = torch.arange(75)
+    met = operator.exact_keys(inputs, rows, parameters).expand(2, 4, 75, 75)
+    known = operator.exact_keys(inputs, rows)
+    assert not (met & ~inputs.visible(rows)).any() and not (known & ~met).any()
+    assert 0.02 < met.double().mean() < 0.3
+    before = operator.forward(inputs, parameters).out
+    for place in (3, 40):
+        value = inputs.value.clone()
+        value[:, :, place] += 1
+        after = operator.forward(dataclasses.replace(inputs, value=value), parameters).out
+        assert torch.equal((after != before).any(-1), met[..., place])
+
+
+def test_coarse_attention_meets_no_key_one_by_one():
+    operator, inputs, parameters = golden(CAUSAL, "tc_attention")
+    assert not operator.exact_keys(inputs, torch.arange(8), parameters).any()
+
+
+def decode(operator, inputs, parameters, prompt):
+    """Outputs of a prefill of some tokens and of a step for each further one."""
+    decoder = operator.decoder(inputs.scale, parameters)
+
+    def cut(start, stop):
+        return [x[:, :, start:stop] for x in (inputs.query, inputs.key, inputs.value)]
+
+    padding = None if inputs.key_padding is None else inputs.key_padding[:, :prompt]
+    mask = MaskStructure(right=0, key_padding=padding is not None)
+    outs = [decoder.prefill(AttentionInputs(*cut(0, prompt), inputs.scale, mask, padding))]
+    outs += [decoder.step(*cut(i, i + 1)) for i in range(prompt, inputs.query.shape[2])]
+    return decoder, torch.cat([o.out for o in outs], 2), torch.cat([o.log_sum_exp for o in outs], 2)
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal & key_padding"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tc_attention", {}),
+        ("tc_attention", {"n_trees": 2, "shared": False, "level_weights": "softmax", "include_root": False}),
+        ("tf_attention", {}),
+        (
+            "tf_attention",
+            {"n_trees": 2, "shared": False, "window": 4, "sinks": 2, "query_gradient": "sibling"},
+        ),
+        ("tf_attention", {"fallback": "zero"}),
+        ("tf_attention", {"n_trees": 2, "combine": "mean", "fallback": "self+window", "fallback_window": 3}),
+    ],
+)
+def test_decoding_equals_one_pass(mask, name, options):
+    inputs = make_inputs(mask, length=60, dtype=torch.float64)
+    if inputs.key_padding is not None:
+        inputs.key_padding[:, 40:] = True
+    operator = make_operator(name, height=3, **options)
+    parameters = make_parameters(operator, inputs)
+    wanted = operator.forward(inputs, parameters)
+    decoder, out, log_sum_exp = decode(operator, inputs, parameters, 40)
+    assert relative_error(out, wanted.out) < 1e-12
+    finite = ~wanted.log_sum_exp.isnan()
+    assert relative_error(log_sum_exp[finite], wanted.log_sum_exp[finite]) < 1e-12
+    assert decoder.stored_rows() == (15 * operator.config.n_trees if name == "tc_attention" else 60)
+
+
+def test_decoding_starts_from_a_prompt_shorter_than_the_leaves_and_refuses_other_masks():
+    inputs = make_inputs("causal", length=20, dtype=torch.float64)
+    operator = make_operator("tc_attention", height=3)
+    parameters = make_parameters(operator, inputs)
+    _, out, _ = decode(operator, inputs, parameters, 3)
+    assert relative_error(out, operator.forward(inputs, parameters).out) < 1e-12
+    with pytest.raises(ValueError, match="causal prefill"):
+        operator.decoder(1.0, parameters).prefill(dataclasses.replace(inputs, mask=NO_MASK))
+    assert make_operator("tf_attention", height=3, capacity=1.0).decoder(1.0, parameters) is None
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_trees_grow_from_their_first_planes(name, sampled):
+    inputs = make_inputs("causal", dtype=torch.float64)
+    low, high = (make_operator(name, height=h, shared=False) for h in (2, 4))
+    old = dict(zip(low.parameter_shapes(inputs.spec()), make_parameters(low, inputs)))
+    new = high.grown_parameters(inputs.spec(), old, inputs if sampled else None)
+    assert {k: tuple(v.shape) for k, v in new.items()} == high.parameter_shapes(inputs.spec())
+    for side in ("key", "query"):
+        assert torch.equal(new[f"{side}_planes"][:, :, :3], old[f"{side}_planes"].float())
+        assert torch.equal(new[f"{side}_offsets"][:, :, :3], old[f"{side}_offsets"].float())
+    if name == "tc_attention":
+        before = low.forward(inputs, tuple(p.float().double() for p in old.values())).out
+        after = high.forward(inputs, tuple(p.double() for p in new.values())).out
+        assert relative_error(after, before) < 1e-13
+    with pytest.raises(ValueError, match="not lower"):
+        low.grown_parameters(inputs.spec(), new)
+
+
+@pytest.mark.parametrize("init", ["pca", "random"])
+def test_calibration_splits_keys_in_halves(init):
+    inputs = make_inputs("key_padding", length=128, kv_heads=2)
+    operator = make_operator("tf_attention", height=3, n_trees=2, init=init)
+    planes, offsets = operator.initial_parameters(inputs.spec(), inputs).values()
+    assert torch.allclose(planes.norm(dim=-1), torch.ones(2, 2, 7), atol=1e-5)
+    assert not torch.allclose(planes[:, 0], planes[:, 1])
+    leaf, _ = follow(inputs.key, planes, offsets)
+    real = inputs.key_padding[:, None, None].expand_as(leaf)
+    counts = [int(((leaf == x) & real)[:, h, t].sum()) for h in (0, 1) for t in (0, 1) for x in range(8)]
+    assert max(counts) - min(counts) <= 2
+    again = operator.initial_parameters(inputs.spec(), inputs)["key_planes"]
+    assert torch.equal(again, planes)
+
+
+def test_kmeans_finds_two_clusters_that_a_median_would_cut():
+    inputs = make_inputs("none", batch=1, heads=1, kv_heads=1, length=60, head_dim=4)
+    inputs.key.mul_(0.1)[:, :, :45, 2] += 5.0
+    operator = make_operator("tf_attention", height=1, init="kmeans")
+    planes, offsets = operator.initial_parameters(inputs.spec(), inputs).values()
+    leaf = follow(inputs.key, planes, offsets)[0].squeeze()
+    assert leaf[:45].unique().numel() == leaf[45:].unique().numel() == 1 and leaf[0] != leaf[-1]
+
+
+def test_without_data_planes_are_random_and_repeatable():
+    operator = make_operator("tc_attention", height=4, n_trees=2)
+    start = operator.initial_parameters(spec(heads=4, kv_heads=2))
+    assert 0.9 < float(start["key_planes"].std()) * 8 < 1.1 and not start["key_offsets"].any()
+    assert torch.equal(start["level_weights"], torch.full((4, 2, 5), 0.1))
+    other = make_operator("tc_attention", height=4, n_trees=2, seed=1)
+    assert not torch.equal(
+        other.initial_parameters(spec(heads=4, kv_heads=2))["key_planes"], start["key_planes"]
+    )
+
+
+def test_level_weights_start_at_the_least_squares_solution():
+    inputs = make_inputs("causal", length=128, dtype=torch.float64)
+    operator = make_operator("tc_attention", height=3)
+    wanted = exact_attention(inputs).out
+    errors = []
+    for sample in (inputs, None):
+        start = operator.initial_parameters(inputs.spec(), inputs)
+        if sample is None:
+            start["level_weights"] = torch.full_like(start["level_weights"], 0.25)
+        out = operator.forward(inputs, tuple(p.double() for p in start.values())).out
+        errors.append(relative_error(out, wanted))
+    assert errors[0] < 0.95 * errors[1]
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal & key_padding"])
+def test_rotary_embeddings_are_undone_before_routing(mask):
+    plain = make_inputs(mask, dtype=torch.float64)
+    place = torch.arange(75)[None]
+    if plain.key_padding is not None:
+        place = (plain.key_padding.long().cumsum(1) - 1).clamp(min=0)
+    angle = place[:, None, :, None] * 50.0 ** (-torch.arange(0, 8, 2).double() / 8)
+
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    rotated = dataclasses.replace(plain, query=turned(plain.query), key=turned(plain.key))
+    undoing = make_operator("tc_attention", height=3, rotary_base=50.0)
+    taking = make_operator("tc_attention", height=3)
+    parameters = make_parameters(taking, plain)
+    got, wanted = undoing.forward(rotated, parameters).out, taking.forward(plain, parameters).out
+    assert relative_error(got, wanted) < 1e-12
+    assert relative_error(taking.forward(rotated, parameters).out, wanted) > 1e-2
+
+
+def test_costs_are_those_of_the_specification():
+    site = spec()
+    assert make_operator("tf_attention", height=6).cost(site).flops == 4 * 512 * 6 * 64 + 4 * 512**2 * 64 / 64
+    assert make_operator("tc_attention", height=6).cost(site).flops == 1_286_144
+    exact = make_operator("exact").cost(site).flops
+    assert exact / make_operator("tf_attention", height=6).cost(site).flops == pytest.approx(36.5, abs=0.5)
+    assert exact / make_operator("tc_attention", height=6).cost(site).flops == pytest.approx(52, abs=0.5)
+    longer = spec(query_len=4096, key_len=4096)
+    ratio = (
+        make_operator("exact").cost(longer).flops / make_operator("tf_attention", height=8).cost(longer).flops
+    )
+    assert ratio == pytest.approx(171, abs=1)
+    assert make_operator("tc_attention", height=6, n_trees=2).cost(site).keys_per_query == 14
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20, "sinks": 4}, {"query_gradient": "sibling"}])
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_counted_keys_are_near_the_keys_met_by_even_trees(options, mask):
+    inputs = make_inputs(mask, batch=1, heads=4, kv_heads=4, length=512)
+    operator = make_operator("tf_attention", height=3, **options)
+    parameters = tuple(operator.initial_parameters(inputs.spec(), inputs).values())
+    met = operator.exact_keys(inputs, torch.arange(512), parameters).sum(-1).double().mean()
+    assert operator.cost(inputs.spec()).keys_per_query == pytest.approx(float(met), rel=0.2)
+
+
+def test_capacity_bounds_the_keys_and_accounts_for_what_it_drops():
+    inputs = make_inputs("causal", batch=1, length=64, dtype=torch.float64)
+    planes = torch.zeros(2, 1, 3, 8).double(), -torch.ones(2, 1, 3).double()
+    everywhere = make_operator("tf_attention", height=2).routing_statistics(inputs, planes)
+    assert everywhere.imbalance == pytest.approx(4) and everywhere.dropped == everywhere.fallback == 0
+    operator = make_operator("tf_attention", height=2, capacity=0.5)
+    met = operator.exact_keys(inputs, torch.arange(64), planes)
+    assert operator.config.keys_of_leaf(64) == 8
+    assert torch.equal(met, inputs.mask.visible(torch.arange(64)[:, None], torch.arange(64), 64, 64).expand_as(met)
+                       & (torch.arange(64) > torch.arange(64)[:, None] - 8))  # fmt: skip
+    kept = 8 * 64 - 28
+    assert operator.routing_statistics(inputs, planes).dropped == pytest.approx(1 - kept / (64 * 65 / 2))
+
+
+def test_statistics_count_queries_without_keys_in_their_leaf():
+    operator, inputs, parameters = golden(NO_MASK, "tf_attention")
+    assert operator.routing_statistics(inputs, parameters).fallback == pytest.approx(1 / 8)
+    assert (
+        make_operator("tf_attention", height=2, fallback="zero")
+        .forward(inputs, parameters)
+        .out[0, 0, 3]
+        .eq(0)
+        .all()
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_no_tensor_is_as_large_as_the_scores(name, mask):
+    inputs = make_inputs(mask, batch=1, heads=1, kv_heads=1, length=2048, head_dim=8)
+    operator = make_operator(name, height=6)
+    parameters = tuple(operator.initial_parameters(inputs.spec(), inputs).values())
+    with Largest() as largest:
+        output = operator.forward(inputs, parameters)
+        operator.backward(inputs, parameters, output, torch.ones_like(output.out), None)
+    assert largest.elements <= 2048 * 2048 / 8
+
+
+def test_balance_loss_is_least_for_even_leaves_and_moves_planes_there():
+    inputs = make_inputs("none", batch=1, length=128, kv_heads=2)
+    operator = make_operator("tf_attention", height=2)
+    planes, offsets = operator.initial_parameters(inputs.spec(), inputs).values()
+    even = float(treeformer.balance_loss(operator.config, inputs, (planes, offsets)))
+    offsets = (offsets + 1.5).requires_grad_()
+    first = treeformer.balance_loss(operator.config, inputs, (planes, offsets))
+    assert abs(even) < 0.01 < float(first.detach())
+    optimizer = torch.optim.Adam([offsets], lr=0.1)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = treeformer.balance_loss(operator.config, inputs, (planes, offsets))
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.2 * float(first.detach())
+
+
+def test_mass_loss_brings_attention_into_the_leaves():
+    inputs = make_inputs("causal", batch=1, length=64)
+    inputs = dataclasses.replace(inputs, query=inputs.key.repeat_interleave(2, 1) * 2)
+    operator = make_operator("tf_attention", height=2, shared=False)
+    rows = torch.arange(64)
+    parameters = tuple(p.requires_grad_() for p in operator.initial_parameters(inputs.spec()).values())
+    weights = (inputs.scale * inputs.query @ inputs.key.repeat_interleave(2, 1).mT).masked_fill(
+        ~inputs.visible(rows), -torch.inf
+    ).softmax(-1)  # fmt: skip
+
+    def recall():
+        kept = operator.exact_keys(inputs, rows, tuple(p.detach() for p in parameters))
+        return float((weights * kept).sum(-1).mean())
+
+    before = recall()
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        treeformer.mass_loss(operator.config, inputs, parameters, rows).backward()
+        assert all(p.grad.abs().sum() > 0 for p in parameters)
+        optimizer.step()
+    assert recall() > before + 0.1
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+def test_straight_through_gradients_train_the_planes(name):
+    """The gradient of a regression on a teacher that is a tree itself brings the planes nearer to it."""
+    inputs = make_inputs("none", batch=2, heads=1, kv_heads=1, length=96, head_dim=4)
+    operator = make_operator(name, height=1, beta=2.0)
+    parameters = list(operator.initial_parameters(inputs.spec(), inputs).values())
+    teacher = operator.forward(inputs, tuple(parameters)).out
+    learned = [p.clone() for p in parameters]
+    learned[0] += 0.6 * torch.randn(learned[0].shape, generator=torch.Generator().manual_seed(5))
+    learned = [p.requires_grad_() for p in learned]
+    optimizer = torch.optim.Adam(learned, lr=0.03)
+    errors = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        error = (run(operator, inputs, tuple(learned)).out - teacher).square().mean()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error.detach()))
+    assert min(errors[-10:]) < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("tf_attention", {"height": -1}, "between 0 and 16"),
+        ("tf_attention", {"height": 17}, "log2"),
+        ("tf_attention", {"n_trees": 0}, "n_trees must be at least 1"),
+        ("tf_attention", {"estimator": "hard"}, "soft, sum"),
+        ("tf_attention", {"surrogate": "tanh"}, "clip, sigmoid"),
+        ("tf_attention", {"beta": 0.0}, "beta must be a positive number"),
+        ("tf_attention", {"init": "svd"}, "pca, kmeans, random"),
+        ("tf_attention", {"rotary_base": 0.5}, "greater than 1"),
+        ("tf_attention", {"fallback": "root"}, "ancestor, zero"),
+        ("tf_attention", {"fallback_window": 0}, "fallback_window must be at least 1"),
+        ("tf_attention", {"window": -1}, "window must be at least 0"),
+        ("tf_attention", {"sinks": -1}, "sinks must be at least 0"),
+        ("tf_attention", {"combine": "max"}, "union, mean"),
+        ("tf_attention", {"query_gradient": "reinforce"}, "gate, sibling, none"),
+        ("tf_attention", {"capacity": -1.0}, "capacity must be 0"),
+        ("tf_attention", {"overflow": "newest"}, "oldest, margin"),
+        ("tf_attention", {"query_gradient": "sibling", "height": 0}, "at least one decision"),
+        ("tf_attention", {"query_gradient": "sibling", "capacity": 1.0}, "do not go together"),
+        ("tc_attention", {"level_weights": "sigmoid"}, "free, softmax"),
+        ("tc_attention", {"include_root": False, "height": 0}, "at least one decision"),
+        ("tc_attention", {"window": 4}, "unknown option window"),
+    ],
+)
+def test_bad_configurations_say_what_is_wrong(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        make_operator(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "change", "word"),
+    [
+        ("tf_attention", {"height": 10}, {}, "1024 leaves for 512 keys"),
+        ("tf_attention", {}, {"query_len": 1}, "single query"),
+        ("tf_attention", {}, {"mask": MaskStructure(left=4, right=0, prefix=3)}, "prefix"),
+        ("tf_attention", {"capacity": 1.0, "overflow": "margin"}, {"mask": CAUSAL}, "oldest"),
+        ("tf_attention", {}, {"mask": MaskStructure(segments=True), "query_len": 100}, "packed"),
+        ("tf_attention", {"rotary_base": 10.0}, {"head_dim": 33}, "odd"),
+        (
+            "tf_attention",
+            {"rotary_base": 10.0},
+            {"mask": MaskStructure(segments=True)},
+            "packed documents start",
+        ),
+        ("tf_attention", {"rotary_base": 10.0}, {"query_len": 100}, "positions"),
+        ("tc_attention", {}, {"mask": MaskStructure(left=9, right=0)}, "sliding window"),
+        ("tc_attention", {}, {"mask": MaskStructure(segments=True)}, "packed documents"),
+        ("tc_attention", {}, {"mask": MaskStructure(right=-1)}, "diagonal"),
+        ("tc_attention", {}, {"mask": CAUSAL, "query_len": 100}, "decoder"),
+    ],
+)
+def test_sites_that_cannot_be_served_are_refused_with_the_reason(name, options, change, word):
+    support = make_operator(name, **options).supports(spec(**change))
+    assert not support and word in support.reason
+
+
+def test_parameters_of_another_site_are_refused():
+    operator, inputs, parameters = golden(NO_MASK, "tc_attention")
+    for wrong in ((), parameters[:2], (parameters[0][:, :, :1], *parameters[1:])):
+        with pytest.raises(ValueError, match="key_planes"):
+            operator.forward(inputs, wrong)
+
+
+def test_the_documentation_names_the_patent_application():
+    for module in (treeformer, treeformer.tf, treeformer.tc):
+        assert "patent application" in module.__doc__
+    assert "US 2024/0005131 A1" in treeformer.__doc__
