@@ -1,9 +1,9 @@
 """Fast multipole attention on a CPU against PyTorch's exact attention: time, ratio, share of the floor, memory.
 
-Every row is one run in which both take turns, so that a busy moment of the machine hits both; the numbers are medians.
-The floor is the time that the operator's own floating-point operations (or bytes) would take at the best rate this
-machine shows for a batched product (or a copy) in the same run. Peak memory is the growth of the resident set of a
-fresh process during one call, its output included.
+Every row is one run in which both take turns, so that a busy moment of the machine hits both; the numbers are
+medians. The floor is the time that the operator's own floating-point operations (or bytes) would take at the best
+rate this machine shows for a product (or a copy) in the same run. Peak memory is the growth of the resident set
+of a fresh process during one call, its output included.
 
     python benchmarks/fma_cpu.py --lengths 1024 4096 16384
 """
@@ -170,9 +170,7 @@ def main() -> None:
         return
     rates = best_rates()
     print(f"best rates of this machine: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.0f} GB/s")
-    print(
-        f"{'direction':9} {'n':>6} {'fma ms':>10} {'exact ms':>10} {'ratio':>7} {'floor':>6} {'peak MB':>8} {'B/token':>8}"
-    )
+    print("direction      n     fma ms   exact ms   ratio  floor  peak MB  B/token")
     rows = []
     for direction in (FORWARD, BOTH):
         for n in args.lengths:

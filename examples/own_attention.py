@@ -35,7 +35,9 @@ def main() -> None:
 
     fa.scan(model, x).print()
 
-    fast = torch.compile(model, backend="fastattn", options={"operator": "fma", "strict": True, "compiler": "aot_eager"})
+    fast = torch.compile(
+        model, backend="fastattn", options={"operator": "fma", "strict": True, "compiler": "aot_eager"}
+    )
     fast(x).square().mean().backward()  # no n x n tensor forward or backward
     fa.report(fast).print()
 

@@ -45,8 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "detach", "evaluate", "fastattn",
-    "make_operator", "report", "scan",
+    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "detach", "evaluate",
+    "fastattn", "make_operator", "report", "scan",
 ]  # fmt: skip
 
 

@@ -94,7 +94,9 @@ def fastattn(
     for analysis in analyses:
         _apply(analysis, choices, learned)
     record = CompiledGraph(modules, [_decision(c) for c in choices.values()])
-    replaced = {c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"}
+    replaced = {
+        c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"
+    }
     if parsed.monitor and replaced:
         record.monitor = measure.Monitor(parsed.monitor)
         record.stop = record.monitor.watch(replaced)
@@ -148,7 +150,7 @@ def summary(made: Sequence[Decision]) -> str:
     )
     reasons = Counter(d.reason for d in attention if d.operator == "exact" and d.reason)
     if reasons:
-        reason, count = reasons.most_common(1)[0]
+        reason = reasons.most_common(1)[0][0]
         text += f" (exact because: {reason}{f', and {len(reasons) - 1} other reasons' if len(reasons) > 1 else ''})"
     return text + (f"; {others} softmax{'es' if others > 1 else ''} not attention" if others else "")
 
@@ -213,5 +215,5 @@ def _compile(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: O
 
     patches = dict(list_mode_options(options.inductor_mode)) if options.inductor_mode else {}
     patches.update(options.inductor)
-    compiled = compile_fx(gm, list(example_inputs), config_patches=patches or None)
-    return compiled
+    lowered: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return lowered

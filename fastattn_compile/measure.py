@@ -106,9 +106,7 @@ class Monitor:
         """Starts watching sites by name; the returned function stops."""
         generator = random.Random(self.seed)
 
-        def observe(
-            name: str, operator: Operator, inputs: AttentionInputs, output: AttentionOutput
-        ) -> None:
+        def observe(name: str, operator: Operator, inputs: AttentionInputs, output: AttentionOutput) -> None:
             if name in names and operator.name != "exact" and generator.random() < self.share:
                 rows = sample_rows(inputs.query.shape[2], SAMPLED_ROWS)
                 error = probe_rows(inputs, rows, output.out, operator).own_error

@@ -79,7 +79,9 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
     own = {key: values.pop(key) for key in list(values) if key in _KNOWN}
     operator, plan = own.get("operator"), own.get("plan")
     if operator is not None and operator not in operator_names():
-        raise OptionError(f"option operator: unknown operator {operator!r}; operators: {', '.join(operator_names())}")
+        raise OptionError(
+            f"option operator: unknown operator {operator!r}; operators: {', '.join(operator_names())}"
+        )
     if operator is not None and plan is not None:
         raise OptionError("give either operator or plan, not both: a plan names an operator for each site")
     if values and operator is None:

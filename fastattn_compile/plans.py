@@ -56,7 +56,9 @@ class Plan:
     @staticmethod
     def uniform(names: list[str], operator: str, **options: Any) -> Plan:
         """The same operator at every named site."""
-        return Plan({name: PlannedSite(operator, options, "the same operator at every site") for name in names})
+        return Plan(
+            {name: PlannedSite(operator, options, "the same operator at every site") for name in names}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON document, schema ``fastattn.plan/1``."""
@@ -85,8 +87,12 @@ class Plan:
         planned = {}
         for name, entry in sites.items():
             if not isinstance(entry, Mapping) or not isinstance(entry.get("operator"), str):
-                raise PlanError(f"plan, site {name!r}: expected {{'operator': name, 'options': {{...}}}}, got {entry!r}")
-            planned[name] = PlannedSite(entry["operator"], dict(entry.get("options", {})), entry.get("reason", ""))
+                raise PlanError(
+                    f"plan, site {name!r}: expected {{'operator': name, 'options': {{...}}}}, got {entry!r}"
+                )
+            planned[name] = PlannedSite(
+                entry["operator"], dict(entry.get("options", {})), entry.get("reason", "")
+            )
         return Plan(planned, dict(document.get("provenance", {})))
 
     def save(self, path: str | Path) -> None:

@@ -96,7 +96,9 @@ def causal_masked_fill(q, k, v):
 def causal_inplace(q, k, v):
     s = q @ k.mT
     s /= math.sqrt(q.shape[-1])
-    s.masked_fill_(torch.triu(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), 1), torch.finfo(s.dtype).min)
+    s.masked_fill_(
+        torch.triu(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), 1), torch.finfo(s.dtype).min
+    )
     return s.softmax(-1) @ v
 
 

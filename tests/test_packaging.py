@@ -29,7 +29,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_using_the_backend_imports_only_what_it_needs() -> None:
     code = (
         "import sys, fastattn_compile as fa; fa.fastattn; fa.scan; fa.attend; "
-        "print([m for m in ('onnx', 'transformers', 'matplotlib', 'typer', 'torch._inductor.compile_fx') if m in sys.modules])"
+        "heavy = ('onnx', 'transformers', 'matplotlib', 'typer', 'torch._inductor.compile_fx'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     assert run(sys.executable, "-c", code).strip() == "[]"
 
@@ -46,7 +47,7 @@ def test_every_public_name_resolves() -> None:
     for name in fa.__all__:
         assert getattr(fa, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        fa.nothing  # noqa: B018
+        fa.nothing
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
-    assert {name.split("/")[0] for name in names} == {"fastattn_compile", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "fastattn_compile",
+        wheel.name.rsplit("-py3", 1)[0] + ".dist-info",
+    }
     assert "fastattn_compile/passes/find.py" in names and "fastattn_compile/py.typed" in names
 
 

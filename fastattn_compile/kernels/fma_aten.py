@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn_compile.kernels.fma_plan import Pattern
 from fastattn_compile.kernels.fma_pool import combine_levels_backward, spread_levels
 from fastattn_compile.kernels.fma_tiles import Part, Tiling
-from fastattn_compile.kernels.parallel import map_parts
+from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     normalise,
     poison,
@@ -88,7 +88,7 @@ def forward(
             tiling.store(log_sum_exp, part, blocks, lse)
 
     tiling = Tiling(query, key, value, scale, pattern, key_padding)
-    map_parts(attend, tiling.parts(), tiling.another, query.device)
+    run_parts(attend, tiling.parts(), tiling.another, query.device)
     return out, log_sum_exp.squeeze(3)
 
 
@@ -153,17 +153,20 @@ def backward(
             to_keys.add(torch.bmm(grad_scores.mT, q, out=tiling.buffer("grad key", *k.shape)), blocks)
             tile = torch.bmm(grad_scores, k, out=tiling.buffer("grad query", *q.shape))
             tiling.store(grad_query, part, blocks, tile)
-        grad_weights = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
-        grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grad_weights))
-        grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grad_weights))
-        return grad_weights
+        grads = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
+        grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grads))
+        grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grads))
+        return grads
 
-    by_part = map_parts(differentiate, tiling.parts(), tiling.another, query.device)
     # Weights are shared by all heads: their gradients are added in the order of the parts.
-    grad_weights = tuple(
-        torch.stack(grads).sum(0).to(w.dtype) for w, grads in zip(weights, zip(*by_part, strict=True))
-    )
-    return grad_query, grad_key, grad_value, grad_weights
+    grad_weights = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
+
+    def add(grads: list[Tensor]) -> None:
+        for total, grad in zip(grad_weights, grads):
+            total += grad
+
+    run_parts(differentiate, tiling.parts(), tiling.another, query.device, add)
+    return grad_query, grad_key, grad_value, tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
 
 
 class _Scatter:

@@ -1,15 +1,15 @@
 """Independent parts of one kernel on the threads of a CPU, one part a thread.
 
-A kernel made of many small ATen calls meets its other threads at the end of every one of them, and on a busy machine each
-meeting waits for the scheduler. Giving every thread a part of its own, and its ATen calls to that thread alone, leaves
-one meeting a kernel.
+A kernel made of many small ATen calls meets its other threads at the end of every one of them, and on a busy
+machine each meeting waits for the scheduler. Giving every thread a part of its own, and its ATen calls to that
+thread alone, leaves one meeting a kernel.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
@@ -21,27 +21,35 @@ State = TypeVar("State")
 Result = TypeVar("Result")
 
 
-def map_parts(
+def run_parts(
     work: Callable[[State, Item], Result],
     items: Sequence[Item],
     state: Callable[[], State],
     device: torch.device,
-) -> list[Result]:
-    """``[work(state, item) for item in items]``, on as many threads as torch may use.
+    take: Callable[[Result], None] = lambda result: None,
+) -> None:
+    """Calls ``take(work(state, item))`` for every item, the work on as many threads as torch may use.
 
     Args:
         work: Called once an item, on any thread, without autograd; items must not write to the same place.
         items: The parts.
         state: Makes what one thread keeps from item to item (buffers).
         device: Where the tensors are; only a CPU has threads to use.
-
-    Returns:
-        The results in the order of the items.
+        take: Receives the results in the order of the items, in the thread that called.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or min(threads, len(items)) < 2:
         own = state()
-        return [work(own, item) for item in items]
+        results: Iterator[Result] = (work(own, item) for item in items)
+    else:
+        results = _on_threads(work, items, state, threads)
+    for result in results:
+        take(result)
+
+
+def _on_threads(
+    work: Callable[[State, Item], Result], items: Sequence[Item], state: Callable[[], State], threads: int
+) -> Iterator[Result]:
     idle: list[State] = []
 
     def task(item: Item) -> Result:
@@ -49,13 +57,13 @@ def map_parts(
             own = idle.pop()
         except IndexError:
             own = state()
-        # Autograd and autocast are switched off in the thread that called, not in this one.
+        # Autograd is switched off in the thread that called, not in this one.
         with torch.inference_mode():
             result = work(own, item)
         idle.append(own)
         return result
 
-    return list(_pool(threads, os.getpid()).map(task, items))
+    return _pool(threads, os.getpid()).map(task, items)
 
 
 # By process: the threads of a pool do not survive a fork.
@@ -67,6 +75,6 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
-    # The number is kept a thread, but the last one set is what threads yet to come start from.
+    # Every thread keeps its own number, but the last one set is what threads yet to come start from.
     torch.set_num_threads(threads)
     return pool

@@ -34,7 +34,12 @@ class CanonicalNodes:
 
 
 def call_operator(
-    graph: torch.fx.Graph, operator: Operator, nodes: CanonicalNodes, scale: float, mask: MaskStructure, site: str
+    graph: torch.fx.Graph,
+    operator: Operator,
+    nodes: CanonicalNodes,
+    scale: float,
+    mask: MaskStructure,
+    site: str,
 ) -> torch.fx.Node:
     """Appends the call at the graph's insertion point.
 

@@ -146,18 +146,20 @@ class AttentionInputs:
             )
         if q.shape[1] % k.shape[1]:
             raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
-        for name, tensor, wanted in (
+        for name, fact, wanted in (
             ("key_padding", self.key_padding, self.mask.key_padding),
             ("segments", self.segments, self.mask.segments),
         ):
-            if (tensor is not None) != wanted:
+            if (fact is not None) != wanted:
                 raise ValueError(f"{name} is {'missing' if wanted else 'given'} but the mask is {self.mask}")
-            if tensor is not None and tuple(tensor.shape) != (k.shape[0], k.shape[2]):
+            if fact is not None and tuple(fact.shape) != (k.shape[0], k.shape[2]):
                 raise ValueError(
-                    f"{name} must have shape (batch, key_len) = {(k.shape[0], k.shape[2])}, got {tuple(tensor.shape)}"
+                    f"{name} must have shape (batch, key_len) = {(k.shape[0], k.shape[2])}, got {tuple(fact.shape)}"
                 )
         if self.key_padding is not None and self.key_padding.dtype != torch.bool:
-            raise TypeError(f"key_padding must be boolean, true where a token is real; got {self.key_padding.dtype}")
+            raise TypeError(
+                f"key_padding must be boolean, true where a token is real; got {self.key_padding.dtype}"
+            )
         return self
 
     def visible(self, rows: Tensor) -> Tensor:
@@ -257,7 +259,9 @@ class OperatorConfig:
         for name, value in values.items():
             default = fields[name].default
             if default is not dataclasses.MISSING and default is not None:
-                right = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+                right = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(
+                    default, bool
+                )
                 if not right and not (isinstance(default, float) and type(value) is int):
                     raise TypeError(
                         f"option {name} of {cls.__name__} must be {type(default).__name__}, got {value!r}"
@@ -321,7 +325,9 @@ class Operator(ABC, Generic[ConfigT]):
 
     def __repr__(self) -> str:
         changed = [
-            f"{f.name}={getattr(self.config, f.name)!r}" for f in dataclasses.fields(self.config) if f.name != "version"
+            f"{f.name}={getattr(self.config, f.name)!r}"
+            for f in dataclasses.fields(self.config)
+            if f.name != "version"
         ]
         return f"{self.name}({', '.join(changed)})"
 
@@ -382,9 +388,7 @@ class Operator(ABC, Generic[ConfigT]):
         """Names and shapes of the learned parameters at a site, in order. Empty when there are none."""
         return {}
 
-    def initial_parameters(
-        self, spec: SiteSpec, sample: AttentionInputs | None = None
-    ) -> dict[str, Tensor]:
+    def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
         """Initial values of the learned parameters, in the order of ``parameter_shapes``.
 
         Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,11 +106,13 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_padding, segments, bias, parameters, ctx.scale, ctx.mask, ctx.config, ctx.site = inputs
+    query, key, value, key_padding, segments, bias, parameters, ctx.scale, ctx.mask, ctx.config, ctx.site = (
+        inputs
+    )
     ctx.save_for_backward(query, key, value, key_padding, segments, bias, *output, *parameters)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _register(name: str) -> Any:
     forward = torch.library.custom_op(f"fastattn::{name}", _forward, mutates_args=(), schema=_FORWARD)
     forward.register_fake(_forward_fake)
@@ -188,6 +190,16 @@ def attend(
     if not support:
         raise ValueError(f"{operator.name} cannot serve this attention: {support.reason}")
     result: tuple[Tensor, Tensor] = torch_op(operator.name)(
-        query, key, value, key_padding, segments, None, list(parameters), scale, str(structure), operator.token, site
+        query,
+        key,
+        value,
+        key_padding,
+        segments,
+        None,
+        list(parameters),
+        scale,
+        str(structure),
+        operator.token,
+        site,
     )
     return result

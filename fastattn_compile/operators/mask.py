@@ -51,7 +51,9 @@ class MaskStructure:
             if value is not None and value < 1:
                 raise ValueError(f"MaskStructure.{name} must be a positive number of tokens, got {value}")
         if self.left is not None and self.right is not None and self.left + self.right < 0:
-            raise ValueError(f"no key is visible: left={self.left}, right={self.right} describe an empty band")
+            raise ValueError(
+                f"no key is visible: left={self.left}, right={self.right} describe an empty band"
+            )
 
     @property
     def causal(self) -> bool:
@@ -131,7 +133,9 @@ class MaskStructure:
         Args:
             *abilities: Field names the operator honours, for example ``"right"``, ``"key_padding"``.
         """
-        return [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name not in abilities]
+        return [
+            f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name not in abilities
+        ]
 
     def visible(self, rows: Tensor, keys: Tensor, query_len: int, key_len: int) -> Tensor:
         """Evaluates the position terms.

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("fastattn::parameters", mutates_args=(), schema="(Tensor[] parameters, str site) -> Tensor")
+@torch.library.custom_op(
+    "fastattn::parameters", mutates_args=(), schema="(Tensor[] parameters, str site) -> Tensor"
+)
 def mark_parameters(parameters: list[Tensor], site: str) -> Tensor:
     """Marks tensors as the learned parameters of a site.
 

@@ -55,7 +55,10 @@ def analyse(gm: torch.fx.GraphModule) -> list[Analysis]:
             normalised = view(body, tainted)
         found.append((body, normalised, find(normalised)))
     names = iter(unique_names([line.name for _, _, lines in found for line in lines]))
-    return [Analysis(body, normalised, [_named(line, next(names)) for line in lines]) for body, normalised, lines in found]
+    return [
+        Analysis(body, normalised, [_named(line, next(names)) for line in lines])
+        for body, normalised, lines in found
+    ]
 
 
 def _named(line: Softmax, name: str) -> Softmax:

@@ -81,7 +81,9 @@ def _quotient(a: Size, b: Size) -> Size | None:
     if ratio.is_number:
         return int(ratio) if ratio.is_integer else None
     numerator, denominator = ratio.as_numer_denom()
-    if denominator != 1 or not all(c.is_integer for c in sympy.Poly(numerator, *numerator.free_symbols).coeffs()):
+    if denominator != 1 or not all(
+        c.is_integer for c in sympy.Poly(numerator, *numerator.free_symbols).coeffs()
+    ):
         return None
     return ratio
 
@@ -158,7 +160,9 @@ def step(node: Node, axes: Axes) -> Axes | None:
         if not isinstance(node.attributes["repeats"], int):
             return None
         dim = node.attributes["dim"]
-        return [[*axis, Atom(node.attributes["repeats"])] if d == dim else axis for d, axis in enumerate(axes)]
+        return [
+            [*axis, Atom(node.attributes["repeats"])] if d == dim else axis for d, axis in enumerate(axes)
+        ]
     if node.kind == "repeat":
         repeats = node.attributes["repeats"]
         padded = [[] for _ in range(len(repeats) - len(axes))] + axes

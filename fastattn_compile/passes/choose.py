@@ -13,7 +13,6 @@ import torch
 from fastattn_compile.errors import UnsupportedSiteError
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.speed import crossover
-from fastattn_compile.passes.axes import leaves
 from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
 
 Measure = Callable[[Sequence[Site], Operator], Mapping[str, float]]
@@ -135,7 +134,9 @@ def choose_measured(
             # Comparing a symbolic length installs a guard: a shorter batch is compiled anew and decided anew.
             if not bool(spec.key_len >= shortest):
                 choice = Choice(
-                    line, None, f"exact attention is predicted to be as fast below {shortest} keys on {spec.device}"
+                    line,
+                    None,
+                    f"exact attention is predicted to be as fast below {shortest} keys on {spec.device}",
                 )
             elif measure is None:
                 choice = Choice(line, None, "no real batch at compile time to measure the error on")
@@ -155,7 +156,9 @@ def _serve(line: Softmax, operator: Operator, reason: str, learned: Collection[s
         return Choice(line, None, line.reason)
     if operator.learned and line.name not in learned:
         return Choice(
-            line, None, f"{operator} has learned parameters and none are attached here; call fa.attach before compiling"
+            line,
+            None,
+            f"{operator} has learned parameters and none are attached here; call fa.attach before compiling",
         )
     support = operator.supports(symbolic_spec(line.site))
     return Choice(line, operator, reason) if support else Choice(line, None, support.reason)

@@ -59,7 +59,11 @@ def trace(node: Node, axes: Axes) -> Operand:
     """
     chain: list[Node] = []
     origin = node
-    while origin.kind in LAYOUT_KINDS and isinstance(origin.inputs[0], Node) and origin.inputs[0].shape is not None:
+    while (
+        origin.kind in LAYOUT_KINDS
+        and isinstance(origin.inputs[0], Node)
+        and origin.inputs[0].shape is not None
+    ):
         if origin.tainted or origin.dtype != origin.inputs[0].dtype:
             break
         chain.append(origin)
@@ -90,7 +94,12 @@ def contraction(node: Node) -> Contraction | None:
     if node.kind not in ("matmul", "baddbmm"):
         return None
     a, b = node.inputs[-2:]
-    if not (isinstance(a, Node) and isinstance(b, Node)) or a.shape is None or b.shape is None or node.shape is None:
+    if (
+        not (isinstance(a, Node) and isinstance(b, Node))
+        or a.shape is None
+        or b.shape is None
+        or node.shape is None
+    ):
         return None
     if len(a.shape) < 2 or len(b.shape) < 2:
         return None
@@ -114,7 +123,12 @@ def contraction(node: Node) -> Contraction | None:
 
 def _einsum(node: Node) -> Contraction | None:
     a, b = (node.inputs[0], node.inputs[1]) if len(node.inputs) == 2 else (None, None)
-    if not (isinstance(a, Node) and isinstance(b, Node)) or a.shape is None or b.shape is None or node.shape is None:
+    if (
+        not (isinstance(a, Node) and isinstance(b, Node))
+        or a.shape is None
+        or b.shape is None
+        or node.shape is None
+    ):
         return None
     equation = node.attributes["equation"].replace(" ", "")
     left, arrow, result = equation.partition("->")
@@ -136,7 +150,12 @@ def _einsum(node: Node) -> Contraction | None:
 
     in_a, in_b = letters_of(terms[0], len(a.shape)), letters_of(terms[1], len(b.shape))
     out = letters_of(result, len(node.shape))
-    if len(set(in_a)) < len(in_a) or len(set(in_b)) < len(in_b) or len(in_a) != len(a.shape) or len(in_b) != len(b.shape):
+    if (
+        len(set(in_a)) < len(in_a)
+        or len(set(in_b)) < len(in_b)
+        or len(in_a) != len(a.shape)
+        or len(in_b) != len(b.shape)
+    ):
         return None
     atoms: dict[str, Atom] = {}
     for letter, size in [*zip(in_a, a.shape), *zip(in_b, b.shape)]:
@@ -150,5 +169,9 @@ def _einsum(node: Node) -> Contraction | None:
 
     summed = [atoms[letter] for letter in in_a if letter in in_b and letter not in out]
     return Contraction(
-        node, trace(a, axes_of(in_a, a.shape)), trace(b, axes_of(in_b, b.shape)), axes_of(out, node.shape), summed
+        node,
+        trace(a, axes_of(in_a, a.shape)),
+        trace(b, axes_of(in_b, b.shape)),
+        axes_of(out, node.shape),
+        summed,
     )

@@ -16,8 +16,8 @@ from fastattn_compile.passes.graph import GraphView, Node, Size, same_size
 from fastattn_compile.passes.mask_lift import lifter_of
 from fastattn_compile.passes.mask_structure import recognise
 from fastattn_compile.passes.mask_terms import axes_by_role, canonical_terms
-from fastattn_compile.passes.sequences import same_sequence
 from fastattn_compile.passes.scores import Scores, ScoreTerm, number, read_scores
+from fastattn_compile.passes.sequences import same_sequence
 from fastattn_compile.passes.site import EXACT, NOT_ATTENTION, TAKEN, Groups, Site, Softmax
 from fastattn_compile.passes.weights import live_nodes, read_weights
 
@@ -52,11 +52,18 @@ def find(view: GraphView) -> list[Softmax]:
     live = live_nodes(view)
     found: list[Softmax] = []
     for node in view.nodes:
-        if node.kind not in ("softmax", "div", "sdpa", "mha", "flex_attention", "log_softmax") or node not in live:
+        if (
+            node.kind not in ("softmax", "div", "sdpa", "mha", "flex_attention", "log_softmax")
+            or node not in live
+        ):
             continue
         anchor = None
         if node.kind in ("softmax", "div"):
-            anchor = written_out(node) if node.kind == "div" else Anchor(node, node.inputs[0], node.attributes["dim"])
+            anchor = (
+                written_out(node)
+                if node.kind == "div"
+                else Anchor(node, node.inputs[0], node.attributes["dim"])
+            )
             if anchor is None:
                 continue
         name = node.module or node.source or node.name
@@ -89,7 +96,9 @@ def channel_sizes(view: GraphView) -> list[Size]:
             if isinstance(operand, Node) and operand.shape is not None:
                 sizes += [operand.shape[-1], *operand.shape[-3:-2]]
     for node in view.of_kind("softmax", "div"):
-        anchor = written_out(node) if node.kind == "div" else Anchor(node, node.inputs[0], node.attributes["dim"])
+        anchor = (
+            written_out(node) if node.kind == "div" else Anchor(node, node.inputs[0], node.attributes["dim"])
+        )
         scores = read_scores(anchor.scores, anchor.dim) if anchor is not None else ""
         if not isinstance(scores, str) and scores.product is not None:
             shape = scores.product.node.shape or ()
@@ -244,7 +253,13 @@ def _read_fused(view: GraphView, node: Node, name: str) -> Site:
     traced_key = trace(key, [*outer(key, False), keys, channels])
     traced_value = trace(value, [*outer(value, False), keys, value_channels])
     groups = _groups(
-        [*batch, queries], leaves(queries), leaves(keys), leaves(channels), traced_query, traced_key, traced_value
+        [*batch, queries],
+        leaves(queries),
+        leaves(keys),
+        leaves(channels),
+        traced_query,
+        traced_key,
+        traced_value,
     )
     axes: Axes = [*batch, queries, keys]
     scale = node.attributes.get("scale")
@@ -276,13 +291,13 @@ def _site(
     kind = "self" if same_sequence(query.origin, key.origin, groups, mask.structure) else "cross"
     q, v = query.node, value.node
     spec = SiteSpec(
-        batch=length(groups.batch),  # type: ignore[arg-type]
-        heads=length(groups.heads),  # type: ignore[arg-type]
-        kv_heads=length([a for a in groups.heads if a not in groups.repeated]),  # type: ignore[arg-type]
-        query_len=length(groups.query),  # type: ignore[arg-type]
-        key_len=length(groups.key),  # type: ignore[arg-type]
-        head_dim=length(groups.channels),  # type: ignore[arg-type]
-        value_dim=length(groups.value_channels),  # type: ignore[arg-type]
+        batch=length(groups.batch),
+        heads=length(groups.heads),
+        kv_heads=length([a for a in groups.heads if a not in groups.repeated]),
+        query_len=length(groups.query),
+        key_len=length(groups.key),
+        head_dim=length(groups.channels),
+        value_dim=length(groups.value_channels),
         dtype=v.dtype or q.dtype,  # type: ignore[arg-type]
         device=getattr(getattr(_value(v), "device", None), "type", "cpu"),
         kind=kind,

@@ -26,7 +26,8 @@ def canonical_terms(terms: list[ScoreTerm], groups: Groups) -> list[MaskTerm]:
     """
     index = _atom_indices(groups)
     return [
-        MaskTerm(term.node, term.role, term.fill, _dims(term.node, term.axes, index), term.factor) for term in terms
+        MaskTerm(term.node, term.role, term.fill, _dims(term.node, term.axes, index), term.factor)
+        for term in terms
     ]
 
 

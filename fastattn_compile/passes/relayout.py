@@ -43,7 +43,9 @@ class Relayout:
                     known = 1
                     for other in others:
                         known *= int(other.size)
-                    return whole if known == 1 else self.graph.call_function(operator.floordiv, (whole, known))
+                    return (
+                        whole if known == 1 else self.graph.call_function(operator.floordiv, (whole, known))
+                    )
         raise LookupError(f"no tensor of the site shows the size {atom.size}")
 
     def product(self, atoms: Sequence[Atom]) -> GraphSize:
@@ -55,7 +57,9 @@ class Relayout:
             if isinstance(size, int):
                 known *= size
             else:
-                symbolic = size if symbolic is None else self.graph.call_function(operator.mul, (symbolic, size))
+                symbolic = (
+                    size if symbolic is None else self.graph.call_function(operator.mul, (symbolic, size))
+                )
         if symbolic is None:
             return known
         return symbolic if known == 1 else self.graph.call_function(operator.mul, (symbolic, known))

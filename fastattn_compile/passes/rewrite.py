@@ -56,7 +56,9 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
     groups = site.groups
     kept_heads = [atom for atom in leaves(groups.heads) if atom not in leaves(groups.repeated)]
     with graph.inserting_before(out):
-        layout = Relayout(graph, [(x.origin.origin, x.origin_axes) for x in (site.query, site.key, site.value)])
+        layout = Relayout(
+            graph, [(x.origin.origin, x.origin_axes) for x in (site.query, site.key, site.value)]
+        )
 
         def canonical(operand: Operand, heads: Axes, length: Axes, channels: Axes) -> torch.fx.Node:
             wanted = [groups.batch, *heads, *length, *channels]
@@ -70,9 +72,7 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
             _fact(graph, layout, site, "key_padding", facts), _fact(graph, layout, site, "segments", facts),
             replacement.parameters,
         )  # fmt: skip
-        result = call_operator(
-            graph, replacement.operator, nodes, site.scale, site.mask.structure, site.name
-        )
+        result = call_operator(graph, replacement.operator, nodes, site.scale, site.mask.structure, site.name)
         result = layout.emit(
             result, [groups.batch, groups.heads, groups.query, groups.value_channels], site.out_axes
         )

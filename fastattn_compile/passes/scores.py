@@ -118,9 +118,7 @@ def _operands_of_interest(node: Node) -> Iterator[Node]:
         candidates = node.inputs[1:3]
     elif node.kind == "cat":
         candidates = node.inputs
-    elif node.kind == "sub" and isinstance(node.inputs[1], Node) and node.inputs[1].kind == "amax":
-        candidates = node.inputs[:1]
-    elif node.kind == "div":
+    elif (node.kind == "sub" and isinstance(node.inputs[1], Node) and node.inputs[1].kind == "amax") or node.kind == "div":
         candidates = node.inputs[:1]
     else:
         candidates = node.inputs[:2]
@@ -177,7 +175,9 @@ def _read_step(scores: Scores, node: Node, source: Node | None) -> None:
             return
         axes = step(node, scores.axes)
         if axes is None:
-            scores.problem = scores.problem or f"the layout of the scores cannot be followed through {node.name}"
+            scores.problem = (
+                scores.problem or f"the layout of the scores cannot be followed through {node.name}"
+            )
         else:
             scores.axes = axes
         return
@@ -220,7 +220,9 @@ def _scale(scores: Scores, factor: float) -> None:
         scores.softcap *= factor
     if factor < 0 and any(term.role != "add" for term in scores.terms):
         scores.problem = scores.problem or "the scores change sign after they were masked"
-    scores.terms = [replace(term, factor=term.factor * factor, fill=term.fill * abs(factor)) for term in scores.terms]
+    scores.terms = [
+        replace(term, factor=term.factor * factor, fill=term.fill * abs(factor)) for term in scores.terms
+    ]
 
 
 def _hides(value: float | None) -> bool:
@@ -245,7 +247,9 @@ def _read_binary(scores: Scores, kind: str, other: Any, first: bool) -> None:
             return
         if kind == "sub" and not first:
             _scale(scores, -1.0)
-        scores.terms.append(ScoreTerm(other, "add", 0.0, scores.axes, -1.0 if kind == "sub" and first else 1.0))
+        scores.terms.append(
+            ScoreTerm(other, "add", 0.0, scores.axes, -1.0 if kind == "sub" and first else 1.0)
+        )
     elif kind == "maximum" and _hides(value):
         return  # a floor at the masking constant
     else:

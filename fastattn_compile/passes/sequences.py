@@ -10,7 +10,9 @@ from fastattn_compile.passes.scores import is_weight
 from fastattn_compile.passes.site import Groups
 
 _MIXERS = CONTRACTION_KINDS | {"linear", "sdpa", "softmax", "mha", "flex_attention"}
-_FACTS = frozenset({"parameter", "constant", "full", "arange", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "not"})
+_FACTS = frozenset(
+    {"parameter", "constant", "full", "arange", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "not"}
+)
 # A projection lies within a few steps of the product; a norm or a position embedding within a few of the projection.
 _NEAR = 64
 

@@ -39,7 +39,13 @@ def live_nodes(view: GraphView) -> set[Node]:
 
 
 def read_weights(
-    view: GraphView, live: set[Node], softmax: Node, axes: Axes, keys: list[Atom], queries: set[Atom], sink: bool
+    view: GraphView,
+    live: set[Node],
+    softmax: Node,
+    axes: Axes,
+    keys: list[Atom],
+    queries: set[Atom],
+    sink: bool,
 ) -> Weights:
     """Walks forward from a softmax.
 

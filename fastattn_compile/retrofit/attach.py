@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastattn_compile.errors import PlanError
@@ -41,11 +40,16 @@ class LearnedParameters(nn.Module):
         return [getattr(self, name) for name in self._order]
 
     def extra_repr(self) -> str:
+        """Site, operator and size, for ``print(model)``."""
         return f"{self.site}: {self.operator}, {sum(p.numel() for p in self.parameters())} parameters"
 
 
 def attach(
-    model: nn.Module, operator: str | Plan, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: nn.Module,
+    operator: str | Plan,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> dict[str, LearnedParameters]:
     """Gives the sites of a model the learned parameters of their operators. Call it before the optimizer and the compiler.
 
@@ -69,7 +73,9 @@ def attach(
         ValueError: The operator is unknown, an option is bad, or the model has parameters attached already.
     """
     if any(isinstance(module, LearnedParameters) for module in model.modules()):
-        raise ValueError("learned parameters are attached to this model already; call fa.detach(model) to start over")
+        raise ValueError(
+            "learned parameters are attached to this model already; call fa.detach(model) to start over"
+        )
     lines = {line.name: line for line in scan(model, *args, **kwargs).softmaxes if line.site is not None}
     operators = _operators(lines, operator, dict(options or {}))
     attached: dict[str, LearnedParameters] = {}
@@ -113,11 +119,15 @@ class _Mark:
         mark_parameters(bundle.tensors(), bundle.site)
 
 
-def _operators(lines: Mapping[str, Softmax], operator: str | Plan, options: dict[str, Any]) -> dict[str, Operator]:
+def _operators(
+    lines: Mapping[str, Softmax], operator: str | Plan, options: dict[str, Any]
+) -> dict[str, Operator]:
     if isinstance(operator, Plan):
         missing = sorted(set(operator.sites) - set(lines))
         if missing:
-            raise PlanError(f"the plan names sites the model does not have: {', '.join(missing)}; it has {sorted(lines)}")
+            raise PlanError(
+                f"the plan names sites the model does not have: {', '.join(missing)}; it has {sorted(lines)}"
+            )
         return {name: site.build() for name, site in operator.sites.items()}
     return {name: make_operator(operator, **options) for name, line in lines.items() if line.status == TAKEN}
 

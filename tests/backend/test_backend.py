@@ -108,8 +108,14 @@ class TestPlan:
             ({"schema": "fastattn.plan/9"}, "fastattn.plan/9"),
             ({"schema": "fastattn.plan/1"}, "a plan holds 'sites'"),
             ({"schema": "fastattn.plan/1", "sites": {"a": 1}}, "site 'a': expected"),
-            ({"schema": "fastattn.plan/1", "sites": {"a": {"operator": "x"}}}, "site 'a': unknown operator 'x'"),
-            ({"schema": "fastattn.plan/1", "sites": {"a": {"operator": "fma", "options": {"rank": 3}}}}, "site 'a': rank"),
+            (
+                {"schema": "fastattn.plan/1", "sites": {"a": {"operator": "x"}}},
+                "site 'a': unknown operator 'x'",
+            ),
+            (
+                {"schema": "fastattn.plan/1", "sites": {"a": {"operator": "fma", "options": {"rank": 3}}}},
+                "site 'a': rank",
+            ),
         ],
     )
     def test_bad_plans(self, document, message: str, tmp_path) -> None:
@@ -270,33 +276,37 @@ class TestDefault:
         for _ in range(3):
             fast(torch.randn(1, 64, 32))
         (record,) = backend.records(model)
-        assert {name: len(errors) for name, errors in record.monitor.errors.items()} == {"blocks.0": 3, "blocks.1": 3}
+        assert {name: len(errors) for name, errors in record.monitor.errors.items()} == {
+            "blocks.0": 3,
+            "blocks.1": 3,
+        }
         report = fa.report(fast)
         assert all(site.own_error_p95 > 0 for site in report.sites)
         assert report.provenance["monitored_calls"] == 6
 
 
-class TestLearnedParameters:
-    # Without sinks every group is whole, and the initial combinations are the means to rounding.
-    OPTIONS = {"block": 8, "rank": 2, "basis": "depthwise", "sinks": 0}
+# Without sinks every group is whole, and the initial combinations are the means to rounding.
+DEPTHWISE = {"block": 8, "rank": 2, "basis": "depthwise", "sinks": 0}
 
+
+class TestLearnedParameters:
     def test_they_are_parameters_of_the_model(self) -> None:
         model, x = stack(), torch.randn(1, 64, 32)
         before = set(model.state_dict())
-        bundles = fa.attach(model, "fma", x, options=self.OPTIONS)
+        bundles = fa.attach(model, "fma", x, options=DEPTHWISE)
         added = set(model.state_dict()) - before
         assert set(bundles) == {"blocks.0", "blocks.1"}
         assert "blocks.0.fastattn.key_weight_1" in added
         assert all(name.split(".")[2] == "fastattn" for name in added)
         mean = compiled(stack(), operator="fma", block=8, rank=2, sinks=0)(x)
-        learned = compiled(model, operator="fma", strict=True, **self.OPTIONS)(x)
+        learned = compiled(model, operator="fma", strict=True, **DEPTHWISE)(x)
         torch.testing.assert_close(learned, mean)  # they start as the means
 
     def test_the_optimizer_trains_them(self) -> None:
         model, x = stack(), torch.randn(1, 64, 32)
-        bundles = fa.attach(model, "fma", x, options=self.OPTIONS)
+        bundles = fa.attach(model, "fma", x, options=DEPTHWISE)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        fast = compiled(model, operator="fma", strict=True, compiler="aot_eager", **self.OPTIONS)
+        fast = compiled(model, operator="fma", strict=True, compiler="aot_eager", **DEPTHWISE)
         weight = bundles["blocks.1"].value_weight_1
         start, first = weight.detach().clone(), fast(x).square().mean()
         first.backward()
@@ -309,25 +319,25 @@ class TestLearnedParameters:
         x = torch.randn(1, 64, 32)
         model, other = stack(), stack()
         for m in (model, other):
-            fa.attach(m, "fma", x, options=self.OPTIONS)
+            fa.attach(m, "fma", x, options=DEPTHWISE)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.01)
         other.load_state_dict(model.state_dict())
-        runs = [compiled(m, operator="fma", **self.OPTIONS)(x) for m in (model, other)]
+        runs = [compiled(m, operator="fma", **DEPTHWISE)(x) for m in (model, other)]
         torch.testing.assert_close(*runs)
 
     def test_without_attaching_the_site_stays_exact(self) -> None:
-        compiled(stack(), operator="fma", **self.OPTIONS)(torch.randn(1, 64, 32))
+        compiled(stack(), operator="fma", **DEPTHWISE)(torch.randn(1, 64, 32))
         assert set(operators_used().values()) == {"exact"}
         assert "fa.attach" in backend.decisions()[0].reason
 
     def test_attached_twice_and_detached(self) -> None:
         model, x = stack(), torch.randn(1, 64, 32)
         before = list(model.state_dict())
-        fa.attach(model, "fma", x, options=self.OPTIONS)
+        fa.attach(model, "fma", x, options=DEPTHWISE)
         with pytest.raises(ValueError, match="attached to this model already"):
-            fa.attach(model, "fma", x, options=self.OPTIONS)
+            fa.attach(model, "fma", x, options=DEPTHWISE)
         fa.detach(model)
         assert list(model.state_dict()) == before
         compiled(model, operator="exact")(x)
@@ -387,7 +397,9 @@ class TestBadInput:
         out = fast(q, k, v)
         assert out[0, 0, 3].isnan().all() and out[0, 1].isfinite().all()
         monkeypatch.setenv("FASTATTN_CHECK", "1")
-        with pytest.raises(NumericError, match=r"NaN or Inf in the output of site .*its inputs already held them"):
+        with pytest.raises(
+            NumericError, match=r"NaN or Inf in the output of site .*its inputs already held them"
+        ):
             fast(q, k, v)
 
     def test_a_mask_that_is_not_understood_keeps_the_site(self) -> None:

@@ -39,13 +39,18 @@ class Attends(nn.Module):
         return self.attention(x, x, x, key_padding_mask=padding, **self.call)[0]
 
 
-def agrees(model: nn.Module, *inputs, sites: int, mask: str, names: list[str] | None = None, **options) -> None:
+def agrees(
+    model: nn.Module, *inputs, sites: int, mask: str, names: list[str] | None = None, **options
+) -> None:
     """Rewritten with exact attention, a model gives what it gave; all its sites are taken."""
     import copy
 
     oracle = copy.deepcopy(model).double()
     with torch.no_grad():
-        wanted, formula = oracle(*(x.double() if x.is_floating_point() else x for x in inputs)), model(*inputs)
+        wanted, formula = (
+            oracle(*(x.double() if x.is_floating_point() else x for x in inputs)),
+            model(*inputs),
+        )
         out = compiled(model, operator="exact", strict=True, **options)(*inputs)
     assert_as_good_as(out, oracle=wanted, formula=formula)
     made = backend.decisions()
@@ -99,16 +104,26 @@ class TestTorchModules:
 
 
 transformers = pytest.importorskip("transformers")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
 
 
 def tiny(kind: str, attention: str) -> nn.Module:
     torch.manual_seed(0)
     config = {
         "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False),
-        "mistral": lambda: transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=16, use_cache=False),
+        "mistral": lambda: transformers.MistralConfig(
+            **SIZES, num_key_value_heads=2, sliding_window=16, use_cache=False
+        ),
         "bert": lambda: transformers.BertConfig(**SIZES),
-        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, use_cache=False),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=99, use_cache=False
+        ),
     }[kind]()
     model = transformers.AutoModel.from_config(config, attn_implementation=attention).eval()
     return model

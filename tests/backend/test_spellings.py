@@ -15,7 +15,9 @@ N, HEADS, DIM = 40, 4, 16
 
 def tensors(n: int = N, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, HEADS, n, DIM, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    return tuple(
+        torch.randn(2, HEADS, n, DIM, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)
+    )
 
 
 def compiled(fn, dynamic: bool = False, **options):
@@ -46,7 +48,9 @@ def test_gradients_of_the_rewrite(name: str) -> None:
     def gradients(run, dtype=torch.float32):
         inputs = [x.requires_grad_() for x in tensors(dtype=dtype)]
         out = run(*inputs)
-        return torch.autograd.grad((out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum(), inputs)
+        return torch.autograd.grad(
+            (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum(), inputs
+        )
 
     fast = compiled(fn, operator="exact", strict=True, compiler="aot_eager")
     for got, oracle, formula in zip(gradients(fast), gradients(fn, torch.float64), gradients(fn)):
@@ -63,7 +67,9 @@ def test_nothing_else_is_taken(name: str) -> None:
     torch.testing.assert_close(compiled(fn, operator="exact")(*tensors()), fn(*tensors()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["matmul_div", "causal_inplace", "sdpa_causal", "grouped_expand", "sliding_window"])
+@pytest.mark.parametrize(
+    "name", ["matmul_div", "causal_inplace", "sdpa_causal", "grouped_expand", "sliding_window"]
+)
 def test_an_approximating_operator_really_runs(name: str) -> None:
     """With blocks that leave a far field, FMA changes the output: the replaced path is the one that runs."""
     fn, _ = spellings.POSITIVE[name]

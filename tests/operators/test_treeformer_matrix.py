@@ -1,7 +1,7 @@
-"""The shared matrix on tree attention, as far as it applies to planes of single heads and straight-through gradients.
+"""The shared matrix on tree attention, as far as it fits planes of single heads and straight-through gradients.
 
-Finite differences do not see hard decisions, and heads have parameters of their own: those three checks of the matrix are
-in ``test_treeformer.py`` in a form that fits.
+Finite differences do not see hard decisions, and heads have parameters of their own: those three checks of the
+matrix are in ``test_treeformer.py`` in a form that fits.
 """
 
 from __future__ import annotations

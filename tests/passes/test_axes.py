@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import sympy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,7 +58,7 @@ def test_regrouping_keeps_the_order_of_elements(factors: list[int], data: st.Dat
 
     def cut() -> list[int]:
         borders = sorted(data.draw(st.sets(st.integers(0, len(factors)))) | {0, len(factors)})
-        parts = [factors[i:j] for i, j in zip(borders, borders[1:])]
+        parts = [factors[i:j] for i, j in itertools.pairwise(borders)]
         return [int(sympy.prod(part)) for part in parts]
 
     axes = fresh(cut())

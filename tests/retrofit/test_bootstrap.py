@@ -1,4 +1,4 @@
-"""The two-level schedule: who is converted when, what is kept from stage to stage, and that training works through it."""
+"""The two-level schedule: who is converted when, what is kept between stages, and that training goes through."""
 
 from __future__ import annotations
 

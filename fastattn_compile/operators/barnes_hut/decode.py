@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.barnes_hut_tree import Level, Sums, choose, voices_of
+from fastattn_compile.kernels.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.exact.reference import masked_softmax
 
@@ -80,6 +80,7 @@ class BarnesHutDecoder(Decoder):
     def __init__(self, operator: BarnesHutAttention, scale: float) -> None:
         self.operator, self.scale = operator, scale
         self._length: int | None = None
+        self._choice: Choice | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in
