@@ -70,7 +70,7 @@ def _on_threads(
 @lru_cache(maxsize=4)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads whose ATen calls use that thread alone."""
-    pool = ThreadPoolExecutor(threads, "fastattn", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(threads, "fastattn", _use_one_thread)
     started = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(started.wait)
@@ -78,3 +78,9 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     # Every thread keeps its own number, but the last one set is what threads yet to come start from.
     torch.set_num_threads(threads)
     return pool
+
+
+def _use_one_thread() -> None:
+    # A thread takes over the process's number when it first needs one: after that, its own can be set.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

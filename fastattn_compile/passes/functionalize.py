@@ -230,7 +230,7 @@ class _Functionalizer:
             if new is not None and live:
                 # A slice was changed, and so what it is a slice of; who reads the slice reads it anew.
                 filled = self._call(scatter_form(target, new), node, live[0], example(live[0]))
-                again = (operator.getitem, (filled, *target.args[1:]), {})
+                again: FunctionalCall = (operator.getitem, (filled, *target.args[1:]), {})
                 new = self._call(again, node, target, old) if filled is not None else None
         trial, self.trial = self.trial, []
         if new is None:
