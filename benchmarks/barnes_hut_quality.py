@@ -27,9 +27,9 @@ from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
-from fastattn_compile.report.metrics import compare_logits, summarise
-from fastattn_compile.report.provenance import provenance
-from fastattn_compile.report.terminal import console, number
+from fastattn_compile.reporting.metrics import compare_logits, summarise
+from fastattn_compile.reporting.provenance import provenance
+from fastattn_compile.reporting.terminal import console, number
 
 RESULTS = Path(__file__).parent / "results" / "barnes_hut_quality.json"
 ATTENTION = "fastattn_direct"

@@ -28,8 +28,8 @@ from fastattn_compile.operators.base import SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL, NO_MASK
 from fastattn_compile.operators.registry import make_operator
-from fastattn_compile.report.provenance import device_name, versions
-from fastattn_compile.report.timing import elapsed_ms, interleaved_ms
+from fastattn_compile.reporting.provenance import device_name, versions
+from fastattn_compile.reporting.timing import elapsed_ms, interleaved_ms
 
 RESULTS = Path(__file__).parent / "results" / "fma_cpu.json"
 FORWARD, BOTH = "forward", "both"

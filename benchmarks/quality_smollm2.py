@@ -24,9 +24,9 @@ from fastattn_compile.cli.demo import model_file
 from fastattn_compile.cli.load import Loaded, load
 from fastattn_compile.files import write_json
 from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.report.metrics import Summary, TokenMetrics, compare_logits, summarise
-from fastattn_compile.report.provenance import provenance
-from fastattn_compile.report.terminal import console, number
+from fastattn_compile.reporting.metrics import Summary, TokenMetrics, compare_logits, summarise
+from fastattn_compile.reporting.provenance import provenance
+from fastattn_compile.reporting.terminal import console, number
 
 RESULTS = Path(__file__).parent / "results" / "quality_smollm2.json"
 WINDOW_ATTENTION = "fastattn_local_window"

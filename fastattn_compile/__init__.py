@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from fastattn_compile.operators.mask import MaskStructure
     from fastattn_compile.operators.registry import make_operator
     from fastattn_compile.plans import Plan, PlannedSite
-    from fastattn_compile.report.document import Report
-    from fastattn_compile.report.evaluate import evaluate
-    from fastattn_compile.report.of_model import report
-    from fastattn_compile.retrofit.attach import attach, detach
+    from fastattn_compile.reporting.document import Report
+    from fastattn_compile.reporting.evaluate import evaluate
+    from fastattn_compile.reporting.of_model import report
+    from fastattn_compile.retrofitting.attach import attach, detach
     from fastattn_compile.scanning import Scan, scan
 
 _HOMES = {
     "MaskStructure": "operators.mask",
     "Plan": "plans",
     "PlannedSite": "plans",
-    "Report": "report.document",
+    "Report": "reporting.document",
     "Scan": "scanning",
-    "attach": "retrofit.attach",
-    "detach": "retrofit.attach",
+    "attach": "retrofitting.attach",
+    "detach": "retrofitting.attach",
     "attend": "operators.library",
-    "evaluate": "report.evaluate",
+    "evaluate": "reporting.evaluate",
     "fastattn": "backend",
     "make_operator": "operators.registry",
-    "report": "report.of_model",
+    "report": "reporting.of_model",
     "scan": "scanning",
 }
 

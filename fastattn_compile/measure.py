@@ -18,7 +18,7 @@ from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.analyse import analyse
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.passes.site import Site
-from fastattn_compile.report.metrics import probe_rows, sample_rows
+from fastattn_compile.reporting.metrics import probe_rows, sample_rows
 
 # Query rows an error is measured on. Their exact attention costs rows * n products.
 SAMPLED_ROWS = 64

@@ -53,7 +53,7 @@ class Scan:
 
     def print(self) -> None:
         """Prints the table."""
-        from fastattn_compile.report.terminal import print_scan
+        from fastattn_compile.reporting.terminal import print_scan
 
         print_scan(self)
 

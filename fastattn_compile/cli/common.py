@@ -14,7 +14,7 @@ import typer
 from fastattn_compile.errors import OptionError
 
 if TYPE_CHECKING:
-    from fastattn_compile.report.evaluate import Progress
+    from fastattn_compile.reporting.evaluate import Progress
 
 # Exit codes: done, wrong usage, over budget or failed validation, nothing found.
 DONE, USAGE, FAILED, NOTHING_FOUND = 0, 2, 3, 4

@@ -47,11 +47,11 @@ def demo(
     for line in loaded.notices:
         common.notice(line)
     if not json:
-        from fastattn_compile.report.terminal import print_scan
+        from fastattn_compile.reporting.terminal import print_scan
 
         print_scan(found, full=True)
     with common.progress_bar() as progress:
-        from fastattn_compile.report.evaluate import evaluate
+        from fastattn_compile.reporting.evaluate import evaluate
 
         report = evaluate(
             loaded.model, loaded.inputs, operator=operator, options=settings, seed=seed, compiler=compiler,

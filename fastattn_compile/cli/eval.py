@@ -10,7 +10,7 @@ from fastattn_compile.cli import common
 from fastattn_compile.cli.load import load
 
 if TYPE_CHECKING:
-    from fastattn_compile.report.document import Report
+    from fastattn_compile.reporting.document import Report
 
 
 def eval_(
@@ -52,7 +52,7 @@ def eval_(
     with common.progress_bar() as progress:
         progress("load the model", 0, 0)
         loaded = load(model, length=length, attention=attn, dtype=dtype, text=text, seed=seed)
-        from fastattn_compile.report.evaluate import evaluate
+        from fastattn_compile.reporting.evaluate import evaluate
 
         report = evaluate(
             loaded.model, loaded.inputs, operator=operator, options=settings, plan=planned, rows=rows,

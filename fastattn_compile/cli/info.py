@@ -32,7 +32,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     from fastattn_compile.operators.registry import operator_names
-    from fastattn_compile.report.provenance import device_name, versions
+    from fastattn_compile.reporting.provenance import device_name, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -78,7 +78,7 @@ def _backends() -> list[str]:
 def _print(document: dict[str, Any]) -> None:
     from rich.markup import escape
 
-    from fastattn_compile.report.terminal import console, pairs_table
+    from fastattn_compile.reporting.terminal import console, pairs_table
 
     device, compilers = document["device"], document["compilers"]
     rows = [

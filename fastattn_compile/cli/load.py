@@ -222,7 +222,7 @@ def _token_inputs(
 
 
 def _tokens(tokenizer: Any, length: int, text: Path | None) -> tuple[list[int], str]:
-    from fastattn_compile.report.text import stdlib_text
+    from fastattn_compile.reporting.text import stdlib_text
 
     if text is None:
         content, source = stdlib_text(8 * length), "sources of the Python standard library"

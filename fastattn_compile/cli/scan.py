@@ -36,7 +36,7 @@ def scan(
         common.notice(line)
     common.deliver(found.to_json(), json, out)
     if not json:
-        from fastattn_compile.report.terminal import print_scan
+        from fastattn_compile.reporting.terminal import print_scan
 
         print_scan(found, full=full)
     if not found.counts["taken"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastattn_compile.plans import Plan, PlannedSite
-from fastattn_compile.report.document import Report
+from fastattn_compile.reporting.document import Report
 
 FMA = ("--operator", "fma", "--option", "block=16", "--option", "rank=2", "--threads", "1")
 FAST = ("--compiler", "eager", "--repeats", "1", "--rows", "8")

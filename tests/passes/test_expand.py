@@ -155,6 +155,7 @@ def test_training_dropout(need: bool) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_half_precision() -> None:
     torch.manual_seed(0)
     x = torch.randn(LENGTH, BATCH, WIDTH, dtype=torch.bfloat16)

@@ -2,7 +2,7 @@
 ICLR 2023).
 
 ``tf_attention`` attends the keys of the query's leaf, ``tc_attention`` reads means of values along the
-query's path. Both are architectures to be trained, with ``fastattn_compile.retrofit.bootstrap``; converting a
+query's path. Both are architectures to be trained, with ``fastattn_compile.retrofitting.bootstrap``; converting a
 trained model without training loses far more than a window of equal cost does (specification 12 and 13).
 
 Patent notice: a Google patent application, US 2024/0005131 A1, "Attention neural networks with tree attention

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastattn_compile.backend as backend
 from fastattn_compile.errors import PlanError
-from fastattn_compile.retrofit.bootstrap import Bootstrap, BootstrapSchedule
+from fastattn_compile.retrofitting.bootstrap import Bootstrap, BootstrapSchedule
 
 SITES = ["layers.0", "layers.1", "layers.2"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastattn_compile.report.provenance import inputs_hash, provenance, weights_hash
+from fastattn_compile.reporting.provenance import inputs_hash, provenance, weights_hash
 
 
 def small(seed=0, dtype=torch.float32):

@@ -11,9 +11,9 @@ from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.plans import Plan, PlannedSite
-from fastattn_compile.report.document import Report
-from fastattn_compile.report.evaluate import evaluate
-from fastattn_compile.report.metrics import relative_error, sample_rows
+from fastattn_compile.reporting.document import Report
+from fastattn_compile.reporting.evaluate import evaluate
+from fastattn_compile.reporting.metrics import relative_error, sample_rows
 
 OPTIONS = {"block": 16, "rank": 2, "sinks": 2}
 N = 150

@@ -9,8 +9,8 @@ import torch
 from fastattn_compile.operators.base import AttentionInputs, Cost, OperatorConfig
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.report import metrics
-from fastattn_compile.report.metrics import (
+from fastattn_compile.reporting import metrics
+from fastattn_compile.reporting.metrics import (
     Quantiles,
     compare_logits,
     cosine,

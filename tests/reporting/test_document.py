@@ -6,7 +6,7 @@ import math
 import pytest
 
 from fastattn_compile.errors import FastAttentionError
-from fastattn_compile.report.document import (
+from fastattn_compile.reporting.document import (
     CostReport,
     ModelReport,
     Report,

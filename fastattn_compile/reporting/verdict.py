@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn_compile.report.document import Report
+from fastattn_compile.reporting.document import Report
 
 # Bounds of the words on KL in nats a token: below the first a reader rarely sees a difference in the text.
 _CLOSE, _VISIBLE = 0.01, 0.1

@@ -6,7 +6,7 @@ import torch
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.report.timing import EXACT, SDPA, exact_attention, interleaved_ms
+from fastattn_compile.reporting.timing import EXACT, SDPA, exact_attention, interleaved_ms
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ class Report:
             file: Where to; standard output when ``None``.
             full: List every site, however many there are.
         """
-        from fastattn_compile.report.terminal import print_report
+        from fastattn_compile.reporting.terminal import print_report
 
         print_report(self, file=file, full=full)
 

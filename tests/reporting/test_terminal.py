@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastattn_compile.passes.site import Softmax
-from fastattn_compile.report.document import CostReport, ModelReport, Report, SiteReport, SpanReport
-from fastattn_compile.report.terminal import joined_names, print_report, print_scan
-from fastattn_compile.report.verdict import verdict
+from fastattn_compile.reporting.document import CostReport, ModelReport, Report, SiteReport, SpanReport
+from fastattn_compile.reporting.terminal import joined_names, print_report, print_scan
+from fastattn_compile.reporting.verdict import verdict
 
 
 def site(number, **changes):
@@ -174,7 +174,7 @@ def test_no_change_has_no_minus_sign_and_eager_is_no_compiler():
 
 def test_the_package_is_the_function():
     import fastattn_compile as fa
-    from fastattn_compile.report.document import ReportError
+    from fastattn_compile.reporting.document import ReportError
 
     with pytest.raises(ReportError, match="run it once"):
         fa.report(torch.nn.Linear(2, 2))

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from fastattn_compile.errors import NumericError
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator, SiteSpec
-from fastattn_compile.report.document import SiteReport
-from fastattn_compile.report.metrics import Quantiles, counted_rows, probe_rows, relative_error, sample_rows
-from fastattn_compile.report.timing import exact_attention, interleaved_ms
+from fastattn_compile.reporting.document import SiteReport
+from fastattn_compile.reporting.metrics import (
+    Quantiles,
+    counted_rows,
+    probe_rows,
+    relative_error,
+    sample_rows,
+)
+from fastattn_compile.reporting.timing import exact_attention, interleaved_ms
 
 
 @dataclass

@@ -7,8 +7,8 @@ import statistics
 import torch
 
 from fastattn_compile.backend import Decision, records
-from fastattn_compile.report.document import Report, ReportError, SiteReport
-from fastattn_compile.report.provenance import versions
+from fastattn_compile.reporting.document import Report, ReportError, SiteReport
+from fastattn_compile.reporting.provenance import versions
 
 
 def report(model: torch.nn.Module | None = None) -> Report:

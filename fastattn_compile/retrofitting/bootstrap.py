@@ -37,7 +37,7 @@ from fastattn_compile.operators.observe import observing
 from fastattn_compile.operators.treeformer import balance_loss, mass_loss
 from fastattn_compile.operators.treeformer.common import TreeOperator
 from fastattn_compile.plans import Plan, PlannedSite
-from fastattn_compile.retrofit.attach import LearnedParameters, attach, detach
+from fastattn_compile.retrofitting.attach import LearnedParameters, attach, detach
 from fastattn_compile.scanning import scan
 
 ORDERS = ("output_first", "input_first")

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastattn_compile.report.document import Report, SiteReport, SpanReport
-from fastattn_compile.report.verdict import change_text, ratio_text, verdict
+from fastattn_compile.reporting.document import Report, SiteReport, SpanReport
+from fastattn_compile.reporting.verdict import change_text, ratio_text, verdict
 
 if TYPE_CHECKING:
     from fastattn_compile.scanning import Scan

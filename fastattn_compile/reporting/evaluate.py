@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastattn_compile.errors import FastAttentionError, NumericError
 from fastattn_compile.operators.observe import Observer, observing
 from fastattn_compile.plans import Plan
-from fastattn_compile.report.document import CostReport, ModelReport, Report, SiteReport, SpanReport
-from fastattn_compile.report.metrics import (
+from fastattn_compile.reporting.document import CostReport, ModelReport, Report, SiteReport, SpanReport
+from fastattn_compile.reporting.metrics import (
     Quantiles,
     Summary,
     compare_logits,
@@ -28,9 +28,9 @@ from fastattn_compile.report.metrics import (
     summarise,
     thirds,
 )
-from fastattn_compile.report.provenance import provenance
-from fastattn_compile.report.timing import interleaved_ms
-from fastattn_compile.report.watch import ExactPass, ReplacedPass, SiteRecord
+from fastattn_compile.reporting.provenance import provenance
+from fastattn_compile.reporting.timing import interleaved_ms
+from fastattn_compile.reporting.watch import ExactPass, ReplacedPass, SiteRecord
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``; ``total`` is 0 while it is not known."""
@@ -185,7 +185,7 @@ def _predict(
 
 def _learned(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     """The learned parameters of each site's operator, where the model has been given some."""
-    from fastattn_compile.retrofit.attach import LearnedParameters
+    from fastattn_compile.retrofitting.attach import LearnedParameters
 
     bundles = [module for module in model.modules() if isinstance(module, LearnedParameters)]
     return {bundle.site: tuple(bundle.tensors()) for bundle in bundles}

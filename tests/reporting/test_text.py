@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fastattn_compile.errors import FastAttentionError
-from fastattn_compile.report.text import CALIBRATION, EVALUATION, stdlib_text
+from fastattn_compile.reporting.text import CALIBRATION, EVALUATION, stdlib_text
 
 
 def test_lists_share_no_module():

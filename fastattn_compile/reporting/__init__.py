@@ -1,0 +1,1 @@
+"""What a replacement cost: metrics, controls, documents, tables."""
