@@ -208,9 +208,9 @@ def backward(
         scaled = q * scale
         near_scores = torch.bmm(scaled, k.mT)
         weights = probabilities_(near_scores.masked_fill_(~tile.seen(near_scores), -torch.inf), lse)
-        tiles.scatter(*grad_near_v, tile, torch.bmm(weights.mT, grad_o))
+        tiles.scatter(grad_near_v[0], grad_near_v[1], tile, torch.bmm(weights.mT, grad_o))
         grad_scores = torch.bmm(grad_o, v.mT).sub_(slopes).mul_(weights).mul_(scale)
-        tiles.scatter(*grad_near_k, tile, torch.bmm(grad_scores.mT, q))
+        tiles.scatter(grad_near_k[0], grad_near_k[1], tile, torch.bmm(grad_scores.mT, q))
         grad_q = torch.bmm(grad_scores, k)
         far_weights = probabilities_(attention.far_scores(scaled, far_k, met, tile), lse)
         far_weights, group_o, group_slopes, group_q = (

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
     all_finite,
@@ -42,24 +43,42 @@ class _Tile:
     visible: Tensor | None
 
 
-def _tiles(query: Tensor, key: Tensor, visible: Visible | None, span: Span | None) -> Iterator[_Tile]:
-    batch, heads, query_len, _ = query.shape
-    kv_heads, key_len = key.shape[1], key.shape[2]
-    group = heads // kv_heads
+@dataclass(frozen=True)
+class _Part:
+    """Some key heads of one sequence."""
+
+    batch: int
+    heads: range
+
+
+def _parts(batch: int, kv_heads: int) -> list[_Part]:
+    """Sequences, their heads divided so that every thread has something to do."""
+    each = -(-kv_heads // max(1, torch.get_num_threads() // max(1, batch)))
+    return [
+        _Part(b, range(head, min(head + each, kv_heads)))
+        for b in range(batch)
+        for head in range(0, kv_heads, each)
+    ]
+
+
+def _tiles(
+    query: Tensor, key: Tensor, part: _Part, visible: Visible | None, span: Span | None
+) -> Iterator[_Tile]:
+    query_len, key_len = query.shape[2], key.shape[2]
+    group = query.shape[1] // key.shape[1]
     rows = max(1, min(query_len, max(32, 4 * SCORE_TILE // max(1, group * key_len))))
-    for b in range(batch):
-        for start in range(0, query_len, rows):
-            stop = min(start + rows, query_len)
-            first, last = span(start, stop) if span is not None else (0, key_len)
-            seen = None
-            if visible is not None and first < last:
-                place = torch.arange(start, stop, device=query.device)
-                seen = visible(b, place, torch.arange(first, last, device=query.device))
-            size = max(1, group * (stop - start) * (last - first))
-            together = min(kv_heads, max(1, 4 * SCORE_TILE // size))
-            for head in range(0, kv_heads, together):
-                chosen = slice(head, min(head + together, kv_heads))
-                yield _Tile(b, chosen, slice(start, stop), slice(first, max(first, last)), seen)
+    for start in range(0, query_len, rows):
+        stop = min(start + rows, query_len)
+        first, last = span(start, stop) if span is not None else (0, key_len)
+        seen = None
+        if visible is not None and first < last:
+            place = torch.arange(start, stop, device=query.device)
+            seen = visible(part.batch, place, torch.arange(first, last, device=query.device))
+        size = max(1, group * (stop - start) * (last - first))
+        together = max(1, 4 * SCORE_TILE // size)
+        for head in range(part.heads.start, part.heads.stop, together):
+            heads = slice(head, min(head + together, part.heads.stop))
+            yield _Tile(part.batch, heads, slice(start, stop), slice(first, max(first, last)), seen)
 
 
 def _queries(x: Tensor, tile: _Tile, group: int, dtype: torch.dtype) -> Tensor:
@@ -116,22 +135,26 @@ def forward(
     out = value.new_empty(batch, heads, query_len, value.shape[3])
     log_sum_exp = value.new_empty(batch, heads, query_len, dtype=statistics_dtype(value))
     finite = all_finite(key, value)
-    for tile in _tiles(query, key, visible, span):
-        q = _queries(query, tile, group, dtype)
-        k, v = (_keys(x, tile, dtype) for x in (key, value))
-        if k.shape[1] == 0:
-            tile_out = q.new_zeros(*q.shape[:2], v.shape[2])
-            tile_lse = q.new_full((*q.shape[:2], 1), -torch.inf)
-        else:
-            clean_k, clean_v = (k, v) if finite else (without_nonfinite(k), without_nonfinite(v))
-            scores = _scores(q, clean_k, tile, group, scale)
-            weights = torch.empty_like(scores)
-            tile_lse = normalise(scores, weights)
-            tile_out = torch.bmm(weights, clean_v).masked_fill_(tile_lse == -torch.inf, 0)
-            if not finite:
-                poison(tile_out, tile_lse, _repeated(tile, scores, group), k, v)
-        _put(out, tile, group, tile_out)
-        _put(log_sum_exp[..., None], tile, group, tile_lse)
+
+    def attend(_: None, part: _Part) -> None:
+        for tile in _tiles(query, key, part, visible, span):
+            q = _queries(query, tile, group, dtype)
+            k, v = (_keys(x, tile, dtype) for x in (key, value))
+            if k.shape[1] == 0:
+                tile_out = q.new_zeros(*q.shape[:2], v.shape[2])
+                tile_lse = q.new_full((*q.shape[:2], 1), -torch.inf)
+            else:
+                clean_k, clean_v = (k, v) if finite else (without_nonfinite(k), without_nonfinite(v))
+                scores = _scores(q, clean_k, tile, group, scale)
+                weights = torch.empty_like(scores)
+                tile_lse = normalise(scores, weights)
+                tile_out = torch.bmm(weights, clean_v).masked_fill_(tile_lse == -torch.inf, 0)
+                if not finite:
+                    poison(tile_out, tile_lse, _repeated(tile, scores, group), k, v)
+            _put(out, tile, group, tile_out)
+            _put(log_sum_exp[..., None], tile, group, tile_lse)
+
+    run_parts(attend, _parts(batch, kv_heads), lambda: None, query.device)
     return out, log_sum_exp
 
 
@@ -179,17 +202,21 @@ def backward(
     slope = (grad_out.to(dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp
-    for tile in _tiles(query, key, visible, span):
-        k, v = (_keys(x, tile, dtype) for x in (key, value))
-        if k.shape[1] == 0:
-            continue
-        if not finite:
-            k, v = without_nonfinite(k), without_nonfinite(v)
-        q, grad_o = (_queries(x, tile, group, dtype) for x in (query, grad_out))
-        lse, slope_rows = (_queries(x[..., None], tile, group, dtype) for x in (log_sum_exp, slope))
-        weights = probabilities_(_scores(q, k, tile, group, scale), lse)
-        grad_value[tile.batch, tile.heads, tile.keys] += torch.bmm(weights.mT, grad_o)
-        grad_scores = torch.bmm(grad_o, v.mT).sub_(slope_rows).mul_(weights)
-        _put(grad_query, tile, group, torch.bmm(grad_scores, k).mul_(scale))
-        grad_key[tile.batch, tile.heads, tile.keys] += torch.bmm(grad_scores.mT, q).mul_(scale)
+
+    def differentiate(_: None, part: _Part) -> None:
+        for tile in _tiles(query, key, part, visible, span):
+            k, v = (_keys(x, tile, dtype) for x in (key, value))
+            if k.shape[1] == 0:
+                continue
+            if not finite:
+                k, v = without_nonfinite(k), without_nonfinite(v)
+            q, grad_o = (_queries(x, tile, group, dtype) for x in (query, grad_out))
+            lse, slopes = (_queries(x[..., None], tile, group, dtype) for x in (log_sum_exp, slope))
+            weights = probabilities_(_scores(q, k, tile, group, scale), lse)
+            grad_value[tile.batch, tile.heads, tile.keys] += torch.bmm(weights.mT, grad_o)
+            grad_scores = torch.bmm(grad_o, v.mT).sub_(slopes).mul_(weights)
+            _put(grad_query, tile, group, torch.bmm(grad_scores, k).mul_(scale))
+            grad_key[tile.batch, tile.heads, tile.keys] += torch.bmm(grad_scores.mT, q).mul_(scale)
+
+    run_parts(differentiate, _parts(query.shape[0], key.shape[1]), lambda: None, query.device)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from oracle import leaves, make_inputs, make_parameters, run
 
-from fastattn_compile.kernels import fma_tiles
+from fastattn_compile.kernels import exact_aten, fma_aten
 from fastattn_compile.kernels.parallel import run_parts
+from fastattn_compile.kernels.tiles import normalise
 from fastattn_compile.operators.registry import make_operator
 
 CPU = torch.device("cpu")
@@ -55,17 +56,21 @@ def test_an_error_in_a_part_reaches_the_caller():
         results_of(work, 4, 2)
 
 
-@pytest.mark.parametrize("basis", ["mean", "depthwise"])
-@pytest.mark.parametrize("mask", ["causal", "key_padding"])
-def test_multipole_attention_on_two_threads(mask, basis, monkeypatch):
+@pytest.mark.parametrize("name", ["exact", "mean", "depthwise"])
+@pytest.mark.parametrize("mask", ["causal & window(60)", "key_padding"])
+def test_attention_on_two_threads(name, mask, monkeypatch):
     inputs = make_inputs(mask, length=150, heads=6, kv_heads=3)
-    operator = make_operator("fma", block=8, rank=2, basis=basis)
+    operator = (
+        make_operator("exact") if name == "exact" else make_operator("fma", block=8, rank=2, basis=name)
+    )
     parameters = make_parameters(operator, inputs)
     names = set()
-    original = fma_tiles.Tiling.passes
-    monkeypatch.setattr(
-        fma_tiles.Tiling, "passes", lambda self: names.add(threading.current_thread().name) or original(self)
-    )
+
+    def watched(scores, *rest):
+        names.add(threading.current_thread().name)
+        return normalise(scores, *rest)
+
+    monkeypatch.setattr(exact_aten if name == "exact" else fma_aten, "normalise", watched)
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
