@@ -23,10 +23,10 @@ demo: $(STAMP)
 	$(BIN)/fastattn demo
 
 test: $(STAMP) lint types floors
-	$(BIN)/python -m pytest -m "not gpu" --durations=10
+	$(BIN)/python -m pytest -n 2 -m "not gpu" --durations=10
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check fastattn_compile tests benchmarks examples

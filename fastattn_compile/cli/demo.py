@@ -27,7 +27,7 @@ def demo(
     attn: common.Attention = "eager",
     compiler: Annotated[
         str, typer.Option("--compiler", help="What lowers both models: inductor, aot_eager or eager.")
-    ] = "inductor",
+    ] = "eager",
     out: common.Out = Path("report.json"),
     json: common.Json = False,
     threads: common.Threads = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels.fma_plan import Pattern
 from fastattn_compile.kernels.fma_pool import combine_levels_backward, spread_levels
-from fastattn_compile.kernels.fma_tiles import Part, Tiling
+from fastattn_compile.kernels.fma_tiles import Blocks, Part, Tile, Tiling, Workspace
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     normalise,
@@ -63,32 +63,34 @@ def forward(
         Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
         float32 (float64 for float64 values), -inf where a query sees no key.
     """
+    tiling = Tiling(query, key, value, pattern, key_padding)
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(*query.shape[:3], 1, dtype=statistics_dtype(value))
     # Without padding and window every query meets itself at least.
     may_be_empty = key_padding is not None or pattern.banded
 
-    def attend(tiling: Tiling, part: Part) -> None:
-        keys = tiling.rows(key, part, _of_keys(weights), "key rows")
-        values = tiling.rows(value, part, _of_values(weights), "value rows")
+    def attend(space: Workspace, part: Part) -> None:
+        keys = space.rows(key, part, _of_keys(weights), "keys")
+        values = space.rows(value, part, _of_values(weights), "values")
+        queries, outs, lses = (Blocks(x, part, tiling) for x in (query, out, log_sum_exp))
         for blocks in tiling.passes():
-            q = tiling.load(query, part, blocks, "query")
-            k = tiling.gather(keys, part, blocks, "key")
-            v = tiling.gather(values, part, blocks, "value")
-            clean_k, clean_v = (k, v) if tiling.finite else (without_nonfinite(k), without_nonfinite(v))
-            scores, visible = tiling.scores(q, clean_k, part, blocks)
-            attention = tiling.buffer("attention", *scores.shape)
-            lse = normalise(scores, attention, tiling.own_key if scores.device.type == "cpu" else None)
-            tile = torch.bmm(attention, clean_v, out=tiling.buffer("out", *q.shape[:2], v.shape[2]))
+            tile = space.tile(part, blocks)
+            queries.load(blocks, tile.query_blocks)
+            tile.gather(keys, values, part, blocks)
+            k, v = tile.key, tile.value
+            if not tiling.finite:
+                k, v = without_nonfinite(k), without_nonfinite(v)
+            visible = tile.score(k, scale, part, blocks)
+            lse = normalise(tile.scores, tile.attention, (tile.own_scores, tile.own_attention))
+            torch.bmm(tile.attention, v, out=tile.out)
             if may_be_empty:
-                tile.masked_fill_(lse == -torch.inf, 0)
+                tile.out.masked_fill_(lse == -torch.inf, 0)
             if visible is not None:
-                poison(tile, lse, visible, k, v)
-            tiling.store(out, part, blocks, tile)
-            tiling.store(log_sum_exp, part, blocks, lse)
+                poison(tile.out, lse, visible, tile.key, tile.value)
+            outs.store(blocks, tile.out_blocks)
+            lses.store(blocks, lse.view(*tile.blocked, 1))
 
-    tiling = Tiling(query, key, value, scale, pattern, key_padding)
-    run_parts(attend, tiling.parts(), tiling.another, query.device)
+    run_parts(attend, tiling.parts(), lambda: Workspace(tiling), query.device)
     return out, log_sum_exp.squeeze(3)
 
 
@@ -123,7 +125,7 @@ def backward(
     Returns:
         Gradients of query, key, value and each of ``weights``, each of its input's shape and type.
     """
-    tiling = Tiling(query, key, value, scale, pattern, key_padding)
+    tiling = Tiling(query, key, value, pattern, key_padding)
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
@@ -132,27 +134,32 @@ def backward(
         slope = slope - grad_log_sum_exp
     statistics = torch.stack([log_sum_exp.to(tiling.dtype), slope], -1)
 
-    def differentiate(tiling: Tiling, part: Part) -> list[Tensor]:
-        keys = tiling.rows(key, part, _of_keys(weights), "key rows")
-        values = tiling.rows(value, part, _of_values(weights), "value rows")
+    def differentiate(space: Workspace, part: Part) -> list[Tensor]:
+        keys = space.rows(key, part, _of_keys(weights), "keys")
+        values = space.rows(value, part, _of_values(weights), "values")
         if not tiling.finite:
             keys, values = without_nonfinite(keys), without_nonfinite(values)
-        to_keys = _Scatter(tiling, part, keys, "key gradients")
-        to_values = _Scatter(tiling, part, values, "value gradients")
+        to_keys = _Scatter(space, part, keys, "key gradients")
+        to_values = _Scatter(space, part, values, "value gradients")
+        queries, grad_outs, stats = (Blocks(x, part, tiling) for x in (query, grad_out, statistics))
+        grad_queries = Blocks(grad_query, part, tiling)
         for blocks in tiling.passes():
-            q = tiling.load(query, part, blocks, "query")
-            grad_o = tiling.load(grad_out, part, blocks, "grad out")
-            lse, slopes = tiling.load(statistics, part, blocks, "statistics").split(1, -1)
-            k = tiling.gather(keys, part, blocks, "key")
-            v = tiling.gather(values, part, blocks, "value")
-            scores, _ = tiling.scores(q, k, part, blocks)
-            attention = probabilities_(scores, lse)
-            to_values.add(torch.bmm(attention.mT, grad_o, out=tiling.buffer("grad value", *v.shape)), blocks)
-            grad_scores = torch.bmm(grad_o, v.mT, out=tiling.buffer("grad scores", *scores.shape))
-            grad_scores.sub_(slopes).mul_(attention).mul_(scale)
-            to_keys.add(torch.bmm(grad_scores.mT, q, out=tiling.buffer("grad key", *k.shape)), blocks)
-            tile = torch.bmm(grad_scores, k, out=tiling.buffer("grad query", *q.shape))
-            tiling.store(grad_query, part, blocks, tile)
+            tile = space.tile(part, blocks)
+            assert isinstance(tile, _GradientTile)
+            queries.load(blocks, tile.query_blocks)
+            grad_outs.load(blocks, tile.out_blocks)
+            stats.load(blocks, tile.statistics_blocks)
+            tile.gather(keys, values, part, blocks)
+            tile.score(tile.key, scale, part, blocks)
+            attention = probabilities_(tile.scores, tile.lse)
+            torch.bmm(attention.mT, tile.out, out=tile.grad_value)
+            to_values.add(tile.grad_value, blocks)
+            grad_scores = torch.bmm(tile.out, tile.value.mT, out=tile.attention)
+            grad_scores.sub_(tile.slope).mul_(attention).mul_(scale)
+            torch.bmm(grad_scores.mT, tile.query, out=tile.grad_key)
+            to_keys.add(tile.grad_key, blocks)
+            torch.bmm(grad_scores, tile.key, out=tile.grad_query)
+            grad_queries.store(blocks, tile.grad_query_blocks)
         grads = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
         grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grads))
         grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grads))
@@ -165,28 +172,41 @@ def backward(
         for total, grad in zip(grad_weights, grads):
             total += grad
 
-    run_parts(differentiate, tiling.parts(), tiling.another, query.device, add)
+    run_parts(differentiate, tiling.parts(), lambda: Workspace(tiling, _GradientTile), query.device, add)
     return grad_query, grad_key, grad_value, tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
+
+
+class _GradientTile(Tile):
+    """With the buffers of a backward pass; ``out`` holds the gradients of the outputs."""
+
+    def __init__(self, tiling: Tiling, units: int, count: int) -> None:
+        super().__init__(tiling, units, count)
+        statistics, self.statistics_blocks = self.blocks_of(2)
+        self.lse, self.slope = statistics.split(1, -1)
+        self.grad_query, self.grad_query_blocks = self.blocks_of(tiling.head_dim)
+        self.grad_key, self.grad_value = (self.slots_of(c) for c in (tiling.head_dim, tiling.value_dim))
 
 
 class _Scatter:
     """Gradients of gathered rows on their way back to the tokens, in a fixed order: no atomics, no index_add.
 
     Args:
-        tiling: The tiling.
+        space: Of this thread.
         part: The part whose keys or values these are.
         array: Its array of rows, ``(u, plan.rows, c)``.
         name: Name of the buffers.
     """
 
-    def __init__(self, tiling: Tiling, part: Part, array: Tensor, name: str) -> None:
-        self.tiling, self.part, self.array = tiling, part, array
-        self.grads = tiling.buffer(name, *array.shape).zero_()
-        self.sinks = array.new_zeros(array.shape[0], tiling.pattern.sinks, array.shape[2])
-        far = tiling.slots - tiling.pattern.near - tiling.pattern.sinks
+    def __init__(self, space: Workspace, part: Part, array: Tensor, name: str) -> None:
+        self.tiling, self.part, self.array = space.tiling, part, array
+        units, _, channels = array.shape
+        plan, pattern = self.tiling.plan, self.tiling.pattern
+        self.grads = space.array(name, *array.shape).zero_()
+        self.sinks = array.new_zeros(units, pattern.sinks, channels)
+        far = self.tiling.slots - pattern.near - pattern.sinks
         # As many blocks as the lowest level has places for, so that the blocks below a parent are a view.
-        self.far = tiling.buffer(f"far {name}", array.shape[0], 2 << tiling.plan.levels, far, array.shape[2])
-        self.far[:, tiling.plan.blocks :] = 0
+        self.far = space.array(f"far {name}", units, 2 << plan.levels, far, channels)
+        self.far[:, plan.blocks :] = 0
 
     def add(self, rows: Tensor, blocks: slice) -> None:
         """Takes the gradients of what some blocks met, ``(u * blocks, slots, c)``."""

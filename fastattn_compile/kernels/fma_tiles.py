@@ -1,83 +1,22 @@
 """The tiles of fast multipole attention on ATen: arrays of rows, gathered lists, scores of a few blocks.
 
-``u`` counts the key heads of a part, ``c`` channels. A tile holds the queries of one block of all heads that
-share a key head, ``group * block`` rows, and the slots its list names.
+``u`` counts the key heads of a part, ``c`` channels. A tile holds the queries of one block of all heads that share
+a key head, ``group * block`` rows, and the slots its list names. A kernel of many small calls spends a good part
+of its time on making views, so buffers keep theirs.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.fma_plan import Pattern, Plan, make_plan, sink_slots_met
-from fastattn_compile.kernels.fma_pool import combine_levels, row_counts, sum_levels
+from fastattn_compile.kernels.fma_lists import Lists, lists_without_padding, make_lists
+from fastattn_compile.kernels.fma_plan import Pattern, make_plan
+from fastattn_compile.kernels.fma_pool import combine_levels, sum_levels
 from fastattn_compile.kernels.tiles import SCORE_TILE, all_finite, work_dtype
-
-
-@dataclass(frozen=True)
-class Lists:
-    """What the blocks of one sequence meet, padding and sinks taken into account.
-
-    Args:
-        index: ``(blocks, slots)`` int32, rows of a head's array.
-        bias: ``(blocks, slots)`` logarithm of what a slot weighs, -inf where it is not met.
-        first: ``(blocks, slots)`` int32, first position a slot covers.
-        last: ``(blocks, slots)`` int32, last position a slot covers.
-        counts: ``(pooled rows,)`` tokens a pooled row stands for.
-        sinks: ``(s,)`` positions of the sinks.
-        padding: ``(n,)`` boolean, true where no token is; ``None`` when every token is real.
-    """
-
-    index: Tensor
-    bias: Tensor
-    first: Tensor
-    last: Tensor
-    counts: Tensor
-    sinks: Tensor
-    padding: Tensor | None
-
-
-def make_lists(plan: Plan, pattern: Pattern, padding: Tensor | None, dtype: torch.dtype) -> Lists:
-    """The lists of one sequence.
-
-    Args:
-        plan: The plan of its length.
-        pattern: The pattern.
-        padding: ``(n,)`` boolean, true where no token is.
-        dtype: The work type.
-    """
-    device, m = plan.index.device, pattern.block
-    index, met, first, last = plan.index, plan.met, plan.first, plan.last
-    sinks = torch.arange(pattern.sinks, device=device)
-    taken = torch.zeros(plan.blocks * m, dtype=dtype, device=device)
-    taken[: plan.length] = 1
-    if padding is not None:
-        taken[: plan.length].masked_fill_(padding, 0)
-        # Real tokens first, in order: the first of them are the sinks.
-        sinks = torch.sort(padding, stable=True).indices[: pattern.sinks]
-        slots = slice(pattern.near, pattern.near + pattern.sinks)
-        index, met, first, last = (x.clone() for x in (index, met, first, last))
-        met[:, slots] = sink_slots_met(sinks, torch.arange(plan.blocks, device=device)[:, None], pattern)
-        index[:, slots] = torch.where(met[:, slots], sinks + m, 0).to(index.dtype)
-        first[:, slots] = last[:, slots] = sinks.to(first.dtype)
-    fine = torch.full((plan.fine_rows,), -torch.inf, dtype=dtype, device=device)
-    fine[m : m + taken.shape[0]] = taken.log()
-    taken[sinks] = 0
-    counts = row_counts(taken, plan, pattern)
-    mass = counts if pattern.weighted else (counts > 0).to(dtype)
-    bias = torch.where(met, torch.cat([fine, mass.log()])[index], -torch.inf)
-    return Lists(index, bias, first, last, counts, sinks, padding)
-
-
-@lru_cache(maxsize=16)
-def _lists_without_padding(length: int, pattern: Pattern, device: torch.device, dtype: torch.dtype) -> Lists:
-    return make_lists(make_plan(length, pattern, device), pattern, None, dtype)
 
 
 @dataclass(frozen=True)
@@ -95,61 +34,43 @@ class Part:
 
 
 class Tiling:
-    """How one attention is cut into tiles, and the buffers that one thread uses again in every pass.
+    """How one attention is cut into parts for threads and into passes of a few blocks.
 
     Args:
         query: ``(b, h, n, d)``.
         key: ``(b, g, n, d)``.
         value: ``(b, g, n, e)``.
-        scale: Factor on the scores.
         pattern: Who meets whom.
         key_padding: ``(b, n)`` boolean, true where a token is real.
     """
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        pattern: Pattern,
-        key_padding: Tensor | None,
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, key_padding: Tensor | None
     ) -> None:
-        self.pattern, self.scale, self.key_padding = pattern, scale, key_padding
-        self.batch, self.kv_heads, self.device = query.shape[0], key.shape[1], query.device
+        self.pattern, self.key_padding, self.device = pattern, key_padding, query.device
+        self.batch, self.kv_heads, self.group = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
+        self.head_dim, self.value_dim = key.shape[3], value.shape[3]
         self.dtype = work_dtype(query, key, value)
         self.finite = all_finite(key, value)
         self.plan = make_plan(query.shape[2], pattern, query.device)
-        self.group = query.shape[1] // key.shape[1]
         self.slots = self.plan.index.shape[1]
         tiles = max(1, SCORE_TILE // (self.group * pattern.block * self.slots))
         self.blocks_at_once = min(self.plan.blocks, tiles)
         # Short sequences are taken a few heads at a time, but every thread gets its share of them.
         share = -(-self.batch * self.kv_heads // torch.get_num_threads())
         self.heads_at_once = max(1, min(self.kv_heads, tiles // self.plan.blocks, share))
-        self._buffers: dict[str, Tensor] = {}
-        block = torch.full((pattern.block, pattern.block), -torch.inf, dtype=self.dtype, device=self.device)
-        self._future = block.triu_(1)
+        self.future = self.empty(pattern.block, pattern.block).fill_(-torch.inf).triu_(1)
 
-    def another(self) -> Tiling:
-        """The same with buffers of its own, for another thread."""
-        twin = copy.copy(self)
-        twin._buffers = {}
-        return twin
-
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """A contiguous tensor of the work type whose memory is kept for the next request of this name."""
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._buffers[name][:size].view(shape)
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor of the work type."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def parts(self) -> list[Part]:
         """Sequences and key heads, a few heads at a time when sequences are short."""
         parts = []
         for batch in range(self.batch):
             if self.key_padding is None:
-                lists = _lists_without_padding(self.plan.length, self.pattern, self.device, self.dtype)
+                lists = lists_without_padding(self.plan.length, self.pattern, self.device, self.dtype)
             else:
                 lists = make_lists(self.plan, self.pattern, ~self.key_padding[batch], self.dtype)
             for head in range(0, self.kv_heads, self.heads_at_once):
@@ -173,10 +94,16 @@ class Tiling:
         """The tokens of an array of rows, up to a whole number of blocks: ``(u, blocks * block, c)``."""
         return array[:, self.pattern.block : self.plan.fine_rows - self.pattern.block]
 
-    def rows(self, x: Tensor, part: Part, weights: Sequence[Tensor], name: str) -> Tensor:
-        """The array of keys or values, tokens and pooled rows: ``(u, plan.rows, c)`` in the work type."""
+    def fill_rows(self, array: Tensor, x: Tensor, part: Part, weights: Sequence[Tensor]) -> None:
+        """Fills ``(u, plan.rows, c)`` with the keys or values of a part: tokens and pooled rows.
+
+        Args:
+            array: The array.
+            x: Keys or values, ``(b, g, n, c)``.
+            part: Which of them.
+            weights: For a learned pattern, weight and bias of every level.
+        """
         plan, m = self.plan, self.pattern.block
-        array = self.buffer(name, part.units, plan.rows, x.shape[3])
         given = array[:, m : m + plan.length]
         array[:, :m] = 0
         array[:, m + plan.length : plan.fine_rows] = 0
@@ -192,86 +119,147 @@ class Tiling:
             sum_levels(tokens, pooled, plan, self.pattern)
             pooled.div_(part.lists.counts.clamp(min=1)[:, None])
         tokens[:, part.lists.sinks] = sinks
-        return array
 
-    def gather(self, array: Tensor, part: Part, blocks: slice, name: str) -> Tensor:
-        """The rows that some blocks meet, side by side: ``(u * blocks, slots, c)``."""
-        units, rows, channels = array.shape
+    def row_index(self, part: Part, blocks: slice) -> Tensor:
+        """``(u * blocks * slots,)``: where the rows that some blocks meet stand in the array of all heads."""
         index = part.lists.index[blocks]
-        if units > 1:
-            index = index + rows * torch.arange(units, dtype=index.dtype, device=self.device)[:, None, None]
-        found = self.buffer(name, units * (blocks.stop - blocks.start), self.slots, channels)
-        torch.index_select(array.view(-1, channels), 0, index.reshape(-1), out=found.view(-1, channels))
-        return found
+        if part.units > 1:
+            head = torch.arange(part.units, dtype=index.dtype, device=self.device)[:, None, None]
+            index = index + self.plan.rows * head
+        return index.view(-1)
 
-    def load(self, x: Tensor, part: Part, blocks: slice, name: str) -> Tensor:
-        """Rows ``(b, h, n, c)`` of some blocks as tiles ``(u * blocks, rows, c)``, 0 past the end."""
-        m, count = self.pattern.block, blocks.stop - blocks.start
-        source = self._of_blocks(x, part, blocks)
-        tile = self.buffer(name, part.units, count, self.group, m, x.shape[3])
-        whole, rest = divmod(source.shape[2], m)
-        tile[:, :whole] = source[:, :, : whole * m].unflatten(2, (whole, m)).transpose(1, 2)
-        if rest:
-            tile[:, whole] = 0
-            tile[:, whole, :, :rest] = source[:, :, whole * m :]
-        return tile.flatten(2, 3).flatten(0, 1)
+    def outside(self, part: Part, blocks: slice) -> Tensor:
+        """``(blocks, 1, block, slots)``: where a slot covers a position the window hides from the query."""
+        m, lists = self.pattern.block, part.lists
+        place = torch.arange(blocks.start * m, blocks.stop * m, dtype=torch.int32, device=self.device)
+        place = place.view(-1, 1, m, 1)
+        hidden = torch.zeros((), dtype=torch.bool, device=self.device)
+        if self.pattern.left is not None:
+            hidden = lists.first[blocks, None, None] < place - self.pattern.left
+        if self.pattern.right is not None:
+            hidden = hidden | (lists.last[blocks, None, None] > place + self.pattern.right)
+        return hidden
 
-    def store(self, x: Tensor, part: Part, blocks: slice, tiles: Tensor) -> None:
-        """The way back of ``load``: writes tiles into ``(b, h, n, c)``."""
-        m = self.pattern.block
-        target = self._of_blocks(x, part, blocks)
-        tile = tiles.view(part.units, -1, self.group, m, x.shape[3])
-        whole, rest = divmod(target.shape[2], m)
-        blockwise = target[:, :, : whole * m].unflatten(2, (whole, m)).transpose(1, 2)
-        blockwise.copy_(tile[:, :whole])
-        if rest:
-            target[:, :, whole * m :] = tile[:, whole, :, :rest]
 
-    def _of_blocks(self, x: Tensor, part: Part, blocks: slice) -> Tensor:
-        m = self.pattern.block
-        heads = x[part.batch].unflatten(0, (-1, self.group))[part.heads]
-        return heads[:, :, blocks.start * m : blocks.stop * m]
+class Blocks:
+    """Rows ``(b, h, n, c)`` of a part, seen as blocks ``(u, blocks, group, block, c)``; the last may be short."""
 
-    def scores(self, query: Tensor, key: Tensor, part: Part, blocks: slice) -> tuple[Tensor, Tensor | None]:
-        """Scores with what the slots weigh, -inf where a query does not see a slot.
+    def __init__(self, x: Tensor, part: Part, tiling: Tiling) -> None:
+        m = tiling.pattern.block
+        heads = x[part.batch].unflatten(0, (-1, tiling.group))[part.heads]
+        self.count, self.short = divmod(x.shape[2], m)
+        self.whole = heads[:, :, : self.count * m].unflatten(2, (self.count, m)).transpose(1, 2)
+        self.rest = heads[:, :, self.count * m :]
+
+    def load(self, blocks: slice, tile: Tensor) -> None:
+        """Copies some blocks into ``(u, count, group, block, c)``, with 0 past the end."""
+        if blocks.stop <= self.count:
+            tile.copy_(self.whole[:, blocks])
+            return
+        tile[:, :-1] = self.whole[:, blocks]
+        tile[:, -1] = 0
+        tile[:, -1, :, : self.short] = self.rest
+
+    def store(self, blocks: slice, tile: Tensor) -> None:
+        """The way back of ``load``."""
+        if blocks.stop <= self.count:
+            self.whole[:, blocks].copy_(tile)
+            return
+        self.whole[:, blocks].copy_(tile[:, :-1])
+        self.rest.copy_(tile[:, -1, :, : self.short])
+
+
+class Tile:
+    """Buffers of a pass over ``count`` blocks of ``units`` key heads, and the views of them that the pass needs.
+
+    Args:
+        tiling: The tiling.
+        units: Key heads.
+        count: Blocks.
+    """
+
+    def __init__(self, tiling: Tiling, units: int, count: int) -> None:
+        m, slots = tiling.pattern.block, tiling.slots
+        self.tiling = tiling
+        self.blocked = (units, count, tiling.group, m)
+        self.tiles, self.rows = units * count, tiling.group * m
+        self.query, self.query_blocks = self.blocks_of(tiling.head_dim)
+        self.out, self.out_blocks = self.blocks_of(tiling.value_dim)
+        self.key, self.value = (self.slots_of(c) for c in (tiling.head_dim, tiling.value_dim))
+        self.scores, self.scores_blocks = self.blocks_of(slots)
+        self.attention, attention_blocks = self.blocks_of(slots)
+        self.own_block = self.scores_blocks[..., m : 2 * m]
+        # Of every query the entry for its own key.
+        self.own_scores = self.own_block.diagonal(dim1=-2, dim2=-1)
+        self.own_attention = attention_blocks[..., m : 2 * m].diagonal(dim1=-2, dim2=-1)
+
+    def blocks_of(self, channels: int) -> tuple[Tensor, Tensor]:
+        """A buffer ``(tiles, rows, channels)``, and the same as ``(u, count, group, block, channels)``."""
+        buffer = self.tiling.empty(self.tiles, self.rows, channels)
+        return buffer, buffer.view(*self.blocked, channels)
+
+    def slots_of(self, channels: int) -> Tensor:
+        """A buffer ``(tiles, slots, channels)``."""
+        return self.tiling.empty(self.tiles, self.tiling.slots, channels)
+
+    def gather(self, keys: Tensor, values: Tensor, part: Part, blocks: slice) -> None:
+        """Puts the rows that some blocks meet side by side, from arrays ``(u, plan.rows, c)``."""
+        index = self.tiling.row_index(part, blocks)
+        for array, found in ((keys, self.key), (values, self.value)):
+            torch.index_select(array.flatten(0, 1), 0, index, out=found.view(-1, array.shape[2]))
+
+    def score(self, key: Tensor, scale: float, part: Part, blocks: slice) -> Tensor | None:
+        """Fills the scores, with what the slots weigh, -inf where a query does not see a slot.
 
         Args:
-            query: Tiles of queries.
             key: Gathered keys, finite.
+            scale: Factor on the scores.
             part: Where they come from.
             blocks: Where they come from.
 
         Returns:
-            Scores ``(tiles, group * block, slots)``; where slots are seen, ``None`` when all keys and values
-            are finite.
+            Where slots are seen, shape of the scores; ``None`` when all keys and values are finite.
         """
-        m, count = self.pattern.block, blocks.stop - blocks.start
-        scores = self.buffer("scores", key.shape[0], self.group * m, self.slots)
-        split = scores.view(-1, count, self.group, m, self.slots)
-        split.copy_(part.lists.bias[blocks, None, None])
-        if self.pattern.causal:
-            split[..., m : 2 * m].add_(self._future)
-        if self.pattern.banded:
-            split.masked_fill_(self._outside(part, blocks)[:, None], -torch.inf)
-        visible = None if self.finite else scores > -torch.inf
-        scores.baddbmm_(query, key.mT, alpha=self.scale)
-        return scores, visible
+        tiling = self.tiling
+        self.scores_blocks.copy_(part.lists.bias[blocks, None, None])
+        if tiling.pattern.causal:
+            self.own_block.add_(tiling.future)
+        if tiling.pattern.banded:
+            self.scores_blocks.masked_fill_(tiling.outside(part, blocks), -torch.inf)
+        visible = None if tiling.finite else self.scores > -torch.inf
+        self.scores.baddbmm_(self.query, key.mT, alpha=scale)
+        return visible
 
-    def _outside(self, part: Part, blocks: slice) -> Tensor:
-        """``(blocks, block, slots)``: where a slot covers a position that the window hides from the query."""
-        m = self.pattern.block
-        place = torch.arange(blocks.start * m, blocks.stop * m, dtype=torch.int32, device=self.device).view(
-            -1, m, 1
-        )
-        hidden = torch.zeros((), dtype=torch.bool, device=self.device)
-        if self.pattern.left is not None:
-            hidden = part.lists.first[blocks, None] < place - self.pattern.left
-        if self.pattern.right is not None:
-            hidden = hidden | (part.lists.last[blocks, None] > place + self.pattern.right)
-        return hidden
 
-    def own_key(self, x: Tensor) -> Tensor:
-        """The entry of every query for its own key: ``(tiles, rows, slots)`` to ``(tiles, rows, 1)``."""
-        m = self.pattern.block
-        own = x.unflatten(1, (self.group, m))[..., m : 2 * m].diagonal(dim1=-2, dim2=-1)
-        return own.reshape(x.shape[0], -1, 1)
+class Workspace:
+    """What one thread keeps from part to part.
+
+    Args:
+        tiling: The tiling.
+        tile_type: ``Tile``, or the one with the buffers of a backward pass.
+    """
+
+    def __init__(self, tiling: Tiling, tile_type: type[Tile] = Tile) -> None:
+        self.tiling, self._tile_type = tiling, tile_type
+        self._tiles: dict[tuple[int, int], Tile] = {}
+        self._arrays: dict[tuple[object, ...], Tensor] = {}
+
+    def tile(self, part: Part, blocks: slice) -> Tile:
+        """The tile for a pass."""
+        shape = part.units, blocks.stop - blocks.start
+        if shape not in self._tiles:
+            self._tiles[shape] = self._tile_type(self.tiling, *shape)
+        return self._tiles[shape]
+
+    def array(self, name: str, *shape: int) -> Tensor:
+        """A tensor of the work type; the next request of this name and shape gets the same."""
+        asked = (name, *shape)
+        if asked not in self._arrays:
+            self._arrays[asked] = self.tiling.empty(*shape)
+        return self._arrays[asked]
+
+    def rows(self, x: Tensor, part: Part, weights: Sequence[Tensor], name: str) -> Tensor:
+        """The array of keys or values of a part, filled: ``(u, plan.rows, c)``."""
+        array = self.array(name, part.units, self.tiling.plan.rows, x.shape[3])
+        self.tiling.fill_rows(array, x, part, weights)
+        return array

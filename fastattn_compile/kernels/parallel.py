@@ -43,14 +43,21 @@ def run_parts(
         results: Iterator[Result] = (work(own, item) for item in items)
     else:
         results = _on_threads(work, items, state, threads)
-    for result in results:
-        take(result)
+    try:
+        for result in results:
+            take(result)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _on_threads(
     work: Callable[[State, Item], Result], items: Sequence[Item], state: Callable[[], State], threads: int
 ) -> Iterator[Result]:
     idle: list[State] = []
+    pool = _pool(threads, os.getpid())
+    # OpenMP's number is each thread's own, that of the matrix library is the process's: with it at 2, every part would
+    # spread its products over the cores the other parts need. `run_parts` puts it back.
+    torch.set_num_threads(1)
 
     def task(item: Item) -> Result:
         try:
@@ -63,7 +70,7 @@ def _on_threads(
         idle.append(own)
         return result
 
-    return _pool(threads, os.getpid()).map(task, items)
+    return pool.map(task, items)
 
 
 # By process: the threads of a pool do not survive a fork.

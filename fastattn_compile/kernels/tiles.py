@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -72,25 +70,23 @@ def probabilities_(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
     return scores.sub_(log_sum_exp.masked_fill(log_sum_exp == -torch.inf, torch.inf)).exp_()
 
 
-def normalise(scores: Tensor, weights: Tensor, anchor: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def normalise(scores: Tensor, weights: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Softmax of a score tile into ``weights``, NaN in rows without a visible key; returns the log-sum-exp.
 
     For any one key, ``lse = score - log(weight)``: no second pass of exponentials. The largest weight always
-    serves; a fixed key of each row that the caller names saves the search for it, unless its weight has
-    nearly vanished.
+    serves; a key of each row that the caller names saves the search for it, unless its weight nearly vanishes.
 
     Args:
         scores: ``(tiles, rows, keys)``, -inf where a key is not visible.
         weights: Receives the attention weights, same shape.
-        anchor: Picks one key of each row, ``(tiles, rows, keys)`` to ``(tiles, rows, 1)``.
+        own: Of scores and of weights, one key of each row: views of ``tiles * rows`` elements in that order.
 
     Returns:
         ``(tiles, rows, 1)``; -inf where a query sees no key.
     """
     torch.ops.aten._softmax.out(scores, -1, False, out=weights)
-    if anchor is not None:
-        weight = anchor(weights)
-        if bool((weight > _SAFE_WEIGHT).all()):
-            return anchor(scores) - weight.log()
+    # On a GPU the question would wait for the device, and the search costs little.
+    if own is not None and scores.device.type == "cpu" and float(own[1].amin()) > _SAFE_WEIGHT:
+        return (own[0] - own[1].log()).view(*scores.shape[:2], 1)
     largest = scores.amax(-1, keepdim=True)
     return torch.where(largest == -torch.inf, largest, largest - weights.amax(-1, keepdim=True).log())
