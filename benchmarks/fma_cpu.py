@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20, help="time to spend on one row, about")
+    parser.add_argument(
+        "--patience", type=float, default=0, help="seconds to wait for an idle machine before a row (Linux)"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
     parser.add_argument("--memory-of", choices=["fma", "exact"], help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -121,12 +125,28 @@ def report_memory(args: argparse.Namespace) -> None:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     attention = attentions(args)[args.memory_of]
-    attention(*tensors(args, 4 * args.block))
+    for _ in range(2):
+        attention(*tensors(args, 32 * args.block))
     given = tensors(args, args.lengths[0])
     before = resident()
     attention(*given)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(max(0, peak - before))
+
+
+def wait_until_idle(patience: float) -> None:
+    """Waits until the processors have been idle for a second, or patience ends."""
+
+    def ticks() -> tuple[int, int]:
+        counts = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(counts), counts[3] + counts[4]
+
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        (total, idle), _ = ticks(), time.sleep(1)
+        now, now_idle = ticks()
+        if now_idle - idle > 0.95 * (now - total):
+            return
 
 
 def measure(args: argparse.Namespace, n: int, direction: str, rates: tuple[float, float]) -> dict[str, Any]:
@@ -168,6 +188,7 @@ def main() -> None:
     if args.memory_of:
         report_memory(args)
         return
+    wait_until_idle(args.patience)
     rates = best_rates()
     print(f"best rates of this machine: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.0f} GB/s")
     print("direction      n     fma ms   exact ms   ratio  floor  peak MB  B/token")
@@ -176,6 +197,7 @@ def main() -> None:
         for n in args.lengths:
             if direction == BOTH and n > args.both_up_to:
                 continue
+            wait_until_idle(args.patience)
             row = measure(args, n, direction, rates)
             rows.append(row)
             peak = row["peak_bytes"]

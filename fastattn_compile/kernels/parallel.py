@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
@@ -40,24 +40,10 @@ def run_parts(
     threads = torch.get_num_threads()
     if device.type != "cpu" or min(threads, len(items)) < 2:
         own = state()
-        results: Iterator[Result] = (work(own, item) for item in items)
-    else:
-        results = _on_threads(work, items, state, threads)
-    try:
-        for result in results:
-            take(result)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _on_threads(
-    work: Callable[[State, Item], Result], items: Sequence[Item], state: Callable[[], State], threads: int
-) -> Iterator[Result]:
+        for item in items:
+            take(work(own, item))
+        return
     idle: list[State] = []
-    pool = _pool(threads, os.getpid())
-    # OpenMP's number is each thread's own, that of the matrix library is the process's: with it at 2, every part would
-    # spread its products over the cores the other parts need. `run_parts` puts it back.
-    torch.set_num_threads(1)
 
     def task(item: Item) -> Result:
         try:
@@ -70,7 +56,15 @@ def _on_threads(
         idle.append(own)
         return result
 
-    return pool.map(task, items)
+    pool = _pool(threads, os.getpid())
+    # OpenMP's number is each thread's own, that of the matrix library is the process's: with it at 2, every part
+    # would spread its products over the cores that the other parts need.
+    torch.set_num_threads(1)
+    try:
+        for result in pool.map(task, items):
+            take(result)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # By process: the threads of a pool do not survive a fork.
