@@ -3,7 +3,7 @@
 Every row is one run in which both take turns, so that a busy moment of the machine hits both; the numbers are
 medians. The floor is the time that the operator's own floating-point operations (or bytes) would take at the best
 rate this machine shows for a product (or a copy) in the same run. Peak memory is the growth of the resident set
-of a fresh process during one call, its output included.
+of a fresh process during one call, its output included (Linux).
 
     python benchmarks/fma_cpu.py --lengths 1024 4096 16384
 """
@@ -118,20 +118,17 @@ def peak_bytes(args: argparse.Namespace, n: int, which: str) -> int:
 
 
 def report_memory(args: argparse.Namespace) -> None:
-    import resource
-
-    def resident() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
     attention = attentions(args)[args.memory_of]
-    for _ in range(2):
-        attention(*tensors(args, 32 * args.block))
+    attention(*tensors(args, 32 * args.block))
     given = tensors(args, args.lengths[0])
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
     attention(*given)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(max(0, peak - before))
+    print(max(0, status("VmHWM") - before))
 
 
 def wait_until_idle(patience: float) -> None:
