@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import gradients, leaves, make_inputs, relative_error, run
 
-from fastattn_compile.kernels import barnes_hut_aten
+from fastattn_compile.kernels.aten import barnes_hut as barnes_hut_aten
 from fastattn_compile.operators.barnes_hut import BarnesHutAttention, BarnesHutConfig
 from fastattn_compile.operators.barnes_hut.choice import choose_nodes
 from fastattn_compile.operators.registry import make_operator

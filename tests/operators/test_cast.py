@@ -16,9 +16,10 @@ from oracle import (
     run,
 )
 
-from fastattn_compile.kernels import cast_assign, cast_aten
-from fastattn_compile.kernels.cast_affinity import Affinities, Tokens
-from fastattn_compile.kernels.cast_kmeans import balanced_assignment
+from fastattn_compile.kernels.aten import cast as cast_aten
+from fastattn_compile.kernels.aten import cast_assign
+from fastattn_compile.kernels.aten.cast_affinity import Affinities, Tokens
+from fastattn_compile.kernels.aten.cast_kmeans import balanced_assignment
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.cast.config import CHOICES, CastConfig
 from fastattn_compile.operators.cast.parameters import unpacked

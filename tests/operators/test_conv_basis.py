@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import gradients, leaves, make_inputs, run
 
-from fastattn_compile.kernels.conv_aten import fft_flops
+from fastattn_compile.kernels.aten.conv import fft_flops
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.conv_basis.basis import Basis, decompose, exponentiate, recover
 from fastattn_compile.operators.conv_basis.bounds import score_error_for

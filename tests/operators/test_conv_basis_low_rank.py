@@ -16,8 +16,14 @@ from oracle import (
     run,
 )
 
-from fastattn_compile.kernels import conv_lowrank
-from fastattn_compile.kernels.conv_lowrank import Ranges, feature_count, features, masked_sums, polynomial
+from fastattn_compile.kernels.aten import conv_lowrank
+from fastattn_compile.kernels.aten.conv_lowrank import (
+    Ranges,
+    feature_count,
+    features,
+    masked_sums,
+    polynomial,
+)
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.registry import make_operator
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from oracle import assert_as_good_as, cast, gradients, leaves, make_inputs, relative_error, run
 from torch.nn import functional as F
 
-from fastattn_compile.kernels import exact_aten, flash_cpu
+from fastattn_compile.kernels.aten import exact as exact_aten
+from fastattn_compile.kernels.aten import flash_cpu
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.exact import operator as exact_module
 from fastattn_compile.operators.exact.cost import visible_pairs

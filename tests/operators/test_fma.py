@@ -209,7 +209,7 @@ def test_a_window_within_the_near_field_is_exact(mask):
 @pytest.mark.parametrize("basis", ["mean", "depthwise"])
 def test_the_kernel_in_many_passes(basis, monkeypatch):
     """Passes of one block, of several blocks and of several heads give the same numbers."""
-    from fastattn_compile.kernels import fma_tiles
+    from fastattn_compile.kernels.aten import fma_tiles
 
     inputs = make_inputs("causal", length=203, heads=4, kv_heads=4)
     operator = make_operator("fma", block=8, rank=2, basis=basis)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import make_inputs
 
-from fastattn_compile.kernels.fma_plan import Pattern, make_plan
+from fastattn_compile.kernels.aten.fma_plan import Pattern, make_plan
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.fma import FmaConfig

@@ -8,7 +8,8 @@ import pytest
 import torch
 from oracle import leaves, make_inputs, make_parameters, run
 
-from fastattn_compile.kernels import exact_aten, fma_aten
+from fastattn_compile.kernels.aten import exact as exact_aten
+from fastattn_compile.kernels.aten import fma as fma_aten
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import normalise
 from fastattn_compile.operators.registry import make_operator

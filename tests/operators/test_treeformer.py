@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import gradients, leaves, make_inputs, make_parameters, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn_compile.kernels.treeformer_route import Estimator, dense_backward, follow, path_backward
+from fastattn_compile.kernels.aten.treeformer_route import Estimator, dense_backward, follow, path_backward
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.exact.reference import exact_attention
 from fastattn_compile.operators.mask import CAUSAL, NO_MASK

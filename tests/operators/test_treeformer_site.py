@@ -9,7 +9,7 @@ import torch
 from operators.test_treeformer import golden
 from oracle import make_inputs, make_parameters, relative_error
 
-from fastattn_compile.kernels.treeformer_route import follow
+from fastattn_compile.kernels.aten.treeformer_route import follow
 from fastattn_compile.operators import treeformer
 from fastattn_compile.operators.base import AttentionInputs, SiteSpec
 from fastattn_compile.operators.exact.reference import exact_attention

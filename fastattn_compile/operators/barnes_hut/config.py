@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastattn_compile.kernels.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.operators.base import OperatorConfig
 from fastattn_compile.operators.mask import MaskStructure
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
+from fastattn_compile.kernels.aten.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.exact.reference import masked_softmax
 

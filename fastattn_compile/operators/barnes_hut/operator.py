@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import barnes_hut_aten, window_aten
+from fastattn_compile.kernels.aten import barnes_hut as barnes_hut_aten
+from fastattn_compile.kernels.aten import window as window_aten
 from fastattn_compile.operators.barnes_hut.config import BarnesHutConfig
 from fastattn_compile.operators.barnes_hut.cost import barnes_hut_cost, count_work
 from fastattn_compile.operators.barnes_hut.decode import BarnesHutDecoder

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import cast_aten, cast_causal
-from fastattn_compile.kernels.cast_affinity import Rule
+from fastattn_compile.kernels.aten import cast as cast_aten
+from fastattn_compile.kernels.aten import cast_causal
+from fastattn_compile.kernels.aten.cast_affinity import Rule
 from fastattn_compile.operators.base import (
     YES,
     AttentionInputs,

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.cast_affinity import Weights
-from fastattn_compile.kernels.cast_kmeans import balanced_centroids
+from fastattn_compile.kernels.aten.cast_affinity import Weights
+from fastattn_compile.kernels.aten.cast_kmeans import balanced_centroids
 from fastattn_compile.operators.base import AttentionInputs, SiteSpec
 from fastattn_compile.operators.cast.config import CastConfig
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn_compile.kernels.cast_affinity import Weights
+from fastattn_compile.kernels.aten.cast_affinity import Weights
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
 from fastattn_compile.operators.cast.config import CastConfig
 from fastattn_compile.operators.cast.parameters import sharpness, unpacked

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fastattn_compile.kernels.conv_aten import fft_flops, gather_flops, prefers_gather
-from fastattn_compile.kernels.conv_pattern import Pattern, triangles
+from fastattn_compile.kernels.aten.conv import fft_flops, gather_flops, prefers_gather
+from fastattn_compile.kernels.aten.conv_pattern import Pattern, triangles
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.exact.cost import traffic

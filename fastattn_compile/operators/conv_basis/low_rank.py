@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import conv_lowrank
-from fastattn_compile.kernels.conv_lowrank import Documents, Ranges
+from fastattn_compile.kernels.aten import conv_lowrank
+from fastattn_compile.kernels.aten.conv_lowrank import Documents, Ranges
 from fastattn_compile.kernels.tiles import statistics_dtype, without_nonfinite, work_dtype
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Gradients
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.errors import NumericError
-from fastattn_compile.kernels import conv_aten
-from fastattn_compile.kernels.conv_anchors import segment_of
-from fastattn_compile.kernels.conv_error import Deviation, deviation
-from fastattn_compile.kernels.conv_lowrank import BLOCK, feature_count
-from fastattn_compile.kernels.conv_pattern import Pattern, real_span, select, triangles
+from fastattn_compile.kernels.aten import conv as conv_aten
+from fastattn_compile.kernels.aten.conv_anchors import segment_of
+from fastattn_compile.kernels.aten.conv_error import Deviation, deviation
+from fastattn_compile.kernels.aten.conv_lowrank import BLOCK, feature_count
+from fastattn_compile.kernels.aten.conv_pattern import Pattern, real_span, select, triangles
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_anchors import segment_of
-from fastattn_compile.kernels.conv_pattern import Pattern, real_span, select
+from fastattn_compile.kernels.aten.conv_anchors import segment_of
+from fastattn_compile.kernels.aten.conv_pattern import Pattern, real_span, select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
 from fastattn_compile.operators.exact.reference import grouped, masked_softmax, ungrouped
 

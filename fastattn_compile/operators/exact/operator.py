@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn_compile.kernels import exact_aten, flash_cpu
-from fastattn_compile.kernels.exact_aten import Span, Visible
+from fastattn_compile.kernels.aten import exact as exact_aten
+from fastattn_compile.kernels.aten import flash_cpu
+from fastattn_compile.kernels.aten.exact import Span, Visible
 from fastattn_compile.kernels.tiles import all_finite
 from fastattn_compile.operators.base import (
     YES,

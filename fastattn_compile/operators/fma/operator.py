@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import fma_aten
-from fastattn_compile.kernels.fma_plan import Pattern
+from fastattn_compile.kernels.aten import fma as fma_aten
+from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,

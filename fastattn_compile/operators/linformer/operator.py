@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import linformer_aten
-from fastattn_compile.kernels.cast_kmeans import balanced_assignment
+from fastattn_compile.kernels.aten import linformer as linformer_aten
+from fastattn_compile.kernels.aten.cast_kmeans import balanced_assignment
 from fastattn_compile.operators.base import (
     YES,
     AttentionInputs,

@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.treeformer_ranges import Sight, near_ranges
 from fastattn_compile.kernels.tiles import all_finite
-from fastattn_compile.kernels.treeformer_ranges import Sight, near_ranges
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator, SiteSpec, Support, no
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.treeformer.config import TreeConfig

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn_compile.kernels.treeformer_route import Estimator
+from fastattn_compile.kernels.aten.treeformer_route import Estimator
 from fastattn_compile.operators.base import OperatorConfig
 
 MAX_HEIGHT = 16

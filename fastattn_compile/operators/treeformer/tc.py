@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import exact_aten
-from fastattn_compile.kernels import treeformer_tc as kernel
+from fastattn_compile.kernels.aten import exact as exact_aten
+from fastattn_compile.kernels.aten import treeformer_tc as kernel
+from fastattn_compile.kernels.aten.treeformer_route import dense_backward
+from fastattn_compile.kernels.aten.treeformer_tc import Cut, Weighting, chunk_length, chunked
 from fastattn_compile.kernels.tiles import all_finite, without_nonfinite
-from fastattn_compile.kernels.treeformer_route import dense_backward
-from fastattn_compile.kernels.treeformer_tc import Cut, Weighting, chunk_length, chunked
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,

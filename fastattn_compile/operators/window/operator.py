@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn_compile.kernels import window_aten
+from fastattn_compile.kernels.aten import window as window_aten
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,

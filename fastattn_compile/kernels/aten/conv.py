@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import conv_fft, conv_gather
-from fastattn_compile.kernels.conv_pattern import Pattern, make_sides, triangles
-from fastattn_compile.kernels.conv_profiles import Side, profile_gradients, row_maxima
+from fastattn_compile.kernels.aten import conv_fft, conv_gather
+from fastattn_compile.kernels.aten.conv_pattern import Pattern, make_sides, triangles
+from fastattn_compile.kernels.aten.conv_profiles import Side, profile_gradients, row_maxima
 from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 # Elements of the profiles of the heads that are worked on together.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import exact_aten
+from fastattn_compile.kernels.aten import exact as exact_aten
 
 
 class Buckets:

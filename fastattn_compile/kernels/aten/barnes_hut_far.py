@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.barnes_hut_tree import (
+from fastattn_compile.kernels.aten.barnes_hut_tree import (
     Choice,
     TreePattern,
     build_tree,
@@ -21,7 +21,7 @@ from fastattn_compile.kernels.barnes_hut_tree import (
     voices_of,
 )
 from fastattn_compile.kernels.tiles import without_nonfinite
-from fastattn_compile.kernels.window_aten import LocalTiles
+from fastattn_compile.kernels.aten.window import LocalTiles
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.fma_plan import Pattern, Plan, make_plan, sink_slots_met
-from fastattn_compile.kernels.fma_pool import row_counts
+from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan, make_plan, sink_slots_met
+from fastattn_compile.kernels.aten.fma_pool import row_counts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.fma_plan import Pattern, Plan
+from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan
 
 
 def sum_levels(tokens: Tensor, pooled: Tensor, plan: Plan, pattern: Pattern) -> None:

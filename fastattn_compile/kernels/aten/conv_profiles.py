@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn_compile.kernels.conv_anchors import segment_of
+from fastattn_compile.kernels.aten.conv_anchors import segment_of
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.fma_lists import Lists, lists_without_padding, make_lists
-from fastattn_compile.kernels.fma_plan import Pattern, make_plan
-from fastattn_compile.kernels.fma_pool import combine_levels, sum_levels
+from fastattn_compile.kernels.aten.fma_lists import Lists, lists_without_padding, make_lists
+from fastattn_compile.kernels.aten.fma_plan import Pattern, make_plan
+from fastattn_compile.kernels.aten.fma_pool import combine_levels, sum_levels
 from fastattn_compile.kernels.tiles import SCORE_TILE, all_finite, work_dtype
 
 

@@ -29,7 +29,7 @@ from fastattn_compile.kernels.tiles import (
     work_dtype,
 )
 from fastattn_compile.kernels.tiles import without_nonfinite as clean
-from fastattn_compile.kernels.treeformer_ranges import Ranges
+from fastattn_compile.kernels.aten.treeformer_ranges import Ranges
 
 Hidden = Callable[[Tensor, Tensor], Tensor]
 

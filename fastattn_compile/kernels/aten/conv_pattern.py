@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import conv_anchors
-from fastattn_compile.kernels.conv_profiles import Side, make_side
+from fastattn_compile.kernels.aten import conv_anchors
+from fastattn_compile.kernels.aten.conv_profiles import Side, make_side
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.fma_plan import Pattern
-from fastattn_compile.kernels.fma_pool import combine_levels_backward, spread_levels
-from fastattn_compile.kernels.fma_tiles import Blocks, Part, Tile, Tiling, Workspace
+from fastattn_compile.kernels.aten.fma_plan import Pattern
+from fastattn_compile.kernels.aten.fma_pool import combine_levels_backward, spread_levels
+from fastattn_compile.kernels.aten.fma_tiles import Blocks, Part, Tile, Tiling, Workspace
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     normalise,

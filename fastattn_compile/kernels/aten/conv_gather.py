@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_profiles import Side
+from fastattn_compile.kernels.aten.conv_profiles import Side
 from fastattn_compile.kernels.tiles import SCORE_TILE, without_nonfinite
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_aten import make_lanes
-from fastattn_compile.kernels.conv_gather import row_scores
-from fastattn_compile.kernels.conv_pattern import Pattern
+from fastattn_compile.kernels.aten.conv import make_lanes
+from fastattn_compile.kernels.aten.conv_gather import row_scores
+from fastattn_compile.kernels.aten.conv_pattern import Pattern
 from fastattn_compile.kernels.tiles import SCORE_TILE
 
 

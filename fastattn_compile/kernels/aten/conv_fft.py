@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.conv_profiles import Side
+from fastattn_compile.kernels.aten.conv_profiles import Side
 
 # A row further below the largest score than this has no weight of any use; bounds the number of buckets
 # tried.

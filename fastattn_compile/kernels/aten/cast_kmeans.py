@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.cast_assign import single_assignment
+from fastattn_compile.kernels.aten.cast_assign import single_assignment
 
 _ROUNDS = 8
 

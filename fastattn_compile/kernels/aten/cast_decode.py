@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels import cast_assign
-from fastattn_compile.kernels.cast_affinity import Affinities, Rule, Tokens, Weights, join_heads
-from fastattn_compile.kernels.cast_causal import choose, running_mass
+from fastattn_compile.kernels.aten import cast_assign
+from fastattn_compile.kernels.aten.cast_affinity import Affinities, Rule, Tokens, Weights, join_heads
+from fastattn_compile.kernels.aten.cast_causal import choose, running_mass
 from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 

@@ -1,0 +1,76 @@
+"""Which implementation of a kernel runs: C++ or ATen on a CPU, Triton or ATen on a GPU.
+
+ATen serves everything everywhere. The others are faster where they can run; each says in a sentence why it cannot. A name
+the user chose (``FASTATTN_KERNELS``, or ``use_kernels``) never falls back in silence: what it cannot serve raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+IMPLEMENTATIONS = ("auto", "aten", "cpp", "triton")
+VARIABLE = "FASTATTN_KERNELS"
+
+_chosen: str | None = None
+
+
+def chosen_kernels() -> str:
+    """The implementation the user asked for, ``"auto"`` when none.
+
+    Raises:
+        ValueError: The environment variable names no implementation.
+    """
+    return _known(_chosen if _chosen is not None else os.environ.get(VARIABLE, "auto") or "auto")
+
+
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Runs the body with one implementation, for every thread of the process.
+
+    Args:
+        name: One of ``IMPLEMENTATIONS``.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    global _chosen
+    before, _chosen = _chosen, _known(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
+    """The implementation that serves a call.
+
+    Args:
+        kernel: What is called, for error texts (``"fma forward"``).
+        offered: Implementations besides ATen, best first; each tells why it cannot serve the call, ``""`` when it can.
+
+    Returns:
+        A name of ``offered``, or ``"aten"``.
+
+    Raises:
+        RuntimeError: The implementation the user chose cannot serve the call; the text says why.
+    """
+    name = chosen_kernels()
+    if name == "aten":
+        return name
+    if name == "auto":
+        return next((each for each, obstacle in offered.items() if not obstacle()), "aten")
+    reason = offered[name]() if name in offered else f"there is no {name} implementation of it"
+    if reason:
+        raise RuntimeError(
+            f"{kernel}: kernels '{name}' were chosen and cannot serve this call: {reason}. "
+            f"Choose 'auto' or 'aten' ({VARIABLE} or use_kernels)."
+        )
+    return name
+
+
+def _known(name: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown kernels {name!r}; one of {', '.join(IMPLEMENTATIONS)} ({VARIABLE})")
+    return name
