@@ -14,6 +14,7 @@ IMPLEMENTATIONS = ("auto", "aten", "cpp", "triton")
 VARIABLE = "FASTATTN_KERNELS"
 
 _chosen: str | None = None
+_records: list[dict[str, str]] = []
 
 
 def chosen_kernels() -> str:
@@ -43,6 +44,18 @@ def use_kernels(name: str) -> Iterator[None]:
         _chosen = before
 
 
+@contextmanager
+def recorded_kernels() -> Iterator[dict[str, str]]:
+    """Collects which implementation served each kernel called inside the block, in any thread."""
+    record: dict[str, str] = {}
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        # By identity: two empty records are equal.
+        _records[:] = [each for each in _records if each is not record]
+
+
 def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
     """The implementation that serves a call.
 
@@ -57,17 +70,23 @@ def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
         RuntimeError: The implementation the user chose cannot serve the call; the text says why.
     """
     name = chosen_kernels()
-    if name == "aten":
-        return name
     if name == "auto":
-        return next((each for each, obstacle in offered.items() if not obstacle()), "aten")
+        name = next((each for each, obstacle in offered.items() if not obstacle()), "aten")
+    elif name != "aten":
+        _insist(kernel, name, offered)
+    for record in _records:
+        record[kernel] = name
+    return name
+
+
+def _insist(kernel: str, name: str, offered: Mapping[str, Callable[[], str]]) -> None:
+    """Raises when the implementation the user chose cannot serve a call."""
     reason = offered[name]() if name in offered else f"there is no {name} implementation of it"
     if reason:
         raise RuntimeError(
             f"{kernel}: kernels '{name}' were chosen and cannot serve this call: {reason}. "
             f"Choose 'auto' or 'aten' ({VARIABLE} or use_kernels)."
         )
-    return name
 
 
 def _known(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn_compile.machine import device_name as device_name
 from fastattn_compile.version import __version__
 
 _SAMPLE = 1 << 16
@@ -52,20 +53,6 @@ def versions() -> dict[str, str]:
     if transformers is not None:
         found["transformers"] = getattr(transformers, "__version__", "unknown")
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            lines = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
-    except OSError:
-        lines = []
-    return lines[0] if lines else platform.processor() or platform.machine()
 
 
 def weights_hash(model: nn.Module) -> str:

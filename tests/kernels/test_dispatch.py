@@ -1,6 +1,6 @@
 import pytest
 
-from fastattn_compile.kernels.dispatch import chosen_kernels, select, use_kernels
+from fastattn_compile.kernels.dispatch import chosen_kernels, recorded_kernels, select, use_kernels
 
 CAN, CANNOT = (lambda: ""), (lambda: "no compiler was found")
 
@@ -28,3 +28,13 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_KERNELS", "fast")
     with pytest.raises(ValueError, match="unknown kernels 'fast'"):
         chosen_kernels()
+
+
+def test_what_ran_is_recorded() -> None:
+    with recorded_kernels() as outer:
+        select("fma forward", {"cpp": CAN})
+        with recorded_kernels() as inner:
+            select("window forward", {"cpp": CANNOT})
+    select("fma backward", {"cpp": CAN})
+    assert outer == {"fma forward": "cpp", "window forward": "aten"}
+    assert inner == {"window forward": "aten"}
