@@ -53,10 +53,10 @@ def best_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rate
             halves there can be far slower, so that float32 is measured.
     """
     if device.type == "cpu":
-        shapes = ((16, 64, 64, 192), (16, 64, 192, 64), (1, 1024, 1024, 1024))
+        shapes = [(16, 64, 64, 192), (16, 64, 192, 64), (1, 1024, 1024, 1024)]
         dtype, elements = torch.float32, 1 << 24
     else:
-        shapes, elements = ((1, 8192, 8192, 8192),), 1 << 28
+        shapes, elements = [(1, 8192, 8192, 8192)], 1 << 28
     flops = 0.0
     for batch, rows, inner, columns in shapes:
         a = torch.randn(batch, rows, inner, device=device, dtype=dtype)

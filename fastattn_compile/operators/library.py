@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.errors import NumericError
+from fastattn_compile.kernels.dispatch import chosen_kernels
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator
+from fastattn_compile.operators.check import LONGEST, insist
 from fastattn_compile.operators.mask import NO_MASK, MaskStructure
 from fastattn_compile.operators.observe import notify
 from fastattn_compile.operators.registry import operator_from_token, operator_names
@@ -51,12 +53,30 @@ def _inputs(
     ).validated()
 
 
-def _check(site: str, operator: Operator, inputs: AttentionInputs, output: AttentionOutput) -> None:
-    """FASTATTN_CHECK=1: a site that turns finite inputs into NaN or Inf stops the run with its name."""
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _check(
+    site: str,
+    operator: Operator,
+    inputs: AttentionInputs,
+    parameters: tuple[Tensor, ...],
+    output: AttentionOutput,
+) -> None:
+    """FASTATTN_CHECK=1: a site that turns finite inputs into NaN or Inf stops the run with its name.
+
+    At the first use of an operator with a type, a mask and a class of shapes its kernel is held against its definition.
+    """
     finite = all(bool(torch.isfinite(x).all()) for x in (inputs.query, inputs.key, inputs.value))
     if not bool(torch.isfinite(output.out).all()):
         blame = "from finite inputs" if finite else "its inputs already held them"
         raise NumericError(f"NaN or Inf in the output of site {site or '(unnamed)'}, {operator}: {blame}")
+    q, k = inputs.query, inputs.key
+    shapes = inputs.group, q.shape[3], inputs.value.shape[3], min(q.shape[2], LONGEST).bit_length()
+    use = (operator.token, chosen_kernels(), q.device.type, q.dtype, k.dtype, str(inputs.mask), *shapes)
+    if finite and use not in _checked:
+        _checked.add(use)
+        insist(operator, inputs, parameters, site)
 
 
 def _forward(
@@ -69,7 +89,7 @@ def _forward(
     with torch.autocast(query.device.type, enabled=False):
         output = operator.forward(inputs, tuple(parameters))
     if os.environ.get("FASTATTN_CHECK") == "1":
-        _check(site, operator, inputs, output)
+        _check(site, operator, inputs, tuple(parameters), output)
     notify(site, operator, inputs, output)
     return output.out, output.log_sum_exp
 
