@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastattn_compile.cli import demo, info
+from fastattn_compile.cli import bench, demo, info
 from fastattn_compile.cli import eval as eval_
 from fastattn_compile.cli import scan as scan_
 from fastattn_compile.cli.common import FAILED, USAGE
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("scan")(scan_.scan)
 app.command("eval")(eval_.eval_)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 
 

@@ -1,0 +1,1 @@
+"""How fast operators are on this machine, against the best exact attention there and against the physical limit."""
