@@ -1,0 +1,502 @@
+"""What ONNX operators mean: from a node to a kind of the view, one small function for a family of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from fastattn_compile.passes.fx_rules import Meaning
+from fastattn_compile.passes.graph import Node, Size
+from fastattn_compile.passes.onnx.sizes import SizeValues, attribute, axes_of
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node with its operands as the view has them.
+
+    Args:
+        node: The node.
+        inputs: Operands; ``None`` where one is absent.
+        values: Integer tensors that hold sizes.
+        shape: Shape of a value.
+        opset: Version of the standard operators.
+    """
+
+    node: ir.Node
+    inputs: list[Any]
+    values: SizeValues
+    shape: Callable[[ir.Value], tuple[Size, ...] | None]
+    opset: int
+
+    def input(self, at: int) -> Any:
+        """An operand, a number when it is known to be one, ``None`` when absent."""
+        operand = self.inputs[at] if at < len(self.inputs) else None
+        return _number(operand)
+
+    def tensor(self, at: int) -> Node | None:
+        """An operand as a node."""
+        operand = self.inputs[at] if at < len(self.inputs) else None
+        return operand if isinstance(operand, Node) else None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute."""
+        return attribute(self.node, name, default)
+
+    def sizes(self, at: int) -> list[Any] | None:
+        """The elements of an integer operand, where they are known."""
+        if at >= len(self.node.inputs):
+            return None
+        read = self.values.of(self.node.inputs[at])
+        return None if read is None else list(read.reshape(-1))
+
+    def result(self, at: int = 0) -> tuple[Size, ...] | None:
+        """The shape of an output."""
+        return self.shape(self.node.outputs[at])
+
+    @property
+    def rank(self) -> int | None:
+        """Dimensions of the first operand."""
+        x = self.tensor(0)
+        return None if x is None or x.shape is None else len(x.shape)
+
+
+Rule = Callable[[Call, int], "Meaning | None"]
+RULES: dict[tuple[str, str], Rule] = {}
+
+
+def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Registers the rule of some operators."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update({(domain, name): function for name in names})
+        return function
+
+    return register
+
+
+def _number(operand: Any) -> Any:
+    """A scalar constant as the number it is."""
+    if isinstance(operand, Node) and operand.kind in ("constant", "full") and operand.shape == ():
+        value = operand.attributes.get("value")
+        if isinstance(value, (int, float)):
+            return value
+    return operand
+
+
+def like(kind: str, x: Any, *others: Any, **attributes: Any) -> Meaning:
+    """A meaning of the shape and type of its first operand."""
+    return Meaning(kind, (x, *others), attributes, x.shape, x.dtype)
+
+
+# ---- elementwise
+
+_BINARY: Mapping[str, str] = {
+    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Mod": "mod", "Equal": "eq",
+    "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and", "Or": "or", "Xor": "ne",
+}  # fmt: skip
+_UNARY: Mapping[str, str] = {
+    "Neg": "neg", "Abs": "abs", "Tanh": "tanh", "Log": "log", "Sqrt": "sqrt", "Sigmoid": "sigmoid", "Relu": "relu",
+    "Exp": "exp", "Not": "not",
+}  # fmt: skip
+
+
+@rule(*_BINARY)
+def _binary(call: Call, at: int) -> Meaning:
+    a, b = call.input(0), call.input(1)
+    kind = _BINARY[call.node.op_type]
+    x = call.tensor(0)
+    if kind == "div" and x is not None and x.dtype is not None and not x.dtype.is_floating_point:
+        kind = "floordiv"
+    if kind == "mul" and isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return Meaning("full", (), {"value": a * b})
+    return Meaning(kind, (a, b))
+
+
+@rule(*_UNARY)
+def _unary(call: Call, at: int) -> Meaning:
+    return Meaning(_UNARY[call.node.op_type], (call.inputs[0],))
+
+
+@rule("Reciprocal")
+def _reciprocal(call: Call, at: int) -> Meaning:
+    return Meaning("div", (1, call.inputs[0]))
+
+
+@rule("Max", "Min", "Sum")
+def _several(call: Call, at: int) -> Meaning | None:
+    kind = {"Max": "maximum", "Min": "minimum", "Sum": "add"}[call.node.op_type]
+    if len(call.inputs) == 1:
+        return Meaning("identity", (call.inputs[0],))
+    if len(call.inputs) != 2:
+        return None
+    return Meaning(kind, (call.input(0), call.input(1)))
+
+
+@rule("Where")
+def _where(call: Call, at: int) -> Meaning:
+    condition, yes, no = call.inputs[0], call.input(1), call.input(2)
+    # What exporters write around a softmax whose row may be hidden whole: rows of NaN become 0. Ours are 0 already.
+    if isinstance(condition, Node) and condition.attributes.get("target") == "IsNaN" and condition.inputs[0] is no:
+        return Meaning("identity", (no,))
+    return Meaning("where", (condition, yes, no))
+
+
+@rule("Clip")
+def _clip(call: Call, at: int) -> Meaning | None:
+    low, high = (call.input(i) for i in (1, 2)) if call.opset >= 11 else (call.get("min"), call.get("max"))
+    if isinstance(low, Node) or isinstance(high, Node):
+        return None
+    return Meaning("clamp", (call.inputs[0],), {"min": low, "max": high})
+
+
+@rule("Cast", "CastLike")
+def _cast(call: Call, at: int) -> Meaning:
+    x = call.tensor(0)
+    target = call.node.outputs[0].dtype
+    same = x is not None and x.origin is not None and x.origin.dtype == target
+    return Meaning("identity" if same else "cast", (call.inputs[0],))
+
+
+@rule("Identity")
+def _identity(call: Call, at: int) -> Meaning:
+    return Meaning("identity", (call.inputs[0],))
+
+
+@rule("Dropout")
+def _dropout(call: Call, at: int) -> Meaning | None:
+    if at:
+        return None
+    training = call.input(2)
+    probability = call.input(1) if call.opset >= 12 else call.get("ratio", 0.5)
+    active = training is True or training == 1
+    return Meaning("dropout", (call.inputs[0],), {"p": probability if active else 0.0})
+
+
+# ---- quantisation: the attention that is meant is that of the real numbers
+
+
+@rule("QuantizeLinear", "DequantizeLinear")
+@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
+def _quantised(call: Call, at: int) -> Meaning:
+    x = call.tensor(0)
+    if x is None or x.kind in ("constant", "parameter"):
+        return Meaning("parameter")
+    return Meaning("identity", (x,), {}, None, x.dtype)
+
+
+@rule("DynamicQuantizeLinear")
+def _dynamically_quantised(call: Call, at: int) -> Meaning:
+    x = call.inputs[0]
+    if at == 0:
+        return Meaning("identity", (x,), {}, None, x.dtype)
+    return Meaning("full", (), {"value": 1.0 if at == 1 else 0})
+
+
+@rule("MatMulInteger")
+def _integer_product(call: Call, at: int) -> Meaning:
+    a, b = call.inputs[:2]
+    return Meaning("matmul", (a, b), {}, None, a.dtype if isinstance(a, Node) else None)
+
+
+@rule("QLinearMatMul")
+def _quantised_product(call: Call, at: int) -> Meaning:
+    a, b = call.inputs[0], call.inputs[3]
+    return Meaning("matmul", (a, b), {}, None, a.dtype if isinstance(a, Node) else None)
+
+
+@rule("QLinearSoftmax", domain=MICROSOFT)
+def _quantised_softmax(call: Call, at: int) -> Meaning | None:
+    found = _softmax(call, at)
+    x = call.tensor(0)
+    return None if found is None or x is None else Meaning("softmax", (x,), found.attributes, None, x.dtype)
+
+
+@rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
+def _quantised_binary(call: Call, at: int) -> Meaning:
+    a, b = call.inputs[0], call.inputs[3]
+    dtype = next((x.dtype for x in (a, b) if isinstance(x, Node) and x.kind not in ("constant", "parameter")), None)
+    return Meaning("add" if call.node.op_type == "QLinearAdd" else "mul", (_number(a), _number(b)), {}, None, dtype)
+
+
+# ---- products and softmaxes
+
+
+@rule("MatMul")
+def _matmul(call: Call, at: int) -> Meaning:
+    return Meaning("matmul", (call.inputs[0], call.inputs[1]))
+
+
+@rule("Gemm")
+def _gemm(call: Call, at: int) -> Meaning | None:
+    a, b = call.tensor(0), call.tensor(1)
+    if a is None or b is None:
+        return None
+    if call.get("transA", 0):
+        a_meaning: Any = _transposed(a)
+    else:
+        a_meaning = a
+    b_meaning: Any = b if not call.get("transB", 0) else _transposed(b)
+    return Meaning("linear", (a_meaning, b_meaning, call.tensor(2)))
+
+
+@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
+def _fused_product(call: Call, at: int) -> Meaning | None:
+    a, b = call.tensor(0), call.tensor(1)
+    if a is None or b is None or call.get("transBatchA", 0) or call.get("transBatchB", 0):
+        return None
+    left = _transposed(a) if call.get("transA", 0) else a
+    right = _transposed(b) if call.get("transB", 0) else b
+    product = Meaning("matmul", (left, right), {}, call.result(), a.dtype)
+    return Meaning("mul", (product, float(call.get("alpha", 1.0))))
+
+
+def _transposed(x: Node) -> Meaning:
+    shape = x.shape or ()
+    rank = len(shape)
+    dims = (*range(rank - 2), rank - 1, rank - 2)
+    return Meaning("permute", (x,), {"dims": dims}, tuple(shape[d] for d in dims), x.dtype)
+
+
+@rule("Einsum")
+def _einsum(call: Call, at: int) -> Meaning:
+    return Meaning("einsum", tuple(call.inputs), {"equation": str(call.get("equation"))})
+
+
+@rule("Softmax", "LogSoftmax")
+def _softmax(call: Call, at: int) -> Meaning | None:
+    rank = call.rank
+    if rank is None:
+        return None
+    axis = int(call.get("axis", -1 if call.opset >= 13 else 1))
+    axis = axis + rank if axis < 0 else axis
+    # Before opset 13 all axes from this one on are one: only the last by itself is a softmax over one axis.
+    if call.opset < 13 and axis != rank - 1:
+        return None
+    return Meaning("softmax" if call.node.op_type != "LogSoftmax" else "log_softmax", (call.inputs[0],), {"dim": axis})
+
+
+@rule("ReduceSum", "ReduceMax")
+def _reduction(call: Call, at: int) -> Meaning | None:
+    rank, axes = call.rank, axes_of(call.node, call.values)
+    if rank is None or axes is None:
+        return None
+    dims = tuple(sorted(a + rank if a < 0 else a for a in axes))
+    kind = "sum" if call.node.op_type == "ReduceSum" else "amax"
+    return Meaning(kind, (call.inputs[0],), {"dims": dims, "keepdim": bool(call.get("keepdims", 1))})
+
+
+# ---- new tensors
+
+
+@rule("Range")
+def _range(call: Call, at: int) -> Meaning | None:
+    start, step = call.sizes(0), call.sizes(2)
+    if not start or not step:
+        return None
+    stop = call.sizes(1)
+    shape: tuple[Size, ...] | None = None
+    if stop and step[0] == 1:
+        shape = (stop[0] - start[0],)
+    return Meaning("arange", (), {"start": start[0], "step": step[0]}, shape)
+
+
+@rule("ConstantOfShape")
+def _filled(call: Call, at: int) -> Meaning:
+    fill = call.get("value")
+    return Meaning("full", (), {"value": 0.0 if fill is None else fill.numpy().reshape(-1)[0].item()})
+
+
+@rule("Trilu")
+def _triangle(call: Call, at: int) -> Meaning:
+    diagonal = call.sizes(1)
+    kind = "triu" if call.get("upper", 1) else "tril"
+    return Meaning(kind, (call.inputs[0],), {"diagonal": diagonal[0] if diagonal else 0})
+
+
+@rule("CumSum")
+def _cumsum(call: Call, at: int) -> Meaning | None:
+    axis, rank = call.sizes(1), call.rank
+    if not axis or rank is None or call.get("exclusive", 0) or call.get("reverse", 0):
+        return None
+    return Meaning("cumsum", (call.inputs[0],), {"dim": int(axis[0]) % rank})
+
+
+# ---- layout
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _reshape(call: Call, at: int) -> Meaning:
+    return Meaning("reshape", (call.inputs[0],))
+
+
+@rule("Transpose")
+def _transpose(call: Call, at: int) -> Meaning | None:
+    rank = call.rank
+    if rank is None:
+        return None
+    return Meaning("permute", (call.inputs[0],), {"dims": tuple(call.get("perm") or reversed(range(rank)))})
+
+
+@rule("Expand")
+def _expand(call: Call, at: int) -> Meaning:
+    return Meaning("expand", (call.inputs[0],))
+
+
+@rule("Tile")
+def _tile(call: Call, at: int) -> Meaning | None:
+    repeats = call.sizes(1)
+    return None if repeats is None else Meaning("repeat", (call.inputs[0],), {"repeats": tuple(repeats)})
+
+
+@rule("Concat")
+def _concat(call: Call, at: int) -> Meaning | None:
+    rank = call.rank
+    return None if rank is None else Meaning("cat", tuple(call.inputs), {"dim": call.get("axis", 0) % rank})
+
+
+@rule("Slice")
+def _slice(call: Call, at: int) -> Meaning | None:
+    rank, x = call.rank, call.tensor(0)
+    if rank is None or x is None or x.shape is None:
+        return None
+    if call.opset < 10:
+        starts, stops, axes, steps = call.get("starts"), call.get("ends"), call.get("axes"), None
+    else:
+        starts, stops, axes, steps = (call.sizes(i) for i in (1, 2, 3, 4))
+    if starts is None or stops is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else [int(a) % rank for a in axes]
+    index: list[Any] = [slice(None)] * rank
+    for d, start, stop, step in zip(axes, starts, stops, steps or [1] * len(starts)):
+        # Exporters write the largest integer for "to the end".
+        end = None if isinstance(stop, int) and stop >= (1 << 31) - 1 else stop
+        index[d] = slice(None if start == 0 else start, end, None if step == 1 else step)
+        if index[d].stop is not None and _same(index[d].stop, x.shape[d]):
+            index[d] = slice(index[d].start, None, index[d].step)
+    return Meaning("index", (x,), {"index": tuple(index)})
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b)
+
+
+@rule("Split")
+def _split(call: Call, at: int) -> Meaning | None:
+    rank, x = call.rank, call.tensor(0)
+    if rank is None or x is None:
+        return None
+    axis = call.get("axis", 0) % rank
+    start: Any = 0
+    for earlier in range(at):
+        shape = call.result(earlier)
+        if shape is None:
+            return None
+        start = start + shape[axis]
+    shape = call.result(at)
+    if shape is None:
+        return None
+    index = tuple(slice(start, start + shape[axis]) if d == axis else slice(None) for d in range(rank))
+    return Meaning("index", (x,), {"index": index})
+
+
+@rule("Gather")
+def _gather(call: Call, at: int) -> Meaning | None:
+    rank, x, indices = call.rank, call.tensor(0), call.tensor(1)
+    if rank is None or x is None or indices is None:
+        return None
+    axis = call.get("axis", 0) % rank
+    if axis == 0 and rank == 2 and x.kind == "parameter":
+        return Meaning("embedding", (indices, x))
+    number = call.sizes(1)
+    entry: Any = number[0] if number is not None and indices.shape == () else indices
+    index = (slice(None),) * axis + (entry,)
+    return Meaning("index", (x, indices) if entry is indices else (x,), {"index": index})
+
+
+@rule("GatherND")
+def _gather_nd(call: Call, at: int) -> Meaning | None:
+    """Indices that were concatenated along the last axis, one column a dimension of the data."""
+    x, indices = call.tensor(0), call.tensor(1)
+    if x is None or indices is None or call.get("batch_dims", 0) or indices.shape is None or not indices.shape:
+        return None
+    columns = indices.shape[-1]
+    if not isinstance(columns, int):
+        return None
+    last = len(indices.shape) - 1
+    parts = [
+        Meaning(
+            "index", (indices,), {"index": (*(slice(None),) * last, c)}, tuple(indices.shape[:-1]), indices.dtype
+        )
+        for c in range(columns)
+    ]
+    return Meaning("gather_columns", (x, *parts))
+
+
+# ---- fused attention
+
+
+@rule("Attention")
+def _attention(call: Call, at: int) -> Meaning | None:
+    """The standard operator (opset 23 and 24) on four dimensions, without cache; three dimensions carry folded heads."""
+    if at:
+        return None
+    q, k, v = (call.tensor(i) for i in range(3))
+    if q is None or k is None or v is None or any(x.shape is None for x in (q, k, v)):
+        return None
+    if any(call.tensor(i) is not None for i in (4, 5)) or call.get("softcap", 0.0):
+        return None
+    heads, kv_heads = call.get("q_num_heads"), call.get("kv_num_heads")
+    if len(q.shape or ()) == 3:
+        if not heads or not kv_heads:
+            return None
+        return unfolded(call, q, k, v, int(heads), int(kv_heads), call.tensor(3), bool(call.get("is_causal", 0)))
+    attributes = {
+        "dropout": 0.0, "is_causal": bool(call.get("is_causal", 0)), "scale": call.get("scale"), "enable_gqa": True,
+    }  # fmt: skip
+    return Meaning("sdpa", (q, k, v, call.tensor(3)), attributes)
+
+
+def unfolded(
+    call: Call, q: Node, k: Node, v: Node, heads: int, kv_heads: int, mask: Any, causal: bool
+) -> Meaning | None:
+    """A fused call on ``(batch, length, heads * d)`` as the same call on four dimensions, folded again behind it."""
+
+    def split(x: Node, count: int) -> Meaning | None:
+        batch, length, channels = x.shape or (0, 0, 0)
+        if not isinstance(channels, int) or channels % count:
+            return None
+        shape = (batch, length, count, channels // count)
+        inner = Meaning("reshape", (x,), {}, shape, x.dtype)
+        moved = (batch, count, length, channels // count)
+        return Meaning("permute", (inner,), {"dims": (0, 2, 1, 3)}, moved, x.dtype)
+
+    parts = [split(q, heads), split(k, kv_heads), split(v, kv_heads)]
+    if any(p is None for p in parts) or q.shape is None or v.shape is None:
+        return None
+    value_dim = int(v.shape[2]) // kv_heads
+    shape = (q.shape[0], heads, q.shape[1], value_dim)
+    attributes = {"dropout": 0.0, "is_causal": causal, "scale": call.get("scale") or None, "enable_gqa": True}
+    fused = Meaning("sdpa", (*parts, mask), attributes, shape, q.dtype)
+    back = Meaning(
+        "permute", (fused,), {"dims": (0, 2, 1, 3)}, (shape[0], shape[2], shape[1], shape[3]), q.dtype
+    )
+    return Meaning("reshape", (back,))
+
+
+@rule("MultiHeadAttention", domain=MICROSOFT)
+def _multi_head(call: Call, at: int) -> Meaning | None:
+    """Separate query, key and value of three dimensions, without bias and cache."""
+    if at or any(call.tensor(i) is not None for i in range(3, 8)):
+        return None
+    q, k, v = (call.tensor(i) for i in range(3))
+    if q is None or k is None or v is None or any(len(x.shape or ()) != 3 for x in (q, k, v)):
+        return None
+    heads = int(call.get("num_heads"))
+    return unfolded(call, q, k, v, heads, heads, None, bool(call.get("unidirectional", 0)))
+
+
