@@ -16,7 +16,7 @@ from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.functionalize import erase_dead
 from fastattn_compile.passes.graph import Node
 from fastattn_compile.passes.mask_structure import emit
-from fastattn_compile.passes.relayout import Relayout
+from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
 
 
@@ -57,7 +57,7 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
     kept_heads = [atom for atom in leaves(groups.heads) if atom not in leaves(groups.repeated)]
     with graph.inserting_before(out):
         layout = Relayout(
-            graph, [(x.origin.origin, x.origin_axes) for x in (site.query, site.key, site.value)]
+            FxWriter(graph), [(x.origin.origin, x.origin_axes) for x in (site.query, site.key, site.value)]
         )
 
         def canonical(operand: Operand, heads: Axes, length: Axes, channels: Axes) -> torch.fx.Node:
