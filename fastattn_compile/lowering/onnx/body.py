@@ -1,0 +1,107 @@
+"""What a function body is made of, and what the bodies of all operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from fastattn_compile.lowering.onnx.writer import OnnxWriter
+from fastattn_compile.operators.base import Operator, Support, no
+from fastattn_compile.operators.mask import MaskStructure
+
+DOMAIN = "fastattn"
+DOMAIN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BodySpec:
+    """The site a body is written for.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key heads.
+        head_dim: Channels of query and key.
+        value_dim: Channels of value.
+        scale: Factor on the scores.
+        mask: The mask.
+        dtype: Type of the tensors.
+        opset: Version of the standard operators.
+        longest: Tokens of the longest sequence that will come.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    mask: MaskStructure
+    dtype: ir.DataType
+    opset: int
+    longest: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class BodyInputs:
+    """The inputs of a body.
+
+    Args:
+        query: ``(batch, heads, n, head_dim)``.
+        key: ``(batch, kv_heads, n, head_dim)``.
+        value: ``(batch, kv_heads, n, value_dim)``.
+        key_padding: ``(batch, n)`` boolean, true where a token is real; ``None`` without padding.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    key_padding: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Body:
+    """How an operator is said in standard operators.
+
+    Args:
+        op_type: Name of its node in our domain.
+        version: Raised with every change of what the body computes; native kernels check it.
+        supports: Whether the body can serve a site.
+        write: Writes the body and returns the output, ``(batch, heads, n, value_dim)``.
+        attributes: What the node says of itself, besides ``scale``, ``mask`` and ``body_version``.
+    """
+
+    op_type: str
+    version: int
+    supports: Callable[[Operator, BodySpec], Support]
+    write: Callable[[OnnxWriter, Operator, BodySpec, BodyInputs], ir.Value]
+    attributes: Callable[[Operator, BodySpec], Mapping[str, Any]]
+
+
+def hidden(spec: BodySpec) -> float:
+    """The score of a hidden key: low enough to weigh nothing, and still a number in the type."""
+    return -6e4 if spec.dtype == ir.DataType.FLOAT16 else -1e30
+
+
+def only(mask: MaskStructure, *understood: str) -> Support:
+    """Refuses masks with terms a body does not write."""
+    strange = mask.conflicts(*understood)
+    return no(f"its ONNX body does not serve {', '.join(strange)} masks ({mask})") if strange else Support()
+
+
+def highest(w: OnnxWriter, bias: ir.Value, spec: BodySpec) -> ir.Value:
+    """The largest entry of every row, kept as a dimension of 1 (the axis moved from attribute to input in opset 18)."""
+    if spec.opset < 18:
+        return w.op("ReduceMax", bias, axes=[-1], keepdims=1)
+    return w.op("ReduceMax", bias, [-1], keepdims=1)
+
+
+def grouped(w: OnnxWriter, query: ir.Value, spec: BodySpec) -> ir.Value:
+    """``(b, h, n, d)`` as ``(b, g, group, n, d)``."""
+    return w.op("Reshape", query, [0, spec.kv_heads, spec.group, -1, spec.head_dim])

@@ -1,0 +1,284 @@
+"""Fast multipole attention as an ONNX body: one gather, one product, one softmax, one product, for any length.
+
+All rows a block of queries may meet stand in one array: tokens, then the pooled parts of every level. A table of row
+numbers, computed from the number of blocks, gathers what each block meets; a bias of the logarithms of how many tokens a
+row stands for says which rows count. So the body has few nodes (a session loads in a time that grows with their square),
+and pads nothing but the last block and the last pair of parts of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from fastattn_compile.lowering.onnx.body import (
+    Body,
+    BodyInputs,
+    BodySpec,
+    hidden,
+    highest,
+    only,
+)
+from fastattn_compile.lowering.onnx.writer import FAR, OnnxWriter
+from fastattn_compile.operators.base import Operator, Support, no
+from fastattn_compile.operators.fma.config import level_count
+
+
+def _supports(operator: Operator, spec: BodySpec) -> Support:
+    if operator.config.basis != "mean":
+        return no(f"its ONNX body serves the mean basis only, not {operator.config.basis!r}")
+    plain = type(operator.config)(
+        block=operator.config.block, rank=operator.config.rank, sinks=operator.config.sinks,
+        scale_attn=operator.config.scale_attn,
+    )  # fmt: skip
+    if plain != operator.config:
+        return no(f"its ONNX body serves none of the further options of {operator}")
+    if spec.mask.left is not None or spec.mask.right not in (None, 0):
+        return no(f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}")
+    return only(spec.mask, "right", "end_aligned", "key_padding")
+
+
+def _attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
+    config = operator.config
+    return {
+        "block": config.block, "rank": config.rank, "sinks": config.sinks, "scale_attn": int(config.scale_attn),
+        "longest": spec.longest,
+    }  # fmt: skip
+
+
+def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> ir.Value:
+    return _Writing(w, operator, spec, given).write()
+
+
+class _Writing:
+    """One body.
+
+    ``m`` block, ``p`` rank, ``b`` batch (1 where nothing depends on it), ``g`` key heads, ``k`` blocks, ``c`` channels,
+    ``r = group * m`` rows of a tile, ``t`` slots of a block.
+    """
+
+    def __init__(self, w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> None:
+        self.w, self.spec, self.padding = w, spec, given.key_padding
+        config = operator.config
+        self.m, self.p, self.sinks, self.weighted = config.block, config.rank, config.sinks, config.scale_attn
+        self.causal = spec.mask.causal
+        self.levels = level_count(spec.longest, self.m)
+        self.near = (2 if self.causal else 3) * self.m
+        self.length = w.shape(given.key, 2)
+        self.blocks = self._checked(w.op("Div", w.op("Add", self.length, [self.m - 1]), [self.m]))
+        self.missing = w.op("Sub", w.op("Mul", self.blocks, [self.m]), self.length)
+        self.query, self.key, self.value = given.query, given.key, given.value
+        if self.padding is not None:
+            # What stands at padding may be NaN, and NaN times 0 still is.
+            mine = w.op("Unsqueeze", self.padding, [1, 3])
+            self.key, self.value = (w.op("Where", mine, x, 0.0) for x in (given.key, given.value))
+
+    def _checked(self, blocks: ir.Value) -> ir.Value:
+        """The number of blocks; more than the levels can cover stop the run with an index out of range."""
+        w = self.w
+        over = w.cast(w.op("Greater", blocks, [1 << (self.levels + 1)]), ir.DataType.INT64)
+        return w.op("Mul", blocks, w.op("Gather", [1], over, axis=0))
+
+    def write(self) -> ir.Value:
+        """The whole computation."""
+        w, spec = self.w, self.spec
+        real, taken = self._tokens()
+        counts = self._levels(w.cast(taken, spec.dtype), 1)
+        keys, values = (self._rows(x, taken, counts, c) for x, c in self._sides())
+        table, met = self._table()
+        bias = self._bias(real, counts, table, met)
+        query = self._tiles(w.op("Mul", self.query, spec.scale))
+        scores = self._product(query, w.op("Gather", keys, table, axis=2))
+        if not self.sinks:
+            attention = w.op("Softmax", w.op("Add", scores, bias), axis=-1)
+            out = w.op("MatMul", attention, w.op("Gather", values, table, axis=2))
+            return self._ungrouped(self._zeroed(out, bias))
+        sink_bias = self._sink_bias()
+        sink_keys, sink_values = (w.op("Unsqueeze", self._at_sinks(x), [2]) for x, _ in self._sides())
+        of_sinks = w.op("Add", self._product(query, sink_keys), sink_bias)
+        scores = w.op("Concat", w.op("Add", scores, bias), of_sinks, axis=-1)
+        attention = w.op("Softmax", scores, axis=-1)
+        slots = self.near + self._far_slots()
+        of_rows, of_sinks = w.op("Split", attention, [slots, self.sinks], outputs=2, axis=-1)
+        out = w.op("MatMul", of_rows, w.op("Gather", values, table, axis=2))
+        out = w.op("Add", out, w.op("MatMul", of_sinks, sink_values))
+        return self._ungrouped(self._zeroed(out, bias, sink_bias))
+
+    def _sides(self) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]]:
+        return (self.key, self.spec.head_dim), (self.value, self.spec.value_dim)
+
+    def _product(self, query: ir.Value, keys: ir.Value) -> ir.Value:
+        return self.w.op("MatMul", query, self.w.op("Transpose", keys, perm=[0, 1, 2, 4, 3]))
+
+    # Tiles of queries.
+
+    def _tiles(self, query: ir.Value) -> ir.Value:
+        """``(b, h, n, d)`` as ``(b, g, k, r, d)``."""
+        w, spec = self.w, self.spec
+        padded = w.op("Pad", query, w.join([0, 0, 0, 0, 0, 0, self.missing, 0]))
+        if spec.group == 1:
+            return w.op("Reshape", padded, [0, 0, -1, self.m, spec.head_dim])
+        # Heads are told apart before blocks, so that both counts are numbers.
+        split = w.op("Reshape", padded, [0, spec.kv_heads, spec.group, -1, self.m * spec.head_dim])
+        moved = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
+        return w.op("Reshape", moved, [0, 0, 0, spec.group * self.m, spec.head_dim])
+
+    def _ungrouped(self, out: ir.Value) -> ir.Value:
+        """``(b, g, k, r, e)`` as ``(b, h, n, e)``."""
+        w, spec = self.w, self.spec
+        if spec.group > 1:
+            split = w.op("Reshape", out, [0, 0, 0, spec.group, self.m * spec.value_dim])
+            out = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
+        whole = w.op("Reshape", out, [0, spec.heads, -1, spec.value_dim])
+        return w.slice(whole, 0, self.length, 2)
+
+    def _zeroed(self, out: ir.Value, *biases: ir.Value) -> ir.Value:
+        """Only padding can hide every key of a query."""
+        if self.padding is None:
+            return out
+        w = self.w
+        best = [highest(w, bias, self.spec) for bias in biases]
+        most = best[0] if len(best) == 1 else w.op("Max", *best)
+        seen = w.op("Greater", most, hidden(self.spec) / 2)
+        return w.op("Mul", out, w.cast(seen, self.spec.dtype))
+
+    # Tokens and sinks.
+
+    def _tokens(self) -> tuple[ir.Value, ir.Value]:
+        """Which tokens are there, and which are pooled (not the sinks), both ``(b, 1, n', 1)`` boolean."""
+        w, sinks = self.w, self.sinks
+        if self.padding is None:
+            places = w.op("Reshape", w.range(w.op("Mul", self.blocks, [self.m])), [1, 1, -1, 1])
+            real = w.op("Less", places, self.length)
+            if not sinks:
+                return real, real
+            # Short of tokens the last one stands for the sinks that do not exist; their bias hides them.
+            numbers = w.constant(np.arange(sinks))
+            self._places = w.op("Unsqueeze", w.op("Min", numbers, w.op("Sub", self.length, [1])), [0])
+            self._exists = w.op("Unsqueeze", w.op("Less", numbers, self.length), [0])
+            return real, w.op("And", real, w.op("GreaterOrEqual", places, [sinks]))
+        found = w.op("Pad", w.cast(self.padding, ir.DataType.INT32), w.join([0, 0, 0, self.missing]))
+        real = w.cast(w.op("Unsqueeze", found, [1, 3]), ir.DataType.BOOL)
+        if not sinks:
+            return real, real
+        rank = w.op("Mul", w.op("CumSum", found, w.constant(1)), found)  # the first real token is number 1
+        int32 = ir.DataType.INT32
+        wanted = w.constant(np.arange(1, sinks + 1).reshape(1, -1, 1), int32)
+        same = w.op("Equal", w.op("Unsqueeze", rank, [1]), wanted)
+        self._places = w.op("ArgMax", w.cast(same, int32), axis=2, keepdims=0)
+        total = w.op("ReduceSum", found, [1], keepdims=1)
+        self._exists = w.op("Less", w.constant(np.arange(sinks).reshape(1, -1), int32), total)
+        late = w.op("Greater", rank, w.constant(sinks, int32))
+        return real, w.op("Unsqueeze", late, [1, 3])
+
+    def _at_sinks(self, x: ir.Value) -> ir.Value:
+        """The tokens that are sinks, ``(b, g, s, c)``."""
+        w = self.w
+        if self.padding is None:
+            return w.op("Gather", x, w.op("Squeeze", self._places, [0]), axis=2)
+        target = w.join([w.shape(x, 0), w.shape(x, 1), self.sinks, w.shape(x, 3)])
+        places = w.op("Expand", w.op("Unsqueeze", self._places, [1, 3]), target)
+        return w.op("GatherElements", x, places, axis=2)
+
+    def _sink_bias(self) -> ir.Value:
+        """The sink slots serve blocks apart from the sink's own; nearer ones meet it as a token: ``(b, 1, k, 1, s)``."""
+        w = self.w
+        block = w.op("Reshape", w.range(self.blocks), [1, -1, 1])
+        distance = w.op("Sub", block, w.op("Unsqueeze", w.op("Div", self._places, [self.m]), [1]))
+        apart = w.op("Greater", distance if self.causal else w.op("Abs", distance), 1)
+        seen = w.op("And", apart, w.op("Unsqueeze", self._exists, [1]))
+        return w.op("Unsqueeze", w.op("Where", seen, 0.0, hidden(self.spec)), [1, 3])
+
+    # Rows: tokens, then the parts of groups, level by level.
+
+    def _far_slots(self) -> int:
+        return self.levels * (2 if self.causal else 4) * self.p
+
+    @cached_property
+    def _rows_of_levels(self) -> ir.Value:
+        """Rows of every level: its groups stand in pairs, ``2 * ceil(k / 2^(level + 1))`` of them."""
+        w = self.w
+        widths = w.constant(2 << np.arange(self.levels))
+        return w.op("Mul", w.op("Div", w.op("Sub", w.op("Add", self.blocks, widths), [1]), widths), [2 * self.p])
+
+    def _levels(self, x: ir.Value, channels: int) -> list[ir.Value]:
+        """Sums over the parts of the groups of every level, ``(b, g, rows, c)`` each.
+
+        Args:
+            x: ``(b, g, n', c)``, 0 where a token is not pooled.
+            channels: ``c``.
+        """
+        w, sums = self.w, []
+        if not self.levels:
+            return []
+        for level in range(self.levels):
+            width = 2 if level else self.m // self.p
+            x = w.op("ReduceSum", w.op("Reshape", x, [0, 0, -1, width, channels]), [3], keepdims=0)
+            rows = w.slice(self._rows_of_levels, level, level + 1, 0)
+            x = w.op("Pad", x, w.join([0, 0, 0, 0, 0, 0, w.op("Sub", rows, w.shape(x, 2)), 0]))
+            sums.append(x)
+        return sums
+
+    def _rows(self, x: ir.Value, taken: ir.Value, counts: list[ir.Value], channels: int) -> ir.Value:
+        """All rows of keys or values, ``(b, g, rows, c)``: a block of nothing, tokens, (a block of nothing,) means."""
+        w, m = self.w, self.m
+        x = w.op("Pad", x, w.join([0, 0, m, 0, 0, 0, w.op("Add", self.missing, [0 if self.causal else m]), 0]))
+        if not self.levels:
+            return x
+        tokens = w.slice(x, m, FAR if self.causal else -m, 2)
+        if self.sinks or self.padding is not None:
+            tokens = w.op("Mul", tokens, w.cast(taken, self.spec.dtype))
+        sums = self._levels(tokens, channels)
+        means = [w.op("Div", s, w.op("Max", count, 1.0)) for s, count in zip(sums, counts)]
+        return w.op("Concat", x, *means, axis=2)
+
+    def _table(self) -> tuple[ir.Value, ir.Value | None]:
+        """Which row every slot of every block meets, ``(k, t)``, and whether a far slot is met at all, ``(k, far)``."""
+        w, m, p = self.w, self.m, self.p
+        block = w.op("Unsqueeze", w.range(self.blocks), [1])
+        near = w.op("Add", w.op("Mul", block, [m]), w.constant(np.arange(self.near)))
+        if not self.levels:
+            return near, None
+        sides = np.array([-1] if self.causal else [-1, 1])
+        grid = np.meshgrid(np.arange(self.levels), sides, np.arange(2 * p), indexing="ij")
+        level, side, row = (x.reshape(-1) for x in grid)
+        child = row // p
+        fine = w.op("Add", w.op("Mul", self.blocks, [m]), [m if self.causal else 2 * m])
+        before = w.op("CumSum", self._rows_of_levels, w.constant(0), exclusive=1)
+        start = w.op("Gather", w.op("Add", before, fine), w.constant(level), axis=0)
+        parent = w.op("Add", w.op("Div", block, w.constant(2 << level)), w.constant(side))
+        # The second child of the query's own parent is 1; the child beside the query's group belongs to a finer level.
+        own = w.op("Mod", w.op("Div", block, w.constant(1 << level)), [2])
+        allowed = w.op("Not", w.op("Less", w.op("Mul", w.op("Sub", w.constant(child), own), w.constant(side)), 0))
+        first = w.op("Mul", w.op("Add", w.op("Mul", parent, [2]), w.constant(child)), w.constant(1 << level))
+        inside = w.op("And", w.op("GreaterOrEqual", parent, 0), w.op("Less", first, self.blocks))
+        met = w.op("And", allowed, inside)
+        far = w.op("Add", w.op("Add", w.op("Mul", parent, [2 * p]), w.constant(row)), start)
+        far = w.op("Where", met, far, 0)
+        return w.op("Concat", near, far, axis=1), met
+
+    def _bias(self, real: ir.Value, counts: list[ir.Value], table: ir.Value, met: ir.Value | None) -> ir.Value:
+        """What is added to the scores, ``(b, 1, k, r or 1, t)``: logarithms of counts, hidden slots, the causal mask."""
+        w, m, spec = self.w, self.m, self.spec
+        fine = w.op("Pad", w.cast(real, spec.dtype), w.constant([0, 0, m, 0, 0, 0, 0 if self.causal else m, 0]))
+        every = w.op("Squeeze", w.op("Concat", fine, *counts, axis=2) if counts else fine, [3])
+        mass = w.op("Gather", every, table, axis=2)
+        there = w.op("Greater", mass, 0.0)
+        if met is not None:
+            always = w.op("Expand", w.constant(np.array(True)), w.op("Concat", self.blocks, [self.near], axis=0))
+            there = w.op("And", there, w.op("Concat", always, met, axis=1))
+        weight = w.op("Log", w.op("Max", mass, 1.0)) if self.weighted else w.constant(0.0)
+        bias = w.op("Unsqueeze", w.op("Where", there, weight, hidden(spec)), [3])
+        if not self.causal:
+            return bias
+        rows, keys = np.arange(m)[:, None], np.arange(self.near)[None] - m
+        future = np.where(keys <= rows, 0.0, hidden(spec))
+        ahead = np.concatenate([future, np.zeros((m, self._far_slots()))], 1)
+        return w.op("Add", bias, w.constant(np.tile(ahead, (spec.group, 1)), spec.dtype))
+
+
+BODY = Body("FMA", 1, _supports, _write, _attributes)

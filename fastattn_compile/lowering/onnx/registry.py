@@ -1,0 +1,24 @@
+"""The ONNX bodies by operator name."""
+
+from __future__ import annotations
+
+from fastattn_compile.lowering.onnx import exact, fma
+from fastattn_compile.lowering.onnx.body import Body, BodySpec
+from fastattn_compile.operators.base import Operator, Support, no
+
+_BODIES = {"exact": exact.BODY, "fma": fma.BODY}
+
+
+def body_of(operator: Operator) -> Body | None:
+    """The body of an operator, ``None`` when it has none."""
+    return _BODIES.get(operator.name)
+
+
+def supported(operator: Operator, spec: BodySpec) -> Support:
+    """Whether an operator can be said in ONNX at a site."""
+    body = body_of(operator)
+    if body is None:
+        return no(f"{operator.name} has no ONNX body yet; operators that have one: {', '.join(_BODIES)}")
+    if spec.mask.segments:
+        return no("packed documents cannot be said in ONNX yet")
+    return body.supports(operator, spec)
