@@ -18,6 +18,7 @@ from fastattn_compile.version import __version__
 
 if TYPE_CHECKING:
     from fastattn_compile.backend import fastattn
+    from fastattn_compile.converting.convert import convert
     from fastattn_compile.operators.library import attend
     from fastattn_compile.operators.mask import MaskStructure
     from fastattn_compile.operators.registry import make_operator
@@ -35,6 +36,7 @@ _HOMES = {
     "Report": "reporting.document",
     "Scan": "scanning",
     "attach": "retrofitting.attach",
+    "convert": "converting.convert",
     "detach": "retrofitting.attach",
     "attend": "operators.library",
     "evaluate": "reporting.evaluate",
@@ -45,8 +47,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "detach", "evaluate",
-    "fastattn", "make_operator", "report", "scan",
+    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "convert", "detach",
+    "evaluate", "fastattn", "make_operator", "report", "scan",
 ]  # fmt: skip
 
 

@@ -23,5 +23,9 @@ class ModelLoadError(FastAttentionError):
     """What was given does not load as a model."""
 
 
+class ConversionError(FastAttentionError):
+    """A converted model fails validation or costs more than it may; nothing was written."""
+
+
 class NumericError(FastAttentionError):
     """A site produced NaN or Inf, or a kernel disagrees with its reference."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastattn_compile.benchmarking.case import Case
+from fastattn_compile.files import high_water_mark
 
 _WARM_UP = 2048
 
@@ -59,11 +60,6 @@ def _call(case: Case) -> Callable[[], Any]:
     return case.step(case.attention(operator, parameters), tensors)
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def _main(text: str) -> None:
     given = json.loads(text)
     torch.set_num_threads(given.pop("threads"))
@@ -71,10 +67,9 @@ def _main(text: str) -> None:
     # Compilers, caches and thread pools come to rest on a short sequence.
     _call(dataclasses.replace(case, n=min(case.n, _WARM_UP)))()
     call = _call(case)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    print(max(0, _status("VmHWM") - before))
+    with high_water_mark() as mark:
+        call()
+    print(mark.bytes)
 
 
 if __name__ == "__main__":

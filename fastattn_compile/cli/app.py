@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastattn_compile.cli import bench, demo, info
+from fastattn_compile.cli import bench, convert, demo, info
 from fastattn_compile.cli import eval as eval_
 from fastattn_compile.cli import scan as scan_
 from fastattn_compile.cli.common import FAILED, USAGE
-from fastattn_compile.errors import FastAttentionError, NumericError, UnsupportedSiteError
+from fastattn_compile.errors import ConversionError, FastAttentionError, NumericError, UnsupportedSiteError
 from fastattn_compile.version import __version__
 
 
@@ -25,7 +25,7 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except FastAttentionError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            failed = isinstance(error, (NumericError, UnsupportedSiteError))
+            failed = isinstance(error, (ConversionError, NumericError, UnsupportedSiteError))
             raise typer.Exit(FAILED if failed else USAGE) from error
 
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("scan")(scan_.scan)
 app.command("eval")(eval_.eval_)
+app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

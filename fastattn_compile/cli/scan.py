@@ -8,6 +8,7 @@ import typer
 
 from fastattn_compile.cli import common
 from fastattn_compile.cli.load import Loaded, load
+from fastattn_compile.errors import OptionError
 
 if TYPE_CHECKING:
     from fastattn_compile.scanning import Scan
@@ -29,10 +30,15 @@ def scan(
     common.set_threads(threads)
     with common.progress_bar() as progress:
         progress("load the model", 0, 0)
-        loaded = load(model, length=length, attention=attn, dtype=dtype, text=text, seed=seed)
-        progress("scan the graph", 0, 0)
-        found = scan_loaded(loaded)
-    for line in loaded.notices:
+        if model.lower().endswith(".onnx"):
+            notices: tuple[str, ...] = ()
+            found = _scan_onnx(model)
+        else:
+            loaded = load(model, length=length, attention=attn, dtype=dtype, text=text, seed=seed)
+            notices = loaded.notices
+            progress("scan the graph", 0, 0)
+            found = scan_loaded(loaded)
+    for line in notices:
         common.notice(line)
     common.deliver(found.to_json(), json, out)
     if not json:
@@ -41,6 +47,14 @@ def scan(
         print_scan(found, full=full)
     if not found.counts["taken"]:
         raise typer.Exit(common.NOTHING_FOUND)
+
+
+def _scan_onnx(path: str) -> Scan:
+    try:
+        from fastattn_compile.converting.convert import scan_onnx
+    except ImportError as error:
+        raise OptionError(f'an ONNX file needs: pip install "fastattn-compile[onnx]" ({error})') from error
+    return scan_onnx(path)
 
 
 def scan_loaded(loaded: Loaded) -> Scan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.fx
@@ -59,6 +59,12 @@ def analyse(gm: torch.fx.GraphModule) -> list[Analysis]:
         Analysis(body, normalised, [_named(line, next(names)) for line in lines])
         for body, normalised, lines in found
     ]
+
+
+def named(lines: Sequence[Softmax]) -> list[Softmax]:
+    """The lines of a model with names that are unique in it."""
+    names = unique_names([line.name for line in lines])
+    return [_named(line, name) for line, name in zip(lines, names)]
 
 
 def _named(line: Softmax, name: str) -> Softmax:

@@ -110,7 +110,7 @@ def evaluate(
 
         say("compare the outputs", 0, 0)
         known = labels if labels is not None else _own_labels(inputs, watch_exact)
-        delta = _compare(exact, replaced, known, _real_tokens(inputs))
+        delta = compare_outputs(exact, replaced, known, _real_tokens(inputs))
         del exact, replaced
 
         done = 0
@@ -202,12 +202,20 @@ def _real_tokens(inputs: Inputs) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _compare(
+def compare_outputs(
     exact_output: tuple[Tensor | None, bool],
     replaced_output: tuple[Tensor | None, bool],
     labels: Tensor | None,
     real: Tensor | None,
 ) -> ModelReport:
+    """The delta of a model's output.
+
+    Args:
+        exact_output: The output of the exact model and whether it is logits.
+        replaced_output: That of the replaced model.
+        labels: ``(batch, n)`` token ids when each is predicted from those before it, for perplexities.
+        real: ``(batch, n)`` boolean, true where a token is no padding.
+    """
     (exact, logits), (replaced, _) = exact_output, replaced_output
     if exact is None or replaced is None:
         return ModelReport()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.graph import GraphView, Node, Size
 from fastattn_compile.passes.onnx.rules import RULES, Call
+from fastattn_compile.passes.onnx.shapes import is_known, result_shape
 from fastattn_compile.passes.onnx.sizes import SizeValues, shapes_of
 
 # torch types by their ONNX names.
@@ -41,6 +42,8 @@ def infer_shapes(model: ir.Model) -> None:
     Args:
         model: The model.
     """
+    if not _may_attend(model):
+        return  # inference takes its time
     inferred = _infer(_skeleton(model))
     found = {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -54,6 +57,14 @@ def infer_shapes(model: ir.Model) -> None:
             if tensor.HasField("shape") and (value.shape is None or not _settled(value.shape)):
                 dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
                 value.shape = ir.Shape(dims)
+
+
+def _may_attend(model: ir.Model) -> bool:
+    """Whether anything in a model could be a softmax."""
+    return any(
+        node.op_type in ("Softmax", "LogSoftmax", "Exp", "QLinearSoftmax") or "Attention" in node.op_type
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+    )
 
 
 def _settled(shape: ir.Shape) -> bool:
@@ -170,19 +181,12 @@ class _Builder:
 
     def _refine(self, node: ir.Node) -> None:
         """A target shape that was computed with tensors says more than what inference made of it."""
-        if node.op_type not in ("Reshape", "Expand", "ConstantOfShape") or node.domain not in ("", "ai.onnx"):
+        inferred = self.shape(node.outputs[0]) if node.outputs else None
+        if node.op_type not in ("Reshape", "Expand", "ConstantOfShape") and is_known(inferred):
             return
-        target = self.values.of(node.inputs[0 if node.op_type == "ConstantOfShape" else 1])
-        before = self.shape(node.inputs[0]) if node.inputs[0] is not None else None
-        if target is None or target.ndim != 1:
-            return
-        sizes: list[Any] = list(target)
-        if node.op_type == "Reshape":
-            sizes = _reshaped(before, sizes) or []
-        elif node.op_type == "Expand":
-            sizes = _expanded(before, sizes) or []
-        if sizes:
-            self.shapes[node.outputs[0]] = tuple(sizes)
+        shape = result_shape(node, self.values)
+        if shape is not None and (is_known(shape) or inferred is None):
+            self.shapes[node.outputs[0]] = shape
 
     def _append(self, name: str, meaning: Meaning, value: ir.Value | None, module: str, source: str) -> Node:
         inputs = tuple(
@@ -201,41 +205,6 @@ class _Builder:
 
 def _domain(node: ir.Node) -> str:
     return "" if node.domain == "ai.onnx" else node.domain
-
-
-def _reshaped(before: tuple[Size, ...] | None, target: list[Any]) -> list[Size] | None:
-    """The shape a reshape gives: 0 keeps a size, one -1 takes what is left."""
-    sizes = []
-    for at, size in enumerate(target):
-        if size == 0:
-            if before is None or at >= len(before):
-                return None
-            size = before[at]
-        sizes.append(size)
-    if -1 in sizes:
-        if before is None:
-            return None
-        whole: Any = 1
-        for size in before:
-            whole = whole * size
-        rest: Any = 1
-        for size in sizes:
-            rest = rest * size if size != -1 else rest
-        quotient = sympy.cancel(sympy.sympify(whole) / sympy.sympify(rest)) if rest != 0 else None
-        if quotient is None:
-            return None
-        sizes[sizes.index(-1)] = int(quotient) if quotient.is_Integer else quotient
-    return sizes
-
-
-def _expanded(before: tuple[Size, ...] | None, target: list[Any]) -> list[Size] | None:
-    """The shape an expand gives: a target of 1 keeps what is there."""
-    if before is None:
-        return None
-    rank = max(len(before), len(target))
-    have = [1] * (rank - len(before)) + list(before)
-    want = [1] * (rank - len(target)) + target
-    return [h if w == 1 else w for h, w in zip(have, want)]
 
 
 def constant_of(value: ir.Value) -> NDArray[Any] | None:

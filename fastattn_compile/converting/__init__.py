@@ -1,0 +1,1 @@
+"""``fa.convert``: an ONNX file in, an ONNX file with sub-quadratic attention out, and what that cost."""
