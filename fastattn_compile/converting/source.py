@@ -55,9 +55,9 @@ def read_model(source: Source) -> ir.Model:
     if isinstance(source, ir.Model):
         return source.clone()
     if isinstance(source, onnx.ModelProto):
-        return _checked(ir.from_proto(source), None)
+        return _checked(_from_proto(source), None)
     if isinstance(source, (bytes, bytearray)):
-        return _checked(ir.from_proto(_parsed(bytes(source), "the given bytes")), None)
+        return _checked(_from_proto(_parsed(bytes(source), "the given bytes")), None)
     path = Path(source)
     if not path.is_file():
         raise ModelLoadError(f"{path}: no such file")
@@ -67,6 +67,13 @@ def read_model(source: Source) -> ir.Model:
     except Exception as error:  # whatever a broken file makes the parser raise
         raise ModelLoadError(f"{path} does not read as an ONNX model: {_short(error)}") from error
     return _checked(model, path)
+
+
+def _from_proto(proto: onnx.ModelProto) -> ir.Model:
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:  # SerdeError, ValueError, and what they were raised from
+        raise ModelLoadError(f"the given model is broken: {_short(error.__cause__ or error)}") from error
 
 
 def _parsed(data: bytes, name: str) -> onnx.ModelProto:

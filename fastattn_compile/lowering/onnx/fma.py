@@ -205,6 +205,17 @@ class _Writing:
         widths = w.constant(2 << np.arange(self.levels))
         return w.op("Mul", w.op("Div", w.op("Sub", w.op("Add", self.blocks, widths), [1]), widths), [2 * self.p])
 
+    @cached_property
+    def _pads(self) -> list[ir.Value]:
+        """What fills the rows of every level up to whole pairs of groups, the same for keys, values and counts."""
+        w, rows = self.w, self._rows_of_levels
+        made = w.op("Mul", self.blocks, [self.p])
+        if self.levels > 1:
+            made = w.op("Concat", made, w.op("Div", w.slice(rows, 0, -1, 0), [2]), axis=0)
+        missing = w.op("Sub", rows, made)
+        each = w.op("Split", missing, [1] * self.levels, outputs=self.levels, axis=0)
+        return [w.join([0, 0, 0, 0, 0, 0, x, 0]) for x in (each if self.levels > 1 else (each,))]
+
     def _levels(self, x: ir.Value, channels: int) -> list[ir.Value]:
         """Sums over the parts of the groups of every level, ``(b, g, rows, c)`` each.
 
@@ -213,13 +224,10 @@ class _Writing:
             channels: ``c``.
         """
         w, sums = self.w, []
-        if not self.levels:
-            return []
         for level in range(self.levels):
             width = 2 if level else self.m // self.p
             x = w.op("ReduceSum", w.op("Reshape", x, [0, 0, -1, width, channels]), [3], keepdims=0)
-            rows = w.slice(self._rows_of_levels, level, level + 1, 0)
-            x = w.op("Pad", x, w.join([0, 0, 0, 0, 0, 0, w.op("Sub", rows, w.shape(x, 2)), 0]))
+            x = w.op("Pad", x, self._pads[level])
             sums.append(x)
         return sums
 

@@ -32,9 +32,11 @@ def result_shape(node: ir.Node, values: SizeValues) -> Shape | None:
         node: The node.
         values: Shapes of operands and values of those that hold sizes.
     """
+    name = node.op_type
+    if node.domain == "com.microsoft":
+        return _fused_matmul(node, values) if name in ("FusedMatMul", "TransposeMatMul") else None
     if node.domain not in ("", "ai.onnx"):
         return None
-    name = node.op_type
     rule = _RULES.get(name) or (_broadcast if name in _ELEMENTWISE else _same if name in _SAME else None)
     return rule(node, values) if rule is not None else None
 
@@ -81,7 +83,22 @@ def _broadcast(node: ir.Node, values: SizeValues) -> Shape | None:
 
 
 def _matmul(node: ir.Node, values: SizeValues) -> Shape | None:
+    return _product(_operand(node, values, 0), _operand(node, values, 1))
+
+
+def _fused_matmul(node: ir.Node, values: SizeValues) -> Shape | None:
+    """The runtime's product, which transposes its operands on the way."""
     a, b = _operand(node, values, 0), _operand(node, values, 1)
+    if a is None or b is None or attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+        return None
+    a, b = (
+        (*x[:-2], x[-1], x[-2]) if attribute(node, name, 0) and len(x) > 1 else x
+        for x, name in ((a, "transA"), (b, "transB"))
+    )
+    return _product(a, b)
+
+
+def _product(a: Shape | None, b: Shape | None) -> Shape | None:
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
     batch = broadcast([a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else ()

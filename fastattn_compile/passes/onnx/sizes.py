@@ -7,6 +7,7 @@ expressions of the named dimensions of the inputs, so that a reshape to ``(batch
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from fastattn_compile.passes.graph import Size
 
+_unknown = itertools.count()
 # Larger integer tensors hold data, not sizes.
 _LARGEST = 256
 _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
@@ -251,7 +253,9 @@ _RULES: Mapping[str, Callable[[SizeValues, ir.Node], Values | None]] = {
 
 
 def shapes_of(shape: ir.Shape | None) -> tuple[Size, ...] | None:
-    """The shape of an onnx_ir value as sizes; ``None`` when the rank is unknown."""
+    """The shape of an onnx_ir value as sizes; ``None`` when the rank is unknown. Unknown sizes are equal to no other."""
     if shape is None:
         return None
-    return tuple(d if isinstance(d, int) else parse_size(str(d.value or "?")) for d in shape)
+    return tuple(
+        d if isinstance(d, int) else parse_size(d.value) if d.value else symbol(f"?{next(_unknown)}") for d in shape
+    )

@@ -1,0 +1,134 @@
+"""Function bodies against the definitions: any length, every mask they serve, opsets 13 to 25, all types."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_models.helpers import attention_model, run
+from oracle import assert_as_good_as, cast, make_inputs, relative_error
+
+from fastattn_compile.lowering.onnx.body import BodySpec
+from fastattn_compile.lowering.onnx.registry import supported
+from fastattn_compile.operators.base import AttentionInputs
+from fastattn_compile.operators.registry import make_operator
+
+SMALL = {"block": 16, "rank": 4, "sinks": 3}
+TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+}
+
+
+def spec_of(inputs: AttentionInputs, opset: int = 18, longest: int = 1024) -> BodySpec:
+    s = inputs.spec()
+    return BodySpec(
+        s.heads, s.kv_heads, s.head_dim, s.value_dim, inputs.scale, s.mask, TYPES[s.dtype], opset, longest
+    )  # fmt: skip
+
+
+def feeds_of(inputs: AttentionInputs) -> dict[str, np.ndarray]:
+    feeds = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    if inputs.key_padding is not None:
+        feeds["key_padding"] = inputs.key_padding
+    return {name: tensor.numpy() for name, tensor in feeds.items()}
+
+
+def check(name: str, inputs: AttentionInputs, **options: object) -> None:
+    operator = make_operator(name, **options)
+    model = attention_model(operator, spec_of(inputs))
+    out = torch.from_numpy(run(model, feeds_of(inputs))[0])
+    oracle = operator.reference(cast(inputs, torch.float64)).out
+    if inputs.value.dtype == torch.float64:  # no wider type to judge by: a few roundings
+        assert relative_error(out, oracle) <= 8 * torch.finfo(torch.float64).eps
+        return
+    assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs).out)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "key_padding", "causal & key_padding"])
+@pytest.mark.parametrize("length", [2, 16, 31, 75, 130, 333])
+@pytest.mark.parametrize("name", ["exact", "fma"])
+def test_bodies_compute_what_is_defined(name: str, length: int, mask: str) -> None:
+    check(name, make_inputs(mask, length=length, value_dim=6), **(SMALL if name == "fma" else {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{"sinks": 0}, {"scale_attn": False}, {"rank": 16}, {"block": 24, "rank": 2}], ids=str
+)
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+def test_options_of_fma(options: dict[str, object], mask: str) -> None:
+    check("fma", make_inputs(mask, length=200), **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)], ids=str)
+def test_grouped_heads(heads: tuple[int, int]) -> None:
+    check("fma", make_inputs("causal", heads=heads[0], kv_heads=heads[1], length=100), **SMALL)
+
+
+def test_windows_of_exact() -> None:
+    check("exact", make_inputs("causal & window(9)", length=40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+def test_other_types(mask: str, dtype: torch.dtype) -> None:
+    check("fma", make_inputs(mask, length=150, dtype=dtype), **SMALL)
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17, 18, 20, 23, 25])
+@pytest.mark.parametrize("name", ["exact", "fma"])
+def test_one_body_serves_every_opset(name: str, opset: int) -> None:
+    inputs = make_inputs("causal & key_padding", length=75)
+    operator = make_operator(name, **(SMALL if name == "fma" else {}))
+    model = attention_model(operator, spec_of(inputs, opset))
+    onnx.checker.check_model(model, full_check=True)
+    out = torch.from_numpy(run(model, feeds_of(inputs))[0])
+    wanted = operator.reference(inputs).out
+    assert (out - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+def test_the_reference_evaluator_agrees_with_the_runtime(mask: str) -> None:
+    inputs = make_inputs(mask, length=60)  # the evaluator's GatherElements takes 64 entries at most
+    model = attention_model(make_operator("fma", **SMALL), spec_of(inputs))
+    (there,) = run(model, feeds_of(inputs))
+    (here,) = onnx.reference.ReferenceEvaluator(model).run(None, feeds_of(inputs))
+    np.testing.assert_allclose(here, there, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(there).max())
+
+
+def test_nan_at_padding_stays_there() -> None:
+    inputs = make_inputs("causal & key_padding", length=75)
+    for x in (inputs.key, inputs.value):
+        x.masked_fill_(~inputs.key_padding[:, None, :, None], float("nan"))
+    operator = make_operator("fma", **SMALL)
+    out = torch.from_numpy(run(attention_model(operator, spec_of(inputs)), feeds_of(inputs))[0])
+    clean = dataclasses.replace(inputs, key=inputs.key.nan_to_num(0), value=inputs.value.nan_to_num(0))
+    torch.testing.assert_close(out, operator.reference(clean).out)
+
+
+def test_a_longer_sequence_than_promised_stops_the_run() -> None:
+    inputs = make_inputs("causal", length=300)
+    model = attention_model(make_operator("fma", **SMALL), spec_of(inputs, longest=128))
+    with pytest.raises(Exception, match="out of data bounds"):
+        run(model, feeds_of(inputs))
+
+
+def test_bodies_are_lean() -> None:
+    """A session loads in a time that grows with the square of the number of nodes."""
+    inputs = make_inputs("causal", length=8)
+    body = attention_model(make_operator("fma"), spec_of(inputs, longest=8192)).functions[0]
+    assert sum(node.op_type != "Constant" for node in body.node) < 250
+
+
+def test_what_a_body_cannot_say_is_refused() -> None:
+    spec = spec_of(make_inputs("causal & window(9)", length=8))
+    assert "without a window" in supported(make_operator("fma"), spec).reason
+    assert "no ONNX body yet" in supported(make_operator("linformer"), spec).reason
+    plain = spec_of(make_inputs("causal", length=8))
+    assert "mean basis" in supported(make_operator("fma", basis="depthwise"), plain).reason
