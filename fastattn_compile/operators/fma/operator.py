@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.aten import fma as fma_aten
+from fastattn_compile.kernels import fma as fma_kernels
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.operators.base import (
     AttentionInputs,
@@ -78,7 +78,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return exact_forward(inputs)
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
-        return AttentionOutput(*fma_aten.forward(q, k, v, scale, pattern, inputs.key_padding, used))
+        return AttentionOutput(*fma_kernels.forward(q, k, v, scale, pattern, inputs.key_padding, used))
 
     def backward(
         self,
@@ -95,7 +95,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         out, lse = output.out, output.log_sum_exp
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
-        grad_query, grad_key, grad_value, learned = fma_aten.backward(
+        grad_query, grad_key, grad_value, learned = fma_kernels.backward(
             q, k, v, scale, pattern, out, lse, grad_out, grad_log_sum_exp, inputs.key_padding, used
         )
         unused = tuple(torch.zeros_like(p) for p in parameters[len(used) :])

@@ -1,0 +1,76 @@
+"""Building the C++ sources: by the compiler and flags that Inductor picks, into the cache where Inductor keeps its own code."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_lock = threading.Lock()
+_failed: dict[str, str] = {}
+
+
+@lru_cache(maxsize=1)
+def _compiler_obstacle() -> str:
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, or whatever its search raises
+        return f"no C++ compiler was found ({' '.join(str(error).split())[:160] or type(error).__name__})"
+    return ""
+
+
+def obstacle(name: str | None = None) -> str:
+    """Why C++ kernels cannot run here, ``""`` when they can. Builds the named one to know it for certain.
+
+    Args:
+        name: A source without its ending; only the compiler is looked for when ``None``.
+    """
+    reason = _compiler_obstacle()
+    if reason or name is None:
+        return reason
+    if name not in _failed:
+        try:
+            library(name)
+        except Exception as error:  # a compiler can fail in many ways; kernels on ATen serve then
+            _failed[name] = f"{name}.cpp does not build: {' '.join(str(error).split())[-300:]}"
+        else:
+            _failed[name] = ""
+    return _failed[name]
+
+
+def source(name: str) -> str:
+    """The text of a source with our own headers put in: what is compiled, and what other runtimes compile."""
+    text = (_FOLDER / f"{name}.cpp").read_text(encoding="utf-8")
+    for header in sorted(_FOLDER.glob("*.h")):
+        body = header.read_text(encoding="utf-8").replace("#pragma once\n", "")
+        text = text.replace(f'#include "{header.name}"\n', body, 1)
+    return text
+
+
+def library(name: str) -> ctypes.CDLL:
+    """A built source, loaded. Building takes some seconds the first time on a machine.
+
+    Args:
+        name: Of the source, without its ending.
+
+    Raises:
+        RuntimeError: It does not build.
+    """
+    with _lock:
+        return _library(name)
+
+
+@lru_cache(maxsize=None)
+def _library(name: str) -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    # Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here.
+    flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-march=native")
+    code = f"// {pick_vec_isa()}\n{source(name)}"
+    built: ctypes.CDLL = CppCodeCache.load(code, "cpu", extra_flags=flags)
+    return built

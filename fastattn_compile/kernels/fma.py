@@ -1,0 +1,42 @@
+"""Fast multipole attention: one face for its kernels on ATen and in C++. Arguments and results are those of ``aten.fma``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fastattn_compile.kernels.aten import fma as on_aten
+from fastattn_compile.kernels.aten.fma_plan import Pattern
+from fastattn_compile.kernels.cpu import fma as on_cpu
+from fastattn_compile.kernels.dispatch import select
+
+
+def _offered(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Callable[[], str]]:
+    return {"cpp": lambda: on_cpu.why_not(query, key, value, pattern)} if query.device.type == "cpu" else {}
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, key_padding: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.aten.fma.forward``, by the fastest implementation that serves the call."""
+    if select("fma forward", _offered(query, key, value, pattern)) == "cpp":
+        made = on_cpu.forward(query, key, value, scale, pattern, key_padding)
+        if made is not None:
+            return made
+    return on_aten.forward(query, key, value, scale, pattern, key_padding, weights)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, out: Tensor, log_sum_exp: Tensor,
+    grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """As ``kernels.aten.fma.backward``, by the fastest implementation that serves the call."""
+    saved = out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
+    if select("fma backward", _offered(query, key, value, pattern)) == "cpp":
+        made = on_cpu.backward(query, key, value, scale, pattern, *saved)
+        if made is not None:
+            return *made, ()
+    return on_aten.backward(query, key, value, scale, pattern, *saved, weights)
