@@ -47,6 +47,7 @@ def gather() -> dict[str, Any]:
             "cores": os.cpu_count(),
         },
         "compilers": {"cpp": _cpp_compiler(), "triton": _version("triton")},
+        "kernels": _kernels(),
         "operators": operator_names(),
         "backends": _backends(),
         "packages": {name: _version(name) for name in _BASE},
@@ -68,11 +69,30 @@ def _cpp_compiler() -> str | None:
     return os.path.basename(found) if found else None
 
 
+def _kernels() -> dict[str, str]:
+    """Which implementation of the kernels runs on a CPU, and why the C++ ones cannot when they cannot."""
+    from fastattn_compile.kernels.cpu.build import obstacle
+    from fastattn_compile.kernels.dispatch import chosen_kernels
+
+    reason = obstacle()
+    chosen = chosen_kernels()
+    runs = "aten" if chosen == "aten" or (chosen == "auto" and reason) else "cpp"
+    return {"chosen": chosen, "cpu": runs, "cpp_obstacle": reason}
+
+
 def _backends() -> list[str]:
     """Names that ``torch.compile(backend=...)`` takes here; installing the package adds ``fastattn``."""
     import torch
 
     return list(torch.compiler.list_backends())
+
+
+def _described(kernels: dict[str, str]) -> str:
+    """The kernels in words."""
+    text = {"cpp": "C++, built at first use", "aten": "ATen"}[kernels["cpu"]]
+    if kernels["chosen"] != "auto":
+        text += f" (chosen: {kernels['chosen']})"
+    return text + (f"; C++: {kernels['cpp_obstacle']}" if kernels["cpp_obstacle"] else "")
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -88,6 +108,7 @@ def _print(document: dict[str, Any]) -> None:
         ("threads", f"{device['threads']} of {device['cores']} cores"),
         ("C++ compiler", compilers["cpp"] or "none found: Inductor cannot lower for the CPU"),
         ("Triton", compilers["triton"] or "not installed"),
+        ("CPU kernels", _described(document["kernels"])),
         ("operators", ", ".join(document["operators"])),
         ("backends", ", ".join(document["backends"])),
     ]

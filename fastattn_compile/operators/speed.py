@@ -18,6 +18,7 @@ import torch
 
 from fastattn_compile.errors import OptionError
 from fastattn_compile.files import write_json
+from fastattn_compile.kernels.cpu.build import obstacle
 from fastattn_compile.kernels.dispatch import chosen_kernels
 from fastattn_compile.machine import device_name
 from fastattn_compile.operators.base import Operator, SiteSpec
@@ -125,7 +126,7 @@ def speed_of(name: str, device: str, dtype: torch.dtype, known: Sequence[Speed] 
 
     found = [
         s for s in (known_speeds() if known is None else known)
-        if s.operator == name and s.device in (machine, device)
+        if s.operator == name and s.device in (machine, device) and not (s.kernels == "cpp" and obstacle())
     ]  # fmt: skip
     if not found:
         # An operator nobody measured here: as slow as the slowest that was.
