@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+
+from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "aten", "cpp", "triton")
 VARIABLE = "FASTATTN_KERNELS"
@@ -77,6 +80,13 @@ def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
     for record in _records:
         record[kernel] = name
     return name
+
+
+def gpu_obstacle(*tensors: Tensor) -> str:
+    """Why Triton cannot run on these tensors at all; empty when it can."""
+    if not all(x.is_cuda for x in tensors):
+        return "the tensors are not on a GPU"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 def _insist(kernel: str, name: str, offered: Mapping[str, Callable[[], str]]) -> None:

@@ -22,9 +22,9 @@ from oracle import (
 
 from fastattn_compile.errors import NumericError
 from fastattn_compile.kernels.aten import conv as conv_aten
-from fastattn_compile.kernels.aten.conv_fft import fast_length, transform_length
 from fastattn_compile.kernels.aten.conv_pattern import Pattern, make_sides
 from fastattn_compile.kernels.aten.conv_profiles import row_maxima
+from fastattn_compile.kernels.aten.conv_sums import fast_length, transform_length
 from fastattn_compile.operators.registry import make_operator
 
 MASKS = [

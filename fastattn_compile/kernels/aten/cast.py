@@ -12,6 +12,7 @@ slots; ``m`` is the number of filled slots of the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def cluster(affinities: Affinities) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Slots:
+class Slots:
     """Where the members of clusters stand.
 
     Args:
@@ -53,7 +54,7 @@ class _Slots:
     own_key: Tensor
 
     @staticmethod
-    def of(table: Tensor, length: int, group: int, dtype: torch.dtype) -> _Slots:
+    def of(table: Tensor, length: int, group: int, dtype: torch.dtype) -> Slots:
         batch, clusters, _ = table.shape
         filled = table >= 0
         first = torch.arange(batch, device=table.device)[:, None, None] * length
@@ -68,7 +69,7 @@ class _Slots:
         rows = token[members]
         place = torch.arange(group, device=table.device)
         own = ((rows[:, None] * group + place) * clusters + number[:, None]).flatten()
-        return _Slots(token, filled, members, share, own, rows * clusters + number)
+        return Slots(token, filled, members, share, own, rows * clusters + number)
 
     def gather(self, x: Tensor) -> Tensor:
         """``(g, b, n, ...)`` tokens as ``(g, b c, s, ...)`` slots."""
@@ -81,7 +82,7 @@ class _Slots:
         x.flatten(1, 2).index_add_(1, self.token[self.members], rows)
 
 
-class _Pass:
+class Pass:
     """One forward pass with all that its backward pass reads, in memory O(n (size + clusters))."""
 
     def __init__(self, tokens: Tokens, weights: Weights, rule: Rule, scale: float) -> None:
@@ -89,25 +90,51 @@ class _Pass:
         self.affinities = Affinities(tokens, weights, rule, scale)
         table = cluster(self.affinities)
         self.heads, self.batch, self.length, self.group, _ = tokens.query.shape
-        self.slots = _Slots.of(table, self.length, self.group, tokens.query.dtype)
+        self.slots = Slots.of(table, self.length, self.group, tokens.query.dtype)
         self.alive = self.slots.filled.any(-1)
         self.query, self.key, self.value = (
             self.slots.gather(x) for x in (tokens.query, tokens.key, tokens.value)
         )
         mass = self.slots.share if rule.lse else self.slots.filled.to(tokens.query.dtype)
         self.offset = mass.log().flatten(0, 1)
-        inside, self.inside_lse = cast_tiles.forward(
-            self.query.flatten(2, 3), self.key, self.value, scale, self.offset
-        )
+        inside, self.inside_lse = self._attend()
         self.inside = inside.unflatten(2, (-1, self.group))
         self.shares = self._shares()
         self.summary = self._pooled(self.value)
         self.summary_key = self._pooled(self.key) if rule.lse else None
-        logits = self._logits()
-        self.log_sum_exp = logits.logsumexp(-1)
-        self.mixture = logits.softmax(-1).masked_fill_((self.log_sum_exp == -torch.inf)[..., None], 0)
-        self.own = self.mixture.flatten(1).index_select(1, self.slots.own).unflatten(1, (-1, self.group))
-        self.foreign = self.mixture if rule.own_summary else self._without_own(self.mixture)
+        self.mixture, self.log_sum_exp = self._mix(self._logits())
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Shares of the own clusters of tokens, ``(g, m, r)``."""
+        return self.mixture.flatten(1).index_select(1, self.slots.own).unflatten(1, (-1, self.group))
+
+    @cached_property
+    def foreign(self) -> Tensor:
+        """Shares of the summaries, ``(g, b, n, r, c)``."""
+        return self.mixture if self.rule.own_summary else self._without_own(self.mixture)
+
+    def _mix(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of the clusters, 0 where a token meets none, and the logarithm of their normaliser."""
+        log_sum_exp = logits.logsumexp(-1)
+        return logits.softmax(-1).masked_fill_((log_sum_exp == -torch.inf)[..., None], 0), log_sum_exp
+
+    def _attend(self) -> tuple[Tensor, Tensor]:
+        """Attention inside the clusters, ``(g, b c, s r, e)``, and its log-sum-exp."""
+        return cast_tiles.forward(self.query.flatten(2, 3), self.key, self.value, self.scale, self.offset)
+
+    def _attend_backward(
+        self, grad_inside: Tensor, grad_inside_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of ``_attend`` for the queries, keys and values of the slots."""
+        return cast_tiles.backward(
+            self.query.flatten(2, 3), self.key, self.value, self.scale, self.offset,
+            self.inside.flatten(2, 3), self.inside_lse, grad_inside, grad_inside_lse,
+        )  # fmt: skip
+
+    def _add_(self, x: Tensor, slots: Tensor) -> None:
+        """``Slots.add_``."""
+        self.slots.add_(x, slots)
 
     def _without_own(self, x: Tensor) -> Tensor:
         """A contiguous ``(g, b, n, r, c)`` with 0 at the own clusters of every token."""
@@ -193,11 +220,9 @@ class _Pass:
         if self.rule.lse:
             own = grad_logits.flatten(1).index_select(1, slots.own).unflatten(1, (-1, self.group))
             inside_lse_gradient = self._to_slots(own)
-        slot_query, slot_key, slot_value = cast_tiles.backward(
-            self.query.flatten(2, 3), self.key, self.value, self.scale, self.offset,
-            self.inside.flatten(2, 3), self.inside_lse, self._to_slots(self.own[..., None] * grad_rows),
-            inside_lse_gradient,
-        )  # fmt: skip
+        slot_query, slot_key, slot_value = self._attend_backward(
+            self._to_slots(self.own[..., None] * grad_rows), inside_lse_gradient
+        )
         slot_value += self.shares[..., None] * grad_summary.flatten(1, 2).unsqueeze(2)
         learned = None
         if self.summary_key is not None:
@@ -208,10 +233,10 @@ class _Pass:
             key = torch.zeros_like(tokens.key)
         else:
             query, key, learned = self.affinities.backward(grad_logits, self._summary_gradient(grad_summary))
-        slots.add_(query, slot_query.unflatten(2, (-1, self.group)))
-        slots.add_(key, slot_key)
+        self._add_(query, slot_query.unflatten(2, (-1, self.group)))
+        self._add_(key, slot_key)
         value = torch.zeros_like(tokens.value)
-        slots.add_(value, slot_value)
+        self._add_(value, slot_value)
         return query, key, value, learned
 
     def _summary_gradient(self, grad_summary: Tensor) -> Tensor:
@@ -226,7 +251,7 @@ class _Pass:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
-    real: Tensor | None = None,
+    real: Tensor | None = None, kind: type[Pass] = Pass,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """CAST over all tokens at once (specification 1.2 to 1.6, 5.1).
 
@@ -239,12 +264,13 @@ def forward(
         rule: How to cluster and combine; ``topk`` or ``sa_topk``.
         weights: Learned tensors.
         real: ``(b, n)`` boolean, true where a token is no padding. Padding is in no cluster.
+        kind: Who computes it.
 
     Returns:
         Output ``(b, h, n, e)``, the values' type, contiguous; log of the normaliser of the mixture ``(b, h,
         n)``.
     """
-    done = _Pass(Tokens.of(query, key, value, real), weights.to(work_dtype(query, key, value)), rule, scale)
+    done = kind(Tokens.of(query, key, value, real), weights.to(work_dtype(query, key, value)), rule, scale)
     # A key takes part in the choice of all clusters: one that is not finite leaves nothing of its sequence.
     broken = ~torch.isfinite(done.tokens.key).flatten(2).all(-1).all(0)[:, None, None]
     out = join_heads(done.out()).masked_fill_(broken[..., None], torch.nan)
@@ -255,6 +281,7 @@ def forward(
 def backward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, real: Tensor | None = None,
+    kind: type[Pass] = Pass,
 ) -> tuple[Tensor, Tensor, Tensor, Weights | None]:  # fmt: skip
     """Gradients of ``forward``, which is computed again. No gradient passes the choice of clusters.
 
@@ -268,6 +295,7 @@ def backward(
         grad_out: Gradient of the output.
         grad_log_sum_exp: Gradient of the log of the normaliser; ``None`` is zero.
         real: As in ``forward``.
+        kind: As in ``forward``.
 
     Returns:
         Gradients of query, key and value, each of its input's shape and type, contiguous; those of the
@@ -275,7 +303,7 @@ def backward(
         depend on them).
     """
     tokens = Tokens.of(query, key, value, real)
-    done = _Pass(tokens, weights.to(work_dtype(query, key, value)), rule, scale)
+    done = kind(tokens, weights.to(work_dtype(query, key, value)), rule, scale)
     kv_heads, dtype = key.shape[1], tokens.query.dtype
     grad = split_heads(grad_out.to(dtype), kv_heads)
     grad_lse = None if grad_log_sum_exp is None else split_heads(grad_log_sum_exp.to(dtype), kv_heads)

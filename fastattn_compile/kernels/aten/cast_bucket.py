@@ -6,12 +6,16 @@ sliding window that ends at the cluster's first token, and what fell out of it a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import exact as exact_aten
+from fastattn_compile.kernels.aten.treeformer_ranges import Ranges
+from fastattn_compile.kernels.aten.treeformer_tf import Part
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 
 
 class Buckets:
@@ -46,6 +50,19 @@ class Buckets:
 
         return {"visible": visible, "span": span}
 
+    def part(self, heads: int, kv_heads: int) -> Part:
+        """Who meets whom, as ranges of the list of keys by cluster."""
+        batch, length, device = self.order.shape[0], self.length, self.order.device
+        unit = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads, 1) * length
+        begin = unit.repeat_interleave(heads // kv_heads, 1)
+        stop = self.back + 1
+        start = torch.maximum(self.start.gather(1, self.back), stop - self.size)
+        start = torch.where(self.real.gather(1, self.back), start, stop)
+        node, zero = self.sorted.gather(1, self.back)[:, None].expand(-1, heads, -1), torch.zeros_like(begin + stop[:, None])
+        order = (self.order[:, None] + unit).flatten()
+        ranges = Ranges(order, start[:, None] + begin, stop[:, None] + begin, zero, (0,), node, zero)
+        return Part(ranges, self.size, self.size)
+
     @staticmethod
     def _take(x: Tensor, order: Tensor) -> Tensor:
         """Reorders the tokens of ``(b, heads, n, *)`` or ``(b, heads, n)``."""
@@ -64,6 +81,11 @@ class Buckets:
         Returns:
             Output ``(b, h, n, e)``, 0 for tokens without a cluster; log-sum-exp ``(b, h, n)``, -inf for them.
         """
+        if select("cast buckets forward", {"triton": partial(_obstacle, query, key, value)}) == "triton":
+            from fastattn_compile.kernels.gpu import leaf
+
+            out, lse = leaf.forward(query, key, value, scale, self.part(query.shape[1], key.shape[1]))
+            return out, lse.squeeze(-1)
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         out, lse = exact_aten.forward(q, k, v, scale, **self._mask())
         return self._take(out, self.back), self._take(lse, self.back)
@@ -84,6 +106,11 @@ class Buckets:
             grad_out: Gradient of the output.
             grad_lse: Gradient of the log-sum-exp; ``None`` is zero.
         """
+        if select("cast buckets backward", {"triton": partial(_obstacle, query, key, value)}) == "triton":
+            from fastattn_compile.kernels.gpu import leaf
+
+            part = self.part(query.shape[1], key.shape[1])
+            return leaf.backward(query, key, value, scale, part, out, lse[..., None], grad_out, grad_lse)[:3]
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         o, z, grad_o = (self._take(x, self.order) for x in (out, lse, grad_out))
         grad_z = None if grad_lse is None else self._take(grad_lse, self.order)
@@ -110,6 +137,16 @@ class Buckets:
         begin = torch.minimum(place + self.size, self.stop)
         total = (self._take(sums, self.stop) - self._take(sums, begin)) * self.real[:, None, :, None]
         return self._take(total.to(grad.dtype), self.back)
+
+
+def _obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(query, key, value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu.launch import tensor_obstacle
+
+    return tensor_obstacle(query, key, value)
 
 
 def _prefix_sums(x: Tensor) -> Tensor:

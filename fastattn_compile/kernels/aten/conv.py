@@ -14,6 +14,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import conv_fft, conv_gather
 from fastattn_compile.kernels.aten.conv_pattern import Pattern, make_sides, triangles
 from fastattn_compile.kernels.aten.conv_profiles import Side, profile_gradients, row_maxima
+from fastattn_compile.kernels.aten.conv_sums import Buckets, fast_length
 from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 # Elements of the profiles of the heads that are worked on together.
@@ -132,17 +133,17 @@ def magnitudes(sides: Sequence[Side], seen: Tensor) -> Tensor:
     return best.masked_fill(~seen, -torch.inf)
 
 
-def _single(sides: Sequence[Side], seen: Tensor) -> conv_fft.Buckets:
+def _single(sides: Sequence[Side], seen: Tensor) -> Buckets:
     """One bucket for all rows, its top the largest score of the lane."""
     top = torch.stack([side.profile.amax((-2, -1)) for side in sides]).amax(0)[..., None]
-    return conv_fft.Buckets(
+    return Buckets(
         top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf")
     )
 
 
 def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) -> float:
     """Floating-point operations of one query head by transforms (specification section 10)."""
-    size = conv_fft.fast_length(n + -(-n // terms))
+    size = fast_length(n + -(-n // terms))
     one = 2.5 * size * max(1, size.bit_length() - 1)
     transforms = terms * (value_dim + 1) + buckets * (terms + value_dim + 1)
     return sides * (one * transforms + 4.0 * size * terms * (value_dim + 1) * buckets)
@@ -223,7 +224,7 @@ def _forward(pattern: Pattern, lanes: Lanes) -> tuple[Tensor, Tensor]:
         if form == "fft":
             buckets = _single(lanes.sides, lanes.seen)
         else:
-            buckets = conv_fft.Buckets(magnitudes(lanes.sides, lanes.seen), pattern.width)
+            buckets = Buckets(magnitudes(lanes.sides, lanes.seen), pattern.width)
             problem = "within a bucket the transforms lose a row (key weights or hidden keys shrink it)"
             if auto and prefers_gather(pattern, n, value_dim, len(buckets.live)):
                 break
@@ -327,7 +328,7 @@ def _backward(
     buckets = None
     if not gather:
         magnitude = magnitudes(lanes.sides, lanes.seen)
-        buckets = conv_fft.Buckets(magnitude, pattern.width)
+        buckets = Buckets(magnitude, pattern.width)
         if pattern.form == "auto":
             # The formula sends d channels through the operator for every value channel.
             channels = value_dim * (lanes.query.shape[-1] if pattern.formula else 1)

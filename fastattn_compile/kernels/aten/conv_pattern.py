@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import conv_anchors
-from fastattn_compile.kernels.aten.conv_profiles import Side, make_side
+from fastattn_compile.kernels.aten.conv_profiles import Side
+from fastattn_compile.kernels.conv_basis import make_side
 
 
 @dataclass(frozen=True)

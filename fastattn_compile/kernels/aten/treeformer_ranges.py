@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.sorting import stable_order
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -67,11 +69,10 @@ class Ranges:
     found: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
-def _sorted_keys(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions sorted by code, ``(units, m)``, and the ascending numbers ``code * m + position``."""
-    length = code.shape[-1]
-    ordered, order = torch.sort(code, dim=-1, stable=True)
-    return order, ordered * length + order
+def _sorted_keys(code: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Positions sorted by code below ``codes``, ``(units, m)``, and the ascending numbers ``code * m + position``."""
+    order = stable_order(code, codes)
+    return order, code.gather(-1, order) * code.shape[-1] + order
 
 
 def node_ranges(
@@ -114,7 +115,7 @@ def node_ranges(
             code = code + (sight.key_segment << level)[:, None]
             wanted = wanted + (sight.query_segment << level)[:, None]
         code = code.masked_fill(gone, sight.segments << level)
-        order, ladder = _sorted_keys(code.flatten(0, 1))
+        order, ladder = _sorted_keys(code.flatten(0, 1), (sight.segments << level) + 1)
         at = (wanted * length).view(units, -1, queries)
         low, high = (
             torch.searchsorted(ladder, (at + edge).flatten(1)).view(batch, heads, queries)
@@ -164,7 +165,7 @@ def near_ranges(
         code = code.masked_fill(~sight.real[:, None], sight.segments)
     if only is not None:
         code = code.masked_fill(~only, sight.segments)
-    order, ladder = _sorted_keys(code.flatten(0, 1))
+    order, ladder = _sorted_keys(code.flatten(0, 1), sight.segments + 1)
     low = torch.maximum(low, sight.low)
     high = torch.maximum(torch.minimum(high, sight.high), low)
     start, stop = (

@@ -268,8 +268,13 @@ def backward(
         grad_value += torch.matmul(own.of_levels(factor).mT, grad_out).sum(1)
     mean_dot = dot / seen.clamp(min=1)
     if cut.height:
-        _query_members(cut, sums[-1], counts[-1], weights, grad_out, pairs, of_queries)
-        _key_members(cut, value, from_later, factor, mean_dot, pairs, of_keys)
+        query_members(cut, sums[-1], counts[-1], weights, grad_out, pairs, of_queries)
+        later_dots = []
+        for level in range(cut.height + 1):
+            rows = (factor[..., level] * mean_dot[..., level])[..., None]
+            table = _spread_queries(_nodes(cut, cut.query_leaf, level), rows, 1 << level)
+            later_dots.append(_after(table, cut.causal))
+        key_members(cut, value, from_later, later_dots, factor, mean_dot, pairs, of_keys)
     learned = weighting.backward(weights, mean_dot)
     if not weighting.root:
         learned[..., 0] = 0
@@ -299,7 +304,7 @@ def _one_hot(node: Tensor, nodes: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(*node.shape, nodes, dtype=dtype, device=node.device).scatter_(-1, node[..., None], 1)
 
 
-def _query_members(
+def query_members(
     cut: Cut,
     sums: Tensor,
     counts: Tensor,
@@ -324,21 +329,17 @@ def _query_members(
         send(chunks, found)
 
 
-def _key_members(
+def key_members(
     cut: Cut,
     value: Tensor,
     from_later: Levels,
+    later_dots: Levels,
     factor: Tensor,
     mean_dot: Tensor,
     pairs: Tensor | None,
     send: Members,
 ) -> None:
     """``dS_k[t, j] = sum over queries of j that see t of weight / count * (<G, v_t> - <G, mean of j>)``."""
-    later_dots = []
-    for level in range(cut.height + 1):
-        rows = (factor[..., level] * mean_dot[..., level])[..., None]
-        table = _spread_queries(_nodes(cut, cut.query_leaf, level), rows, 1 << level)
-        later_dots.append(_after(table, cut.causal))
     for chunks in _steps(cut, cut.key_leaf):
         v, real = value[:, chunks], cut.real[:, chunks, :, None]
         found = []

@@ -3,16 +3,20 @@ right edge."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten.barnes_hut_tree import Choice, Level, Sums, choose, voices_of
+from fastattn_compile.kernels.barnes_hut import triton_obstacle
+from fastattn_compile.kernels.dispatch import select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.exact.reference import masked_softmax
 
 if TYPE_CHECKING:
+    from fastattn_compile.kernels.gpu.barnes_hut_tree import Nodes
     from fastattn_compile.operators.barnes_hut.operator import BarnesHutAttention
 
 
@@ -59,6 +63,16 @@ class _Nodes:
     def after(self, first: int) -> Sums:
         """The sums of the nodes from one on."""
         return Sums(self._statistic, tuple(x.rows[:, first:] for x in self._parts))
+
+    def in_triton(self) -> Nodes:
+        """The level as Triton's descent reads it."""
+        from fastattn_compile.kernels.gpu.barnes_hut_tree import Nodes
+
+        count, main, *rest = (x.rows for x in self._parts)
+        more = rest[0] if rest else main
+        if self._statistic == "bound":
+            more, main = more.chunk(2, -1)
+        return Nodes(main, more, count.squeeze(-1), self.count)
 
     @property
     def level(self) -> Level:
@@ -110,12 +124,16 @@ class BarnesHutDecoder(Decoder):
         units = real.repeat_interleave(self._kv_heads, 0)
         sink = units & (units.cumsum(-1) <= pattern.sinks)
         self._rank = units.sum(-1)
-        self._real, self._sink = _Rows(units[..., None]), _Rows(sink[..., None])
+        self._fine = _Rows((units & ~sink)[..., None])
         self._keys, self._values = (
             _Rows(x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0))
             for x in (inputs.key, inputs.value)
         )
-        self._sinks = [place.nonzero().flatten().tolist() for place in sink]
+        numbers = (
+            torch.arange(1, pattern.sinks + 1, device=units.device).expand(units.shape[0], -1).contiguous()
+        )
+        place = torch.searchsorted(units.cumsum(-1), numbers, out_int32=True)
+        self._sinks = place.masked_fill(place >= length, -1)
         self._nodes: list[_Nodes] = []
         self._grow(0, length)
         self._length, self._choice = length, None
@@ -142,10 +160,9 @@ class BarnesHutDecoder(Decoder):
         self._length += 1
         self._rank = self._rank + 1
         sink = self._rank <= pattern.sinks
-        for unit in sink.nonzero().flatten().tolist():
-            self._sinks[unit].append(now)
-        self._real.append(torch.ones_like(sink)[:, None, None])
-        self._sink.append(sink[:, None, None])
+        numbers = torch.arange(1, pattern.sinks + 1, device=sink.device)
+        self._sinks = self._sinks.masked_fill(numbers == self._rank[:, None], now)
+        self._fine.append(~sink[:, None, None])
         self._keys.append(key.to(self._dtype).flatten(0, 1))
         self._values.append(value.to(self._dtype).flatten(0, 1))
         self._queries = torch.cat([self._queries, query.to(self._dtype)], 2)[:, :, -2 * pattern.group :]
@@ -167,7 +184,7 @@ class BarnesHutDecoder(Decoder):
             if new > old:
                 if level == 0:
                     span = slice(old * width, new * width)
-                    taken = (self._real.rows & ~self._sink.rows)[:, span, 0]
+                    taken = self._fine.rows[:, span, 0]
                     made = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], None, taken).merged(
                         width
                     )
@@ -192,12 +209,31 @@ class BarnesHutDecoder(Decoder):
         place = torch.tensor([first], device=queries.device)
         voices = voices_of(pattern, queries, place, self._kv_heads, first + 1 - queries.shape[2])
         levels = tuple(x.level for x in self._nodes[: pattern.levels(first + 1)])
+        if self._by_triton(queries):
+            self._choice = self._descend(queries, first)
+            return
         near = None
         if pattern.tolerance:
             rows, seen = self._near(first)
             scores = (voices * self.scale) @ self._taken(self._keys, rows)[:, None, None].mT
             near = scores.masked_fill(~seen[:, None, None, None], -torch.inf).logsumexp(-1)
         self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near)
+
+    def _by_triton(self, query: Tensor) -> bool:
+        obstacle = partial(triton_obstacle, query, self._keys.rows, self._values.rows, self._pattern, False)
+        return select("barnes_hut decode", {"triton": obstacle}) == "triton"
+
+    def _descend(self, queries: Tensor, first: int) -> Choice:
+        """``choose`` in Triton."""
+        from fastattn_compile.kernels.gpu import barnes_hut_tree
+
+        levels = [nodes.in_triton() for nodes in self._nodes[: self._pattern.levels(first + 1)]]
+        leaves = barnes_hut_tree.descend(
+            self._pattern, levels, queries, self._kv_heads, self.scale, first + 1, first,
+            first + 1 - queries.shape[2],
+        )  # fmt: skip
+        leaves = leaves.view(self._keys.rows.shape[0], -1, 1, leaves.shape[2])
+        return Choice(leaves.clamp(min=0), leaves >= 0, None, None)
 
     def _near(self, now: int) -> tuple[Tensor, Tensor]:
         """Rows of the near field and the sinks at a position, ``(u, k)``, and whether each is there and
@@ -206,27 +242,38 @@ class BarnesHutDecoder(Decoder):
         device = self._rank.device
         begin = max(0, (now // pattern.block - 1) * pattern.block)
         near = torch.arange(begin, now + 1, device=device).expand(units, -1)
-        near_seen = (self._real.rows & ~self._sink.rows)[:, begin : now + 1, 0]
-        sinks = torch.tensor(
-            [(x + [now + 1] * pattern.sinks)[: pattern.sinks] for x in self._sinks], device=device
-        )
-        sinks = sinks.view(units, pattern.sinks).long()
-        rows, seen = torch.cat([sinks, near], 1), torch.cat([sinks <= now, near_seen], 1)
+        near_seen = self._fine.rows[:, begin : now + 1, 0]
+        rows, seen = torch.cat([self._sinks.long(), near], 1), torch.cat([self._sinks >= 0, near_seen], 1)
         if pattern.left is not None:
             seen = seen & (rows >= now - pattern.left)
-        return rows.clamp(max=now), seen
+        return rows.clamp(min=0), seen
 
     def _taken(self, held: _Rows, rows: Tensor) -> Tensor:
         return held.rows.gather(1, rows[..., None].expand(-1, -1, held.rows.shape[2]))
 
+    def _attend_by_triton(self, query: Tensor) -> AttentionOutput:
+        from fastattn_compile.kernels.gpu import barnes_hut
+
+        leaves = None
+        if self._choice is not None:
+            chosen = self._choice.leaves.masked_fill(~self._choice.opened, -1)
+            leaves = chosen.int().flatten(0, 1).contiguous()
+        out, log_sum_exp = barnes_hut.attend_one(
+            query, self._keys.rows, self._values.rows, self.scale, self._pattern, self._fine.rows[..., 0], self._sinks,
+            leaves,
+        )  # fmt: skip
+        return AttentionOutput(out.to(self._type), log_sum_exp)
+
     def _attend(self, query: Tensor, now: int) -> AttentionOutput:
+        if self._by_triton(query):
+            return self._attend_by_triton(query)
         pattern = self._pattern
         rows, seen = (x[:, None] for x in self._near(now))
         if self._choice is not None:
             leaf = torch.arange(pattern.leaf, device=rows.device)
             tokens = (self._choice.leaves[:, :, 0, :, None] * pattern.leaf + leaf).flatten(2)
             opened = self._choice.opened[:, :, 0, :, None].expand(-1, -1, -1, pattern.leaf).flatten(2)
-            fine = (self._real.rows & ~self._sink.rows)[..., 0]
+            fine = self._fine.rows[..., 0]
             far_seen = opened & fine.gather(1, tokens.flatten(1)).view_as(tokens)
             shape = (-1, tokens.shape[1], -1)
             rows, seen = (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels import barnes_hut as kernel
 from fastattn_compile.kernels.aten import barnes_hut as barnes_hut_aten
 from fastattn_compile.kernels.aten import window as window_aten
 from fastattn_compile.operators.barnes_hut.config import BarnesHutConfig
@@ -86,7 +87,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         if self._near_alone(inputs):
             local = barnes_hut_aten.near_field(pattern)
             return AttentionOutput(*window_aten.forward(*given, local, inputs.key_padding))
-        return AttentionOutput(*barnes_hut_aten.forward(*given, pattern, pool, inputs.key_padding))
+        return AttentionOutput(*kernel.forward(*given, pattern, pool, inputs.key_padding))
 
     def backward(
         self,
@@ -103,7 +104,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         if self._near_alone(inputs):
             local = barnes_hut_aten.near_field(pattern)
             return Gradients(*window_aten.backward(*given, local, *saved, inputs.key_padding))
-        return Gradients(*barnes_hut_aten.backward(*given, pattern, pool, *saved, inputs.key_padding))
+        return Gradients(*kernel.backward(*given, pattern, pool, *saved, inputs.key_padding))
 
     def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
         """The near field, the sinks and the opened leaves, as far as the mask shows them."""

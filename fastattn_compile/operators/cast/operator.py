@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.aten import cast as cast_aten
+from fastattn_compile.kernels import cast as cast_kernel
 from fastattn_compile.kernels.aten import cast_causal
 from fastattn_compile.kernels.aten.cast_affinity import Rule
 from fastattn_compile.operators.base import (
@@ -96,7 +96,7 @@ class CastAttention(Operator[CastConfig]):
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Clusters gathered into tiles, or chunks of a causal scan."""
         check(self.config, parameters, inputs)
-        kernel = cast_causal if self.config.causal else cast_aten
+        kernel = cast_causal if self.config.causal else cast_kernel
         return AttentionOutput(
             *kernel.forward(
                 inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
@@ -113,7 +113,7 @@ class CastAttention(Operator[CastConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``, computed anew; none passes the choice of clusters (specification 1.7)."""
-        kernel = cast_causal if self.config.causal else cast_aten
+        kernel = cast_causal if self.config.causal else cast_kernel
         query, key, value, learned = kernel.backward(
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
             unpacked(self.config, parameters, inputs.query.shape[1]), grad_out, grad_log_sum_exp,
@@ -133,7 +133,7 @@ class CastAttention(Operator[CastConfig]):
         if not parameters:
             itself = rows[:, None] == torch.arange(inputs.key.shape[2], device=rows.device)
             return seen & itself & (self.config.clustering != "topk")
-        kernel = cast_causal if self.config.causal else cast_aten
+        kernel = cast_causal if self.config.causal else cast_kernel
         return seen & kernel.exact_keys(
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
             unpacked(self.config, parameters, inputs.query.shape[1]), rows, inputs.key_padding,

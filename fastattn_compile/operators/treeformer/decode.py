@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from fastattn_compile.kernels.aten.treeformer_route import follow
 from fastattn_compile.kernels.aten.treeformer_tc import Weighting
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype
@@ -163,6 +164,8 @@ class LeafDecoder(Decoder):
         config = self.operator.config
         query = query.to(routing_dtype(inputs))
         leaf, scores = follow(query, trees.query_planes, trees.query_offsets)
+        if select("tf_attention decode", {"triton": self._obstacle}) == "triton":
+            return self._step_by_triton(query, leaf, value)
         found, level = self._found(leaf)
         choices = (
             [[tree] for tree in range(config.n_trees)]
@@ -189,6 +192,28 @@ class LeafDecoder(Decoder):
             lse = torch.full_like(lse, torch.nan).masked_fill(blind, -torch.inf)
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         return AttentionOutput(out.to(value.dtype), lse.to(wide))
+
+    def _obstacle(self) -> str:
+        """Why Triton cannot serve a step; empty when it can."""
+        config = self.operator.config
+        if config.n_trees > 1 or config.query_gradient == "sibling":
+            return "several trees, or a gate, change the scores of a leaf"
+        if config.window or config.sinks or config.fallback == "self+window":
+            return "a window or sinks are met beside the leaf"
+        if self.key.rows.dtype == torch.float64:
+            return "float64"
+        return gpu_obstacle(self.key.rows, self.value.rows)
+
+    def _step_by_triton(self, query: Tensor, leaf: Tensor, value: Tensor) -> AttentionOutput:
+        from fastattn_compile.kernels.gpu import leaf_decode
+
+        config = self.operator.config
+        lowest = 0 if config.fallback == "ancestor" else config.height
+        out, log_sum_exp = leaf_decode.attend_one(
+            query, leaf[:, :, 0, 0], self.key.rows, self.value.rows, self.leaf.rows[:, :, 0], self.real.rows,
+            config.height, lowest, config.height, self.scale,
+        )  # fmt: skip
+        return AttentionOutput(out.to(value.dtype), log_sum_exp)
 
     def stored_rows(self) -> int:
         """Rows of keys."""

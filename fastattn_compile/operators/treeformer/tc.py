@@ -11,10 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels import treeformer_tc as kernel
 from fastattn_compile.kernels.aten import exact as exact_aten
-from fastattn_compile.kernels.aten import treeformer_tc as kernel
 from fastattn_compile.kernels.aten.treeformer_route import dense_backward
-from fastattn_compile.kernels.aten.treeformer_tc import Cut, Weighting, chunk_length, chunked
+from fastattn_compile.kernels.aten.treeformer_tc import (
+    Cut,
+    Members,
+    TreeGradients,
+    Weighting,
+    chunk_length,
+    chunked,
+)
 from fastattn_compile.kernels.tiles import all_finite, without_nonfinite
 from fastattn_compile.operators.base import (
     AttentionInputs,
@@ -272,7 +279,7 @@ class _Sums:
         self.value = value.new_zeros(value.shape)
         self.levels = None if trees.level_weights is None else torch.zeros_like(trees.level_weights)
 
-    def receiver(self, side: str, tree: int, units: _Units) -> kernel.Members:
+    def receiver(self, side: str, tree: int, units: _Units) -> Members:
         """Takes the gradients of memberships in some chunks of some units on to vectors and planes."""
         heads = self.x[side].shape[1] // self.inputs.key.shape[1]
         batch, length = self.x[side].shape[0], self.x[side].shape[2]
@@ -300,7 +307,7 @@ class _Sums:
 
         return receive
 
-    def add(self, tree: int, units: _Units, found: kernel.TreeGradients) -> None:
+    def add(self, tree: int, units: _Units, found: TreeGradients) -> None:
         """Takes the gradients of values and of the weights of the levels."""
         length, kv_heads = self.value.shape[2], self.value.shape[1]
         self.value.flatten(0, 1)[units.rows] += found.value.flatten(1, 2)[:, :length]

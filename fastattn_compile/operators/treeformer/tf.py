@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastattn_compile.kernels.aten import treeformer_tf as kernel
+from fastattn_compile.kernels import treeformer_tf as kernel
 from fastattn_compile.kernels.aten.treeformer_ranges import Ranges, Sight, near_ranges, node_ranges, sink_keys
 from fastattn_compile.kernels.aten.treeformer_route import path_backward
 from fastattn_compile.kernels.aten.treeformer_tf import Gate, Part, PartGradients

@@ -1,0 +1,50 @@
+"""Barnes-Hut attention by the implementation that serves the call; see ``kernels.aten.barnes_hut``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn_compile.kernels.aten import barnes_hut as aten
+from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+
+
+def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(query, key, value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu import barnes_hut
+
+    return barnes_hut.obstacle(query, key, value, pattern, pool)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, pool: bool,
+    key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``kernels.aten.barnes_hut.forward``."""
+    given = query, key, value, scale, pattern, pool, key_padding
+    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern, pool)}
+    if select("barnes_hut forward", offered) == "triton":
+        from fastattn_compile.kernels.gpu import barnes_hut
+
+        return barnes_hut.forward(*given)
+    return aten.forward(*given)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, pool: bool,
+    out: Tensor, log_sum_exp: Tensor, grad_out: Tensor, grad_log_sum_exp: Tensor | None = None,
+    key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``kernels.aten.barnes_hut.backward``."""
+    given = (
+        query, key, value, scale, pattern, pool, out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
+    )  # fmt: skip
+    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern, pool)}
+    if select("barnes_hut backward", offered) == "triton":
+        from fastattn_compile.kernels.gpu import barnes_hut
+
+        return barnes_hut.backward(*given)
+    return aten.backward(*given)
