@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-fast lint types floors wheel bench clean
+.PHONY: demo test test-fast kernels-interpret kernels-aot lint types floors wheel bench clean
 
 $(STAMP): pyproject.toml requirements/models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,11 +22,18 @@ $(STAMP): pyproject.toml requirements/models.txt
 demo: $(STAMP)
 	$(BIN)/fastattn demo
 
-test: $(STAMP) lint types floors
-	$(BIN)/python -m pytest -n 2 -m "not gpu" --durations=10
+test: $(STAMP) lint types floors kernels-interpret kernels-aot
+	$(BIN)/python -m pytest -n 2 -m "not gpu" --ignore=tests/gpu --durations=10
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" --ignore=tests/gpu
+
+# A Triton kernel is made for the interpreter or for the compiler when its module is imported: a process for each.
+kernels-interpret: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not gpu" tests/gpu --durations=5
+
+kernels-aot: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" tests/gpu --durations=5
 
 lint: $(STAMP)
 	$(BIN)/ruff check fastattn_compile tests benchmarks examples
