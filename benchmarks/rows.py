@@ -29,7 +29,9 @@ class Rows:
         if path.exists() and not fresh:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.get("schema") != schema:
-                raise ValueError(f"{path} holds {kept.get('schema')!r}, expected {schema!r}; choose another --json")
+                raise ValueError(
+                    f"{path} holds {kept.get('schema')!r}, expected {schema!r}; choose another --json"
+                )
             self.document["rows"] = kept["rows"]
 
     @property

@@ -76,9 +76,7 @@ SERIES: dict[str, Series] = {
 def case_of(name: str, n: int, args: argparse.Namespace) -> Case:
     operator, causal, options, _ = SERIES[name]
     sizes = {"heads": args.heads, "kv_heads": args.heads, "head_dim": args.head_dim}
-    return Case(
-        operator=operator, options=options(n), n=n, causal=causal, direction=args.direction, **sizes
-    )
+    return Case(operator=operator, options=options(n), n=n, causal=causal, direction=args.direction, **sizes)
 
 
 def call_of(case: Case) -> Callable[[], Any]:
@@ -119,7 +117,9 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
     """Slope of the straight line of least squares in log-log."""
     if len(lengths) < 2 or not all(values):
         return None
-    return round(statistics.linear_regression([math.log(n) for n in lengths], [math.log(v) for v in values])[0], 3)
+    return round(
+        statistics.linear_regression([math.log(n) for n in lengths], [math.log(v) for v in values])[0], 3
+    )
 
 
 def slopes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

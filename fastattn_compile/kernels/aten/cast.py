@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import cast_assign, cast_tiles
-from fastattn_compile.kernels.aten.cast_affinity import Affinities, Rule, Tokens, Weights, join_heads, split_heads
+from fastattn_compile.kernels.aten.cast_affinity import (
+    Affinities,
+    Rule,
+    Tokens,
+    Weights,
+    join_heads,
+    split_heads,
+)
 from fastattn_compile.kernels.tiles import statistics_dtype, work_dtype
 
 

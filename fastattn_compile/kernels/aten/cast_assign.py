@@ -53,12 +53,31 @@ def top_k(affinity: Tensor, tie: Tensor, size: int, real: Tensor | None = None) 
     batch, length, clusters = affinity.shape
     if real is not None:
         affinity = affinity.masked_fill(~real[..., None], -torch.inf)
-    taken = _descending(affinity, tie)[:, :size].mT
+    taken = _leading(affinity, tie, min(size, length))
     if real is not None:
         taken = taken.masked_fill(~real[:, None].expand(-1, clusters, -1).gather(2, taken), -1)
     if size > length:
         taken = torch.cat([taken, taken.new_full((batch, clusters, size - length), -1)], -1)
     return taken
+
+
+def _leading(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """The first ``count`` of ``_descending``, ``(b, c, count)``, without sorting the rest."""
+    batch, length, clusters = first.shape
+    if count == length:
+        return _descending(first, second).mT
+    first, second = (x.mT.reshape(batch * clusters, length) for x in (first, second))
+    # Two selections: by the first value, and where that leaves a tie at the end, by the second.
+    bar = first.topk(count, -1).values[:, -1:]
+    inside = second.masked_fill(first < bar, -torch.inf).masked_fill(first > bar, torch.inf)
+    values, taken = inside.topk(count + 1, -1)
+    taken = taken[:, :count].sort(-1).values
+    columns = (x.gather(1, taken).mT[None] for x in (first, second))
+    taken = taken.gather(1, _descending(*columns)[0].mT)
+    equal = (values[:, count - 1] == values[:, count]).nonzero().squeeze(-1)
+    if len(equal):  # equal in both values: the lower token counts
+        taken[equal] = _descending(*(x[equal].mT[None] for x in (first, second)))[0, :count].mT
+    return taken.unflatten(0, (batch, clusters))
 
 
 def single_assignment(
@@ -95,19 +114,24 @@ def single_assignment(
     free = torch.full((batch, clusters), size, device=affinity.device)
     assigned = torch.full((batch, length), -1, device=affinity.device)
     order = _descending(*best_cluster(affinity, tie, everything)[1:])
+    choice, value, tie_value = best_cluster(affinity, tie, (free > 0)[:, None])
     while bool(waiting.any()):
-        choice, value, tie_value = best_cluster(affinity, tie, (free > 0)[:, None])
         if by_pair:
             order = _descending(value.masked_fill(~waiting, -torch.inf), tie_value)
         wanted, active = choice.gather(1, order), waiting.gather(1, order)
-        asked = torch.nn.functional.one_hot(wanted, clusters) * active[..., None]
-        place = asked.cumsum(1).gather(2, wanted[..., None]).squeeze(-1)
-        refused = active & (place > free.gather(1, wanted))
+        wanted = wanted.masked_fill(~active, clusters)
+        refused = active & (ranks(wanted, clusters + 1) >= free.gather(1, wanted.clamp(max=clusters - 1)))
         given = active & (refused.cumsum(1) == 0)
-        free -= (asked * given[..., None]).sum(1)
+        free.scatter_add_(1, wanted.clamp(max=clusters - 1), -given.long())
         placed = torch.zeros_like(waiting).scatter(1, order, given)
         assigned = torch.where(placed, choice, assigned)
         waiting &= ~placed
+        # Only who wanted a cluster that is full now has to choose again.
+        sequence, token = (waiting & (free.gather(1, choice) <= 0)).nonzero(as_tuple=True)
+        rows = (x[sequence, token][:, None] for x in (affinity, tie))
+        again = best_cluster(*rows, (free > 0)[sequence][:, None])
+        for kept, found in zip((choice, value, tie_value), again):
+            kept[sequence, token] = found[:, 0]
     return assigned
 
 
@@ -138,6 +162,10 @@ def ranks(assigned: Tensor, clusters: int) -> Tensor:
         assigned: ``(b, n)`` cluster numbers, -1 for none.
         clusters: Number of clusters.
     """
-    own = assigned.clamp(min=0)
-    member = torch.nn.functional.one_hot(own, clusters) * (assigned >= 0)[..., None]
-    return ((member.cumsum(1) - member).gather(2, own[..., None])).squeeze(-1)
+    batch, length = assigned.shape
+    order = assigned.sort(dim=1, stable=True).indices
+    sorted_ = assigned.gather(1, order)
+    names = torch.arange(clusters, device=assigned.device).expand(batch, -1).contiguous()
+    start = torch.searchsorted(sorted_, names)
+    place = torch.arange(length, device=assigned.device) - start.gather(1, sorted_.clamp(min=0))
+    return torch.zeros_like(assigned).scatter(1, order, place.masked_fill(sorted_ < 0, 0))

@@ -58,7 +58,10 @@ class Buckets:
         stop = self.back + 1
         start = torch.maximum(self.start.gather(1, self.back), stop - self.size)
         start = torch.where(self.real.gather(1, self.back), start, stop)
-        node, zero = self.sorted.gather(1, self.back)[:, None].expand(-1, heads, -1), torch.zeros_like(begin + stop[:, None])
+        node, zero = (
+            self.sorted.gather(1, self.back)[:, None].expand(-1, heads, -1),
+            torch.zeros_like(begin + stop[:, None]),
+        )
         order = (self.order[:, None] + unit).flatten()
         ranges = Ranges(order, start[:, None] + begin, stop[:, None] + begin, zero, (0,), node, zero)
         return Part(ranges, self.size, self.size)

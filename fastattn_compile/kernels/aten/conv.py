@@ -136,9 +136,7 @@ def magnitudes(sides: Sequence[Side], seen: Tensor) -> Tensor:
 def _single(sides: Sequence[Side], seen: Tensor) -> Buckets:
     """One bucket for all rows, its top the largest score of the lane."""
     top = torch.stack([side.profile.amax((-2, -1)) for side in sides]).amax(0)[..., None]
-    return Buckets(
-        top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf")
-    )
+    return Buckets(top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf"))
 
 
 def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) -> float:

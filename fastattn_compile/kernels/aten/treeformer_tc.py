@@ -3,8 +3,9 @@ ATen.
 
 Bidirectional, the sums of all nodes are made once. Causal, tokens are cut into chunks: a query reads the sums
 of the chunks before its own and adds what its own chunk shows it, so that nothing is subtracted and no digits
-are lost. Work and memory are O(n (chunk + height)), O(n 2^height) in the backward of the trees; chunks are
-passed a few at a time.
+are lost. Forward, one table of all nodes runs along the sequence: O(n height) work for any height. Backward,
+chunks are as long as there are leaves and passed a few at a time: O(n 2^height), which the gradient of the
+trees costs in any case.
 
 Sizes: ``u`` units (a key head of a sequence), ``r`` query heads that share it, ``c`` chunks, ``t`` tokens of
 a chunk, ``e`` channels, ``L = 2^height`` leaves. One tree at a time.
@@ -22,6 +23,8 @@ Levels = list[Tensor]
 # Tokens of a chunk at least; a chunk is never shorter than the leaves, so that the sums of all chunks stay
 # O(n).
 _CHUNK = 64
+# Tokens that the running table takes at a time.
+_STRETCH = 128
 # Elements of the largest temporary.
 _WORKING_SET = 1 << 22
 
@@ -206,16 +209,51 @@ def forward(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tens
     Returns:
         Output ``(u, r, c, t, e)``; number of keys that each query sees, ``(u, r, c, t)``.
     """
+    if cut.causal:
+        return _running(cut, value, weighting)
     sums, counts = key_sums(cut, value)
-    own = _Own.of(cut) if cut.causal else None
-    seen = _path_counts(cut, counts, own)
+    seen = _path_counts(cut, counts, None)
     factor = weighting.weights(seen) / seen.clamp(min=1) * (seen > 0)
     out = torch.zeros(*cut.query_leaf.shape, value.shape[-1], dtype=value.dtype, device=value.device)
     for level, table in enumerate(sums):
         out += factor[..., level, None] * _pick(table, _nodes(cut, cut.query_leaf, level))
-    if own is not None:
-        out += torch.matmul(own.of_levels(factor), value[:, None])
     return out, seen[..., 0]
+
+
+def _running(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """Causal ``forward``: one table of sums and counts of all nodes, which every stretch of queries reads and
+    its keys are then added to.
+    """
+    key_leaf, query_leaf = cut.key_leaf.flatten(1), cut.query_leaf.flatten(2)
+    real, rows = cut.real.flatten(1), value.flatten(1, 2)
+    units, group, length = query_leaf.shape
+    channels = rows.shape[-1]
+    nodes = (2 << cut.height) - 1
+    table = rows.new_zeros(units * nodes, channels + 1, dtype=torch.float64)  # no sum of many keeps its noise
+    base = torch.arange(units, device=rows.device)[:, None, None] * nodes
+    levels = torch.arange(cut.height + 1, device=rows.device)
+
+    def path(leaf: Tensor) -> Tensor:
+        """Places of the nodes of a path in the table, root first: ``(..., height + 1)``."""
+        return (leaf[..., None] >> (cut.height - levels)) + (1 << levels) - 1
+
+    out, seen = rows.new_empty(units, group, length, channels), rows.new_empty(units, group, length)
+    for start in range(0, length, _STRETCH):
+        span = slice(start, start + _STRETCH)
+        part = Cut(
+            cut.height, True, key_leaf[:, None, span], query_leaf[:, :, None, span], real[:, None, span]
+        )
+        own = _Own.of(part)
+        read = table[path(part.query_leaf[:, :, 0]) + base[..., None]].to(rows.dtype)[:, :, None]
+        counts = read[..., -1] + own.by_level((own.depth > 0).to(rows.dtype), cut.height)
+        factor = weighting.weights(counts) / counts.clamp(min=1) * (counts > 0)
+        found = torch.matmul(factor[..., None, :], read[..., :-1])[..., 0, :]
+        found += torch.matmul(own.of_levels(factor), rows[:, None, None, span])
+        out[:, :, span], seen[:, :, span] = found[:, :, 0], counts[:, :, 0, :, 0]
+        keys = torch.cat([rows[:, span], real[:, span, None]], -1).double()
+        spread = keys[:, :, None].expand(-1, -1, cut.height + 1, -1).reshape(-1, channels + 1)
+        table.index_add_(0, (path(key_leaf[:, span]) + base).flatten(), spread)
+    return out.view(*cut.query_leaf.shape, channels), seen.view(cut.query_leaf.shape)
 
 
 @dataclass(frozen=True)
