@@ -4,7 +4,7 @@ Training text is every module of Python's standard library that is not evaluated
 evaluation modules, over all positions and over the second half of a sequence. ``window`` stands beside FMA at
 equal keys a query.
 
-    python benchmarks/bytes_lm.py --steps 400
+    python benchmarks/bytes_lm.py --steps 500
 """
 
 from __future__ import annotations
@@ -121,15 +121,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sequences", type=int, default=64, help="sequences evaluated")
+    parser.add_argument("--sequences", type=int, default=48, help="sequences evaluated")
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
     parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")

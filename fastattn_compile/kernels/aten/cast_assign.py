@@ -128,8 +128,8 @@ def single_assignment(
         waiting &= ~placed
         # Only who wanted a cluster that is full now has to choose again.
         sequence, token = (waiting & (free.gather(1, choice) <= 0)).nonzero(as_tuple=True)
-        rows = (x[sequence, token][:, None] for x in (affinity, tie))
-        again = best_cluster(*rows, (free > 0)[sequence][:, None])
+        still = (free > 0)[sequence][:, None]
+        again = best_cluster(affinity[sequence, token][:, None], tie[sequence, token][:, None], still)
         for kept, found in zip((choice, value, tie_value), again):
             kept[sequence, token] = found[:, 0]
     return assigned
