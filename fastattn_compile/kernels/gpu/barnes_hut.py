@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.gpu.barnes_hut_tree import build_tree, choose
 from fastattn_compile.kernels.gpu.op_configs import chosen
-from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, padded, precision, tensor_obstacle
+from fastattn_compile.kernels.gpu.launch import LIGHT, LOG2_E, channels, padded, precision, tensor_obstacle
 from fastattn_compile.kernels.gpu.online import blemish, finite, log2_sum, online_softmax
 from fastattn_compile.kernels.gpu.leaf_lists import cut_tiles
 
@@ -483,7 +483,7 @@ def _add_leaves(call: _Call, given: tuple[Tensor, ...], dk: Tensor, dv: Tensor) 
             block = min(64, padded(total.shape[2]))
             bh_far_sum[(leaves, -(-total.shape[2] // block))](
                 part, total, begin, unit, length, C=total.shape[2], LEAF=pattern.leaf, BC=block,
-                BL=triton.next_power_of_2(pattern.leaf),
+                BL=triton.next_power_of_2(pattern.leaf), **LIGHT,
             )  # fmt: skip
 
 

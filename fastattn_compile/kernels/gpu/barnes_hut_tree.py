@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
-from fastattn_compile.kernels.gpu.launch import padded, precision
+from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT, padded, precision
 from fastattn_compile.kernels.gpu.online import finite
 
 # Kinds of what a node holds of its tokens.
@@ -75,7 +75,7 @@ def bh_merge(
 @triton.jit(do_not_specialize=["length", "start", "q_start", "total"])
 def bh_descend(
     Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, heads, per_unit, length, start, q_start, q_b, q_h, q_n, q_d, count_row, count_units,
-    main_unit, main_row, more_unit, more_row, total, width, groups, left, right, scale,
+    main_b, main_n, more_b, more_n, total, width, groups, left, right, scale,
     D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, CAUSAL: tl.constexpr, STATISTIC: tl.constexpr, TOP: tl.constexpr, KEEP_ABOVE: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -135,8 +135,8 @@ def bh_descend(
     voice = tl.arange(0, BV)
     speaks, speaker = voice < R * VOICES, head + voice // VOICES
     base = Q + batch * q_b + (speaker % heads).to(tl.int64) * q_h
-    MAIN += unit * main_unit
-    MORE += unit * more_unit
+    MAIN += unit * main_b
+    MORE += unit * more_b
     row = node.to(tl.int64)
     s = tl.zeros([BV, BK], tl.float32)
     for channel in range(0, D, BD):
@@ -163,15 +163,15 @@ def bh_descend(
         q *= scale
         mask = valid[:, None] & (d < D)[None, :]
         if STATISTIC == 2:
-            high = tl.load(MORE + row[:, None] * more_row + d[None, :], mask=mask, other=0.0)
-            low = tl.load(MAIN + row[:, None] * main_row + d[None, :], mask=mask, other=0.0)
+            high = tl.load(MORE + row[:, None] * more_n + d[None, :], mask=mask, other=0.0)
+            low = tl.load(MAIN + row[:, None] * main_n + d[None, :], mask=mask, other=0.0)
             s = tl.dot(tl.maximum(q, 0.0), tl.trans(high), s, input_precision=PRECISION)
             s = tl.dot(tl.maximum(-q, 0.0), tl.trans(low), s, input_precision=PRECISION)
         else:
-            mean = tl.load(MAIN + row[:, None] * main_row + d[None, :], mask=mask, other=0.0) / count[:, None]
+            mean = tl.load(MAIN + row[:, None] * main_n + d[None, :], mask=mask, other=0.0) / count[:, None]
             s = tl.dot(q, tl.trans(mean), s, input_precision=PRECISION)
             if STATISTIC == 1:
-                variance = tl.load(MORE + row[:, None] * more_row + d[None, :], mask=mask, other=0.0) / count[:, None] - mean * mean
+                variance = tl.load(MORE + row[:, None] * more_n + d[None, :], mask=mask, other=0.0) / count[:, None] - mean * mean
                 s = tl.dot(0.5 * q * q, tl.trans(variance), s, input_precision=PRECISION)
     # A node with a value that is not finite comes first, so that whoever could see it does see it.
     s = tl.where(s - s == 0, s + tl.log(count)[None, :], float("inf"))
@@ -263,7 +263,7 @@ def _merged(
             out if level else x, taken, out, heads, read, *x.stride(), taken.stride(0) if taken.shape[0] > 1 else 0,
             sum(total), first[level - 1] if level else 0, first[level],
             D=channels, WIDTH=width, FANOUT=pattern.fanout, LEVELS=levels, TOKENS=level == 0, KIND=kind, ROWS=rows,
-            BD=block, num_warps=4,
+            BD=block, **LIGHT,
         )  # fmt: skip
     return out
 
@@ -348,7 +348,7 @@ def descend(
             STATISTIC=("mean", "cumulant", "bound").index(pattern.statistic), TOP=level == top,
             PRECISION=precision(torch.float32),
             KEEP_ABOVE=kept_above, KEEP=keep, BK=padded(max(listed, keep)),
-            BV=padded(speakers * max(1, samples)), num_warps=8, num_stages=1,
+            BV=padded(speakers * max(1, samples)), **HEAVY,
         )  # fmt: skip
         above, kept_above = kept, keep
     return above

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import cast as aten
 from fastattn_compile.kernels.aten.cast_affinity import Rule, Tokens, Weights
 from fastattn_compile.kernels.gpu import leaf
-from fastattn_compile.kernels.gpu.launch import padded, precision
+from fastattn_compile.kernels.gpu.launch import LIGHT, padded, precision
 
 _ROWS, _CHANNELS, _MOST_CLUSTERS = 32, 64, 512
 
@@ -112,7 +112,7 @@ class Pass(aten.Pass):
             logits, self.summary.contiguous(), self.inside, self._first, self._slot, mixture, lse, self._out,
             length * group, self.slots.token.numel(), batch, C=clusters, E=channels, R=group, S=size,
             OWN_SUMMARY=self.rule.own_summary, PRECISION=precision(logits.dtype), BT=_ROWS,
-            BC=padded(clusters), BE=block,
+            BC=padded(clusters), BE=block, **LIGHT,
         )  # fmt: skip
         return mixture, lse
 
@@ -135,7 +135,7 @@ class Pass(aten.Pass):
         dense = x.contiguous()
         cast_sum[(-(-tokens // _ROWS), x.shape[0], -(-width // block))](
             dense, slots.contiguous(), self._first, self._slot, tokens, self.slots.token.numel(), W=width, BT=_ROWS,
-            BW=block,
+            BW=block, **LIGHT,
         )  # fmt: skip
         if dense is not x:
             x.copy_(dense)

@@ -27,11 +27,11 @@ from fastattn_compile.kernels.aten.treeformer_tc import (
     key_members,
     query_members,
 )
-from fastattn_compile.kernels.gpu.launch import padded, precision
+from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT, padded, precision
 
 # Heights up to which the product with all nodes of a tree is cheaper than sorting rows by node.
 _MOST_HEIGHT = 8
-_NODES, _ROWS, _CHANNELS, _ENTRIES = 64, 64, 64, 256
+_NODES, _ROWS, _CHANNELS, _ENTRIES = 64, 64, 32, 256
 
 
 @triton.jit
@@ -237,7 +237,7 @@ class _Launches:
         self.nodes = (2 << cut.height) - 1
         self.block = min(_CHANNELS, padded(self.channels))
         self.blocks = -(-self.channels // self.block)
-        self.common = {"H": cut.height, "CAUSAL": cut.causal, "BT": _ROWS}
+        self.common = {"H": cut.height, "CAUSAL": cut.causal, "BT": _ROWS, **HEAVY}
         self.products = {**self.common, "E": self.channels, "PRECISION": precision(torch.float32), "BE": self.block}
 
     def spread(self, x: Tensor, of_keys: bool, weight: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ class _Launches:
         tc_spread[(chunks, self.units, -(-self.nodes // nodes) * self.blocks)](
             x, self.key_leaf if of_keys else self.query_leaf, weight, scalar, sums, scalars, group, chunks, rows,
             E=self.channels, H=self.cut.height, BY_LEVEL=not of_keys, HAS_SUM=True, PRECISION=precision(torch.float32),
-            BJ=nodes, BT=_ROWS, BE=self.block,
+            BJ=nodes, BT=_ROWS, BE=self.block, **HEAVY,
         )  # fmt: skip
         return self._prefix(sums, not of_keys), self._prefix(scalars, not of_keys)
 
@@ -259,7 +259,7 @@ class _Launches:
         causal, entries = self.cut.causal, x[0, 0].numel()
         out = torch.empty_like(x) if causal else x.new_empty(x.shape[0], 1, *x.shape[2:])
         tc_prefix[(-(-entries // _ENTRIES), self.units)](
-            x, out, x.shape[1], entries, REVERSE=reverse and causal, TOTAL=not causal, B=_ENTRIES
+            x, out, x.shape[1], entries, REVERSE=reverse and causal, TOTAL=not causal, B=_ENTRIES, **LIGHT
         )
         return out
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten.conv_anchors import segment_of
 from fastattn_compile.kernels.aten.conv_profiles import Side
 from fastattn_compile.kernels.aten.conv_sums import ABOVE_TOP, Buckets, transform_length
+from fastattn_compile.kernels.gpu.launch import LIGHT
 
 # Elements of the spectra of the terms that are transformed together.
 _SPECTRA = 1 << 26
@@ -122,7 +123,7 @@ def make_side(
     conv_profile[(-(-n // _ROWS), -(-terms // block), lanes.numel())](
         query, key, spread, bias, profile, group, n, terms, *band, 0.0 if uncovered is None else uncovered, scale,
         *query.stride(), *key.stride(), *spread.stride()[:3], heads,
-        D=d, FREE=uncovered is not None, HAS_BIAS=bias is not None, BM=_ROWS, BT=block,
+        D=d, FREE=uncovered is not None, HAS_BIAS=bias is not None, BM=_ROWS, BT=block, **LIGHT,
     )  # fmt: skip
     return Side(bounds, segment_of(bounds, n), profile, flipped, int(uncovered is not None))
 
@@ -136,7 +137,7 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor, conjugate: bool, add: bool, gro
     lanes, terms, channels, entries = out.shape
     parts = (torch.view_as_real(z) for z in (x, y, out))
     conv_multiply[(-(-entries // _ENTRIES), terms * channels, lanes)](
-        *parts, entries, channels, x.shape[2], group, *strides(x), *strides(y), CONJUGATE=conjugate, ADD=add, B=_ENTRIES
+        *parts, entries, channels, x.shape[2], group, *strides(x), *strides(y), CONJUGATE=conjugate, ADD=add, B=_ENTRIES, **LIGHT
     )
 
 
@@ -147,7 +148,7 @@ def _weights(side: Side, first: int, count: int, top: Tensor, size: int) -> Tens
     out = profile.new_empty(lanes, count, size)
     tops = top.expand(*side.profile.shape[:3], 1).contiguous()
     conv_weights[(-(-size // _ENTRIES), count, lanes)](
-        profile, tops, out, first, count, terms, n, size, ABOVE_TOP, B=_ENTRIES
+        profile, tops, out, first, count, terms, n, size, ABOVE_TOP, B=_ENTRIES, **LIGHT
     )
     return torch.fft.rfft(out)
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn_compile.kernels.gpu.launch import LIGHT
+
 _CHUNK, _MOST_BINS = 128, 4096
 
 
@@ -55,10 +57,10 @@ def stable_order(code: Tensor, bins: int) -> Tensor:
     code, chunks = code.contiguous(), -(-n // _CHUNK)
     count = torch.empty(units, bins, chunks, dtype=torch.int32, device=code.device)
     sort_count[(chunks, units)](
-        code, count, n, chunks, bins, BINS=max(2, triton.next_power_of_2(bins)), T=_CHUNK
+        code, count, n, chunks, bins, BINS=max(2, triton.next_power_of_2(bins)), T=_CHUNK, **LIGHT
     )
     flat = count.view(units, -1)
     base = flat.cumsum(1, dtype=torch.int32) - flat
     order = torch.empty_like(code, dtype=torch.int64)
-    sort_place[(chunks, units)](code, base, order, n, chunks, bins, T=_CHUNK)
+    sort_place[(chunks, units)](code, base, order, n, chunks, bins, T=_CHUNK, **LIGHT)
     return order

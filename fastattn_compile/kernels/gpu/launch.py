@@ -8,6 +8,9 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 MOST_CHANNELS = 256
+# Of kernels with one configuration: passes over memory, and those with products that fill registers.
+LIGHT = {"num_warps": 4, "num_stages": 1}
+HEAVY = {"num_warps": 8, "num_stages": 1}
 
 
 def padded(size: int) -> int:

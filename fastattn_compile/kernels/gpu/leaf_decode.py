@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.launch import LOG2_E, channels
+from fastattn_compile.kernels.gpu.launch import LIGHT, LOG2_E, channels
 from fastattn_compile.kernels.gpu.online import blemish, finite, log2_sum
 
 _STRETCH, _COLUMNS = 4096, 64
@@ -104,7 +104,7 @@ def attend_one(
         depth = level.new_empty(parts, lanes)
         tf_depth[(parts, lanes)](
             key_leaf, real, leaf, depth, heads, group, length, *key_leaf.stride()[:2], real.stride(0), _STRETCH,
-            H=height, DEEPEST=deepest, BN=_COLUMNS,
+            H=height, DEEPEST=deepest, BN=_COLUMNS, **LIGHT,
         )  # fmt: skip
         level = depth.amax(0).clamp(min=lowest)
     out = query.new_empty(parts, lanes, e, dtype=torch.float32)
@@ -112,7 +112,7 @@ def attend_one(
     tf_decode[(parts, lanes)](
         query.contiguous(), key, value, key_leaf, real, leaf, level, out, lse, heads, group, length, *key.stride()[:3],
         *value.stride()[:3], *key_leaf.stride()[:2], real.stride(0), _STRETCH, scale * LOG2_E,
-        **channels(D=d, E=e), H=height, BN=_COLUMNS,
+        **channels(D=d, E=e), H=height, BN=_COLUMNS, **LIGHT,
     )  # fmt: skip
     whole = lse.logsumexp(0)
     share = (lse - whole.masked_fill(whole == -torch.inf, 0)).exp()

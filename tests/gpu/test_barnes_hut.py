@@ -1,0 +1,185 @@
+"""Barnes-Hut attention: the tree, the choice, the attention, decoding."""
+
+import dataclasses
+
+import pytest
+import torch
+from dense import check
+from oracle import assert_as_good_as, make_inputs
+
+from fastattn_compile.kernels.aten import barnes_hut as aten
+from fastattn_compile.kernels.aten import barnes_hut_tree as aten_tree
+from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.aten.window import LocalTiles
+from fastattn_compile.kernels.gpu import barnes_hut, barnes_hut_tree
+from fastattn_compile.operators.barnes_hut.decode import BarnesHutDecoder
+from fastattn_compile.operators.base import AttentionInputs
+from fastattn_compile.operators.registry import make_operator
+
+SCALE = 0.3
+SMALL = TreePattern(
+    block=16, leaf=2, fanout=2, group=16, open=4, beam=4, sinks=3, statistic="mean", samples=0, share=True,
+    causal=True, left=None, right=0, tolerance=0.0,
+)  # fmt: skip
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def draw(device, dtype=torch.float32, batch=1, heads=2, kv_heads=1, length=100, channels=(16, 16), pad=False):
+    query, key, value = (
+        torch.randn(batch, length, h, c).to(device, dtype).transpose(1, 2)
+        for h, c in ((heads, channels[0]), (kv_heads, channels[0]), (kv_heads, channels[1]))
+    )
+    padding = torch.rand(batch, length, device=device) > 0.2 if pad else None
+    if padding is not None:
+        # What stands at padding is never read.
+        hidden = ~padding[:, None, :, None]
+        query, key, value = (x.masked_fill(hidden, torch.nan) for x in (query, key, value))
+    return query, key, value, padding
+
+
+def taken_of(query, key, value, pattern, padding):
+    return LocalTiles(query, key, value, aten.near_field(pattern), padding).fine
+
+
+PATTERNS = {
+    "mean": {},
+    "cumulant": {"statistic": "cumulant", "causal": False, "right": None},
+    "bound": {"statistic": "bound", "causal": False, "left": 70, "right": 60},
+    "sampled": {"samples": 2, "left": 60, "leaf": 4, "fanout": 4},
+    "own": {"share": False, "leaf": 1, "open": 6},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_tree_and_what_is_opened(name, device):
+    pattern = small(**PATTERNS[name])
+    query, key, value, padding = draw(device, heads=2, pad=True, length=80)
+    query = query.nan_to_num(0.5)
+    length, taken = key.shape[2], taken_of(query, key, value, pattern, padding)
+    clean = key.double().masked_fill(~padding[:, None, :, None], 0).flatten(0, 1)
+    tree = aten_tree.build_tree(pattern, clean, None, taken)
+    made = barnes_hut_tree.build_tree(pattern, key, taken)
+    for level, first, total in zip(tree.levels, made.first, made.total, strict=True):
+        span = slice(first, first + total)
+        count = made.count[:, span]
+        assert torch.equal(count.double().log(), level.log_count)
+        mean, more = made.main[:, span] / count.clamp(min=1)[..., None], made.more[:, span]
+        found = {
+            "mean": lambda: mean, "bound": lambda: torch.cat([more, made.main[:, span]], -1),
+            "cumulant": lambda: torch.cat([mean, more / count.clamp(min=1)[..., None] - mean**2], -1),
+        }[pattern.statistic]()  # fmt: skip
+        there = count > 0
+        torch.testing.assert_close(found[there], level.features[there].float(), rtol=1e-5, atol=1e-5)
+
+    leaves = barnes_hut_tree.choose(made, query, key.shape[1], SCALE)
+    first = torch.arange(-(-length // pattern.group), device=device) * pattern.group
+    voices = aten_tree.voices_of(pattern, query.double(), first, key.shape[1])
+    choice = aten_tree.choose(pattern, tree.levels, voices, SCALE, first, length)
+    for got, wanted, real in zip(
+        leaves.flatten(0, 1), choice.leaves.flatten(0, 2), choice.opened.flatten(0, 2)
+    ):
+        assert sorted(got[got >= 0].tolist()) == sorted(wanted[real].tolist())
+
+
+ATTENTIONS = {
+    "grouped": ({}, {"heads": 4, "kv_heads": 2, "pad": True, "channels": (16, 24), "length": 70}),
+    "bidirectional": (
+        {"causal": False, "right": None},
+        {"channels": (24, 16), "heads": 1, "pad": True, "length": 75},
+    ),
+    "band": ({"causal": False, "left": 50, "right": 40, "share": False}, {"length": 70}),
+    "half": ({"group": 8}, {"dtype": torch.float16, "length": 60}),
+    "bfloat": ({"block": 12, "leaf": 4, "group": 12}, {"dtype": torch.bfloat16, "length": 77, "heads": 3}),
+}
+
+
+def run(query, key, value, pattern, padding, seeds):
+    out, lse = barnes_hut.forward(query, key, value, SCALE, pattern, False, padding)
+    saved = out, lse, *seeds
+    return [out, lse, *barnes_hut.backward(query, key, value, SCALE, pattern, False, *saved, padding)]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_over_near_sinks_and_opened(name, device):
+    pattern, sizes = small(**ATTENTIONS[name][0]), ATTENTIONS[name][1]
+    query, key, value, padding = draw(device, **sizes)
+    query = query.nan_to_num(0.5)
+    seeds = (
+        torch.randn(*query.shape[:3], value.shape[3], device=device).to(value.dtype),
+        torch.randn(query.shape[:3], device=device),
+    )
+    got = run(query, key, value, pattern, padding, seeds)
+    clean = [x.nan_to_num() for x in (key, value)]
+    check(got, query, *clean, SCALE, met(query, *clean, pattern, padding), seeds)
+
+
+def met(query, key, value, pattern, padding):
+    """Who meets whom, ``(b, h, n, n)``, by the definition."""
+    length = key.shape[2]
+    place = torch.arange(length, device=key.device)
+    opened = aten.opened_keys(query.double(), key.double(), SCALE, pattern, place, padding)
+    near = (place[:, None] // pattern.block - place // pattern.block).abs() <= 1
+    real = torch.ones(1, length, dtype=torch.bool, device=key.device) if padding is None else padding
+    sink = real & (real.cumsum(-1) <= pattern.sinks)
+    shown = aten.near_field(pattern).shown(place[:, None], place)
+    return (opened | near | sink[:, None, None]) & shown & real[:, None, None]
+
+
+def test_the_past_does_not_depend_on_the_future(device):
+    pattern = small(group=8)
+    query, key, value, _ = draw(device, length=56)
+    out, _ = barnes_hut.forward(query, key, value, SCALE, pattern, False)
+    later = query.clone(), key.clone(), value.clone()
+    for x in later:
+        x[:, :, 50:] = torch.nan
+    changed, _ = barnes_hut.forward(*later, SCALE, pattern, False)
+    assert torch.equal(changed[:, :, :50], out[:, :, :50])
+
+
+def test_the_same_gradients_every_time(device):
+    query, key, value, _ = draw(device, length=48, heads=1)
+    seeds = torch.randn_like(query), torch.randn(query.shape[:3], device=device)
+    first, second = (run(query, key, value, SMALL, None, seeds) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"select": "bound", "share_group": False, "group": 4}, {"select": "sampled", "group": 4}],
+    ids=str,
+)
+def test_decoding(config, device, monkeypatch):
+    length, steps, pad = 70, 3, not config
+    operator = make_operator("barnes_hut", block=16, leaf=2, fanout=2, open=4, beam=4, sinks=3, **config)
+    inputs = make_inputs(
+        "causal & key_padding" if pad else "causal & window(50)", length=length + steps, head_dim=16
+    )
+    tensors = [x.to(device) for x in (inputs.query, inputs.key, inputs.value)]
+    padding = None if inputs.key_padding is None else inputs.key_padding[:, :length].to(device)
+
+    def decode(dtype, triton):
+        monkeypatch.setattr(BarnesHutDecoder, "_by_triton", lambda self, query: triton)
+        decoder = operator.decoder(inputs.scale)
+        prompt = [x[:, :, :length].to(dtype) for x in tensors]
+        decoder.prefill(AttentionInputs(*prompt, inputs.scale, inputs.mask, padding))
+        return [
+            decoder.step(*(x[:, :, i : i + 1].to(dtype) for x in tensors))
+            for i in range(length, length + steps)
+        ]
+
+    judged = decode(torch.float32, True), decode(torch.float64, False), decode(torch.float32, False)
+    for got, oracle, formula in zip(*judged, strict=True):
+        assert_as_good_as(got.out, oracle=oracle.out, formula=formula.out)
+        assert_as_good_as(got.log_sum_exp, oracle=oracle.log_sum_exp, formula=formula.log_sum_exp)
+
+
+def test_obstacles():
+    query, key, value, _ = draw("cpu", length=20)
+    assert barnes_hut.obstacle(query, key, value, SMALL, False) == ""
+    assert "pool" in barnes_hut.obstacle(query, key, value, SMALL, True)
+    assert "tolerance" in barnes_hut.obstacle(query, key, value, small(tolerance=0.1), False)
+    assert "power of two" in barnes_hut.obstacle(query, key, value, small(fanout=3), False)
+    assert "differ" in barnes_hut.obstacle(query, key.half(), value, SMALL, False)

@@ -1,0 +1,158 @@
+"""Machine code of every row of the configuration table, for GPUs that are not there.
+
+A row that spills, outgrows shared memory, loses its tensor cores or needs more registers than recorded fails. Run
+without ``TRITON_INTERPRET``: a kernel is made for the interpreter or for the compiler, once and for all.
+"""
+
+import pytest
+
+from fastattn_compile.kernels.gpu import barnes_hut, cast, coarse, conv, counting_sort, leaf, leaf_decode
+from fastattn_compile.kernels.gpu import barnes_hut_tree as tree
+from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
+from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT
+from fastattn_compile.kernels.gpu.op_configs import configs
+
+INT, FLOAT, BOOL, LONG, DOUBLE = "*i32", "*fp32", "*i1", "*i64", "*fp64"
+LISTS = dict.fromkeys(
+    ("QUERY_ROW", "OUT_ROW", "START", "STOP", "TILE", "KEY_ROW", "GRAD_ROW", "FIRST", "LAST"), INT
+)
+STATISTICS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "SUM", "BIAS"), FLOAT)
+TREE = {
+    "FINE": BOOL,
+    "SINK": INT,
+    "LEAVES": INT,
+    "PAIR": LONG,
+    "TILE": INT,
+    "LEAF_OF": INT,
+    "DK": FLOAT,
+    "DV": FLOAT,
+}
+TENSORS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV")
+LEAF = {"HAS_BIAS": False, "BIAS": None}
+GROUP = {"R": 4, "LEAF": 4, "OPEN": 64, "SINKS": 4, "CAUSAL": True, "BLOCK": 64, "BO": 64, "BS": 16}
+NO_SLOPE = {"HAS_GRAD_LSE": False, "GRAD_LSE": None}
+
+# Of each kernel of the table: itself, types that are not those of its tensors, constants.
+KERNELS = {
+    "leaf_fwd": (leaf.leaf_fwd, LISTS, LEAF),
+    "leaf_dq": (leaf.leaf_dq, LISTS, {**LEAF, **NO_SLOPE}),
+    "leaf_dkv": (leaf.leaf_dkv, LISTS, {**LEAF, "ADD": False}),
+    "bh_fwd": (barnes_hut.bh_fwd, TREE, {**GROUP, "GROUP": 16}),
+    "bh_fwd_few": (barnes_hut.bh_fwd, TREE, {**GROUP, "GROUP": 1}),
+    "bh_dq": (barnes_hut.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 16}),
+    "bh_dq_few": (barnes_hut.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 1}),
+    "bh_dkv": (barnes_hut.bh_dkv, TREE, {"BLOCK": 64, "SINKS": 0, "CAUSAL": True, "SINK": None}),
+    "bh_far_dkv": (barnes_hut.bh_far_dkv, TREE, {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16}),
+}  # fmt: skip
+# Kernels whose tiles of products have fewer rows than Hopper's instruction takes.
+SMALL = {"bh_fwd_few", "bh_dq_few", "bh_far_dkv"}
+
+
+def precision(kind, architecture):
+    if kind == "half":
+        return "tf32"
+    return "ieee" if architecture == "gfx942" else "tf32x3"
+
+
+def check(report, architecture, tensor_cores=True):
+    assert report.spilled == 0 and report.stack == 0, report
+    assert report.shared <= SHARED_MEMORY[architecture], report
+    # A kernel that the compiler broke is small, and does nothing.
+    assert report.registers > (16 if tensor_cores else 4), report
+    assert any(report.products.values()) == tensor_cores, report
+
+
+def each_row():
+    """Rows of the table; those that take the compiler long are for the long run."""
+    for row in configs():
+        long = row[2] == "float" or row[3] > 128
+        yield pytest.param(row, id="-".join(map(str, row)), marks=[pytest.mark.slow] if long else [])
+
+
+@pytest.mark.parametrize("row", each_row())
+def test_every_row_of_the_table(row):
+    name, architecture, kind, width = row
+    config, (kernel, types, constants) = configs()[row], KERNELS[name]
+    tensors = dict.fromkeys(TENSORS, "*bf16" if kind == "half" else FLOAT)
+    sizes = {"D": width, "E": width, "BD": width, "BE": width, "PRECISION": precision(kind, architecture)}
+    tiles = {name: size for name, size in config.launch.items() if name in ("BM", "BN")}
+    given = {**constants, **sizes, **tiles, "q_d": 1, "k_d": 1, "v_d": 1}
+    report = compiled(
+        kernel, {**tensors, **STATISTICS, **types, "scale": "fp32"},
+        {name: value for name, value in given.items() if name in kernel.arg_names},
+        architecture, config.warps, config.stages,
+    )  # fmt: skip
+    check(report, architecture)
+    assert report.registers <= config.registers, f"{report}; {config.registers} registers were recorded"
+    if architecture == "sm_90" and kind == "half" and width <= 128 and name not in SMALL:
+        assert report.products["HGMMA"] and not report.products["HMMA"], report
+
+
+COARSE = {
+    **dict.fromkeys(("X", "WEIGHT", "SCALAR", "OUT", "SUM", "COUNT", "REAL", "FACTOR", "TABLE", "VALUE", "GRAD"), FLOAT),
+    **dict.fromkeys(("LEAF", "QUERY_LEAF", "KEY_LEAF"), INT),
+}  # fmt: skip
+MEANS = {"E": 128, "BE": 32, "H": 6, "BT": 64, "CAUSAL": True}
+CHOICE = {
+    "D": 128, "BD": 32, "R": 4, "SAMPLES": 0, "GROUP": 1, "BLOCK": 64, "FANOUT": 4, "CAUSAL": True, "TOP": False,
+    "KEEP_ABOVE": 32, "KEEP": 64, "BK": 256, "BV": 16, "q_d": 1,
+}  # fmt: skip
+CHOSEN = {
+    "Q": "*bf16",
+    "MAIN": FLOAT,
+    "MORE": FLOAT,
+    "COUNT": FLOAT,
+    "KEPT_ABOVE": INT,
+    "KEPT": INT,
+    "scale": "fp32",
+}
+MIXED = {
+    **dict.fromkeys(("LOGITS", "SUMMARY", "INSIDE", "MIXTURE", "LSE", "OUT", "X", "ROWS"), FLOAT),
+    **dict.fromkeys(("FIRST", "SLOT"), INT),
+}  # fmt: skip
+WAVES = {**dict.fromkeys(("Q", "K", "BIAS", "PROFILE", "TOP", "OUT", "X", "Y"), DOUBLE), "BOUNDS": LONG}
+CACHE = {
+    **dict.fromkeys(("Q", "K", "V"), "*bf16"), **dict.fromkeys(("LEAF", "QUERY"), LONG), "REAL": BOOL, "LEVEL": INT,
+    "OUT": FLOAT, "LSE": FLOAT, "scale": "fp32",
+}  # fmt: skip
+SORT = {"CODE": LONG, "ORDER": LONG, "COUNT": INT, "BASE": INT}
+MIX = {"C": 64, "E": 128, "R": 4, "S": 256, "OWN_SUMMARY": False, "BT": 32, "BC": 64, "BE": 64}
+MERGE = {
+    "D": 128, "WIDTH": 4, "FANOUT": 4, "LEVELS": 3, "TOKENS": True, "KIND": 0, "ROWS": 64, "BD": 64, "x_d": 1
+}  # fmt: skip
+FAR = {"C": 64, "LEAF": 4, "BC": 64, "BL": 4}
+PROFILE = {"D": 64, "FREE": True, "HAS_BIAS": False, "BIAS": None, "BM": 64, "BT": 16, "q_d": 1, "k_d": 1}
+ONE = {"D": 128, "E": 128, "BD": 128, "BE": 128, "H": 6, "DEEPEST": 6, "BN": 64}
+
+# Kernels with one configuration: itself, types, constants, how it is launched, whether it has products.
+FIXED = {
+    "tc_spread": (coarse.tc_spread, COARSE, {**MEANS, "BY_LEVEL": True, "HAS_SUM": True, "BJ": 64}, HEAVY, True),
+    "tc_prefix": (coarse.tc_prefix, COARSE, {"REVERSE": True, "TOTAL": False, "B": 256}, LIGHT, False),
+    "tc_counts": (coarse.tc_counts, COARSE, MEANS, HEAVY, False),
+    "tc_read": (coarse.tc_read, COARSE, MEANS, HEAVY, True),
+    "tc_dots": (coarse.tc_dots, COARSE, {**MEANS, "BH": 8}, HEAVY, True),
+    "tc_give": (coarse.tc_give, COARSE, MEANS, HEAVY, True),
+    "cast_mix": (cast.cast_mix, MIXED, MIX, LIGHT, True),
+    "cast_sum": (cast.cast_sum, MIXED, {"W": 256, "BT": 32, "BW": 64}, LIGHT, False),
+    "bh_merge": (tree.bh_merge, {"X": "*bf16", "TAKEN": BOOL, "OUT": FLOAT}, MERGE, LIGHT, False),
+    "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 0}, HEAVY, True),
+    "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 1}, HEAVY, True),
+    "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 2}, HEAVY, True),
+    "bh_far_sum": (barnes_hut.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
+    "conv_profile": (conv.conv_profile, {**WAVES, "scale": "fp64", "uncovered": "fp64"}, PROFILE, LIGHT, False),
+    "conv_weights": (conv.conv_weights, {**WAVES, "limit": "fp64"}, {"B": 256}, LIGHT, False),
+    "conv_multiply": (conv.conv_multiply, WAVES, {"CONJUGATE": True, "ADD": False, "B": 256}, LIGHT, False),
+    "sort_count": (counting_sort.sort_count, SORT, {"BINS": 64, "T": 128}, LIGHT, False),
+    "sort_place": (counting_sort.sort_place, SORT, {"T": 128}, LIGHT, False),
+    "tf_depth": (leaf_decode.tf_depth, {**CACHE, "OUT": INT}, ONE, LIGHT, False),
+    "tf_decode": (leaf_decode.tf_decode, CACHE, ONE, LIGHT, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", FIXED)
+def test_kernels_with_one_configuration(name, architecture):
+    kernel, types, constants, launch, products = FIXED[name]
+    given = {**constants, "PRECISION": precision("float", architecture)}
+    given = {name: value for name, value in given.items() if name in kernel.arg_names}
+    check(compiled(kernel, types, given, architecture, *launch.values()), architecture, products)
