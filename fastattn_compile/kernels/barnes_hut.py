@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten import barnes_hut as aten
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.cpu import barnes_hut as cpu
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 
 
@@ -25,11 +26,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``kernels.aten.barnes_hut.forward``."""
     given = query, key, value, scale, pattern, pool, key_padding
-    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern, pool)}
-    if select("barnes_hut forward", offered) == "triton":
+    offered = {
+        "triton": lambda: triton_obstacle(query, key, value, pattern, pool),
+        "cpp": lambda: cpu.why_not(query, key, value, pattern, pool),
+    }
+    chosen = select("barnes_hut forward", offered)
+    if chosen == "triton":
         from fastattn_compile.kernels.gpu import barnes_hut
 
         return barnes_hut.forward(*given)
+    if chosen == "cpp":
+        made = cpu.forward(query, key, value, scale, pattern, key_padding)
+        if made is not None:  # what is not finite is left to ATen, which says which queries see it
+            return made
     return aten.forward(*given)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
+_HEADERS = ("blocks.h", "simd.h")  # those that include others first
 _lock = threading.Lock()
 _failed: dict[str, str] = {}
 
@@ -45,7 +46,7 @@ def obstacle(name: str | None = None) -> str:
 def source(name: str) -> str:
     """The text of a source with our own headers put in: what is compiled, and what other runtimes compile."""
     text = (_FOLDER / f"{name}.cpp").read_text(encoding="utf-8")
-    for header in sorted(_FOLDER.glob("*.h")):
+    for header in (_FOLDER / name for name in _HEADERS):
         body = header.read_text(encoding="utf-8").replace("#pragma once\n", "")
         text = text.replace(f'#include "{header.name}"\n', body, 1)
     return text

@@ -154,3 +154,37 @@ static inline void product_wide(const float* A, const float* B, float* C, int64_
 }
 
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The sums of four vectors.
+static inline four sum4(const vec* a) {
+  four part[4];
+  for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+    part[i] = __builtin_shufflevector(a[i], a[i], 0, 1, 2, 3) + __builtin_shufflevector(a[i], a[i], 4, 5, 6, 7) +
+              (__builtin_shufflevector(a[i], a[i], 8, 9, 10, 11) + __builtin_shufflevector(a[i], a[i], 12, 13, 14, 15));
+#elif defined(__AVX2__)
+    part[i] = __builtin_shufflevector(a[i], a[i], 0, 1, 2, 3) + __builtin_shufflevector(a[i], a[i], 4, 5, 6, 7);
+#else
+    part[i] = a[i];
+#endif
+  }
+  const four x = __builtin_shuffle(part[0], part[1], (four_at){0, 4, 1, 5}) + __builtin_shuffle(part[0], part[1], (four_at){2, 6, 3, 7});
+  const four y = __builtin_shuffle(part[2], part[3], (four_at){0, 4, 1, 5}) + __builtin_shuffle(part[2], part[3], (four_at){2, 6, 3, 7});
+  return __builtin_shuffle(x, y, (four_at){0, 1, 4, 5}) + __builtin_shuffle(x, y, (four_at){2, 3, 6, 7});
+}
+
+// Products of N vectors with four rows that follow each other; `depth` and the strides are multiples of W. Each row is read
+// once for all N.
+template <int N>
+static inline void dot4(const float* const* q, const float* rows, int64_t stride, int64_t depth, four* out) {
+  vec sum[N][4] = {};
+  for (int64_t c = 0; c < depth; c += W) {
+    vec row[4];
+    for (int r = 0; r < 4; r++) row[r] = load(rows + r * stride + c);
+    for (int n = 0; n < N; n++) {
+      const vec x = load(q[n] + c);
+      for (int r = 0; r < 4; r++) sum[n][r] += x * row[r];
+    }
+  }
+  for (int n = 0; n < N; n++) out[n] = sum4(sum[n]);
+}

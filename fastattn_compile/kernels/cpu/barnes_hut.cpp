@@ -1,0 +1,414 @@
+// Barnes-Hut attention on a CPU, forward: near blocks and sinks by tiles, far leaves by content.
+//
+// A tree of mean keys stands over the key positions. A group of queries descends it from the top: of the nodes that lie wholly
+// in its far field the best of each level are expanded, the best leaves are opened, and every query meets their keys one by
+// one. Near and far have a softmax each, without its division; the two are put together at the end.
+//
+// Sizes as in blocks.h.
+#include "blocks.h"
+
+extern "C" {
+struct BarnesHutArgs {
+  BlockArgs block;
+  int64_t leaf, fanout, group, levels;
+  int64_t keep[40];  // candidates of each level that are expanded; of level 0 that are opened
+};
+}
+
+namespace {
+
+// The nodes of one level: mean keys, filled up to whole vectors, and the base-2 logarithm of how many tokens a node holds.
+struct Nodes {
+  int64_t count, width;
+  std::vector<float> key, log_count;
+};
+
+struct Tree {
+  int64_t dk, dv;
+  std::vector<float> key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
+  std::vector<float> bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
+  std::vector<Nodes> levels;
+  Head head;
+};
+
+template <typename T>
+bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
+  const BlockArgs& a = args.block;
+  const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
+  const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
+  const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+  choose_sinks(a, batch, tree.head);
+  const int64_t dk = tree.dk = round_up(a.d, W), dv = tree.dv = round_up(a.e, W), tokens = round_up(round_up(a.n, args.leaf), 4) + 4;
+  tree.key.assign(tokens * dk, 0.f);
+  tree.value.assign(tokens * dv, 0.f);
+  tree.bias.assign(tokens, NEG_INF);
+  float zero = 0.f;
+  for (int64_t i = 0; i < a.n; i++) {
+    if (real && !real[i]) continue;
+    for (int64_t c = 0; c < a.d; c++) tree.key[i * dk + c] = widen(key[i][c]);
+    for (int64_t c = 0; c < a.e; c++) tree.value[i * dv + c] = widen(value[i][c]);
+    if (tree.head.pooled[i]) tree.bias[i] = 0.f;
+  }
+  vec zeros = {};
+  for (const auto* x : {&tree.key, &tree.value})
+    for (size_t c = 0; c < x->size(); c += W) zeros += load(x->data() + c) * splat(0.f);
+  for (int j = 0; j < W; j++) zero += zeros[j];
+  if (zero != 0.f) return false;
+  tree.levels.resize(args.levels);
+  std::vector<float> counts, below_counts;
+  int64_t width = args.leaf;
+  for (int64_t l = 0; l < args.levels; l++, width *= args.fanout) {
+    Nodes& nodes = tree.levels[l];
+    nodes.width = width;
+    nodes.count = l ? (tree.levels[l - 1].count + args.fanout - 1) / args.fanout : (a.n + args.leaf - 1) / args.leaf;
+    nodes.key.assign((nodes.count + 4) * dk, 0.f);
+    counts.assign(nodes.count, 0.f);
+    // Sums first: of tokens, or of the sums that stand in the level below until it is done.
+    const int64_t members = l ? tree.levels[l - 1].count : a.n, per = l ? args.fanout : args.leaf;
+    const float* from = l ? tree.levels[l - 1].key.data() : tree.key.data();
+    for (int64_t i = 0; i < members; i++) {
+      if (!l && !tree.head.pooled[i]) continue;
+      counts[i / per] += l ? below_counts[i] : 1.f;
+      for (int64_t c = 0; c < dk; c += W) {
+        float* to = &nodes.key[i / per * dk + c];
+        store(to, load(to) + load(from + i * dk + c));
+      }
+    }
+    below_counts = counts;
+    nodes.log_count.resize(nodes.count + 4, NEG_INF);
+    for (int64_t i = 0; i < nodes.count; i++) nodes.log_count[i] = counts[i] > 0.f ? std::log2(counts[i]) : NEG_INF;
+  }
+  for (Nodes& nodes : tree.levels)
+    for (int64_t i = 0; i < nodes.count; i++) {
+      if (nodes.log_count[i] == NEG_INF) continue;
+      const float by = std::exp2(-nodes.log_count[i]);
+      for (int64_t c = 0; c < dk; c += W) store(&nodes.key[i * dk + c], load(&nodes.key[i * dk + c]) * by);
+    }
+  return true;
+}
+
+// The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first.
+class Best {
+ public:
+  std::vector<int32_t> ids;
+  std::vector<float> scores;
+
+  void clear() { ids.clear(), scores.clear(); }
+  void add(int64_t id, float score) {
+    if (score > NEG_INF) ids.push_back((int32_t)id), scores.push_back(score);
+  }
+
+  // Cuts both lists to the best, in the order in which they came.
+  void keep(int64_t k) {
+    const int64_t count = ids.size();
+    if (count <= k) return;
+    keys.assign(round_up(count, W), std::numeric_limits<int32_t>::min());
+    for (int64_t i = 0; i < count; i++) {
+      int32_t bits;
+      std::memcpy(&bits, &scores[i], 4);
+      keys[i] = bits ^ ((bits >> 31) & 0x7fffffff);
+    }
+    int64_t low = std::numeric_limits<int32_t>::min(), high = (int64_t)*std::max_element(keys.begin(), keys.begin() + count) + 1;
+    low = *std::min_element(keys.begin(), keys.begin() + count);
+    while (high - low > 1) {  // at least k at `low` and above, fewer at `high`
+      const int64_t middle = low + (high - low) / 2, there = at_least((int32_t)middle);
+      if (there == k) {
+        low = middle;
+        break;
+      }
+      (there > k ? low : high) = middle;
+    }
+    int64_t spare = k - at_least_above((int32_t)low), to = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const bool equal = keys[i] == low;
+      if (keys[i] < low || (equal && spare <= 0)) continue;
+      spare -= equal;
+      ids[to] = ids[i], scores[to++] = scores[i];
+    }
+    ids.resize(to), scores.resize(to);
+  }
+
+ private:
+  std::vector<int32_t> keys;
+
+  int64_t at_least(int32_t bound) const {
+    veci found = {};
+    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] >= bound;
+    int64_t total = 0;
+    for (int j = 0; j < W; j++) total += found[j];
+    return total;
+  }
+  int64_t at_least_above(int32_t bound) const {
+    veci found = {};
+    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] > bound;
+    int64_t total = 0;
+    for (int j = 0; j < W; j++) total += found[j];
+    return total;
+  }
+};
+
+// A stretch of keys outside the near field, [begin, end).
+struct Stretch {
+  int64_t begin, end;
+};
+
+class Chooser {
+ public:
+  Chooser(const BarnesHutArgs& args, const Tree& tree) : args(args), a(args.block), tree(tree) {}
+
+  // The leaves that the queries from `first` on open. `voices` are (heads, dk), scaled to base-2 scores.
+  const std::vector<int32_t>& open(int64_t first, const float* voices, int64_t heads) {
+    const int64_t block = first / a.m;
+    stretches.clear();
+    stretches.push_back({0, std::max<int64_t>(0, (block - 1) * a.m)});
+    if (!a.causal) stretches.push_back({(block + 2) * a.m, std::numeric_limits<int64_t>::max()});
+    const int64_t top = args.levels - 1;
+    listed.clear();
+    for (int64_t i = 0; i < tree.levels[top].count; i++) listed.push_back((int32_t)i);
+    for (int64_t l = top; l >= 0; l--) {
+      rank(l, voices, heads);
+      best.keep(args.keep[l]);
+      if (l) expand(l);
+    }
+    return best.ids;
+  }
+
+ private:
+  const BarnesHutArgs& args;
+  const BlockArgs& a;
+  const Tree& tree;
+  std::vector<Stretch> stretches;
+  std::vector<int32_t> listed;
+  std::vector<float> scores;  // (heads, listed)
+  Best best;
+
+  bool far(const Nodes& nodes, int64_t i) const {
+    for (const Stretch& s : stretches)
+      if (i * nodes.width >= s.begin && (s.end == std::numeric_limits<int64_t>::max() || (i + 1) * nodes.width <= s.end)) return true;
+    return false;
+  }
+
+  // Estimated masses of the listed nodes that lie in the far field.
+  void rank(int64_t l, const float* voices, int64_t heads) {
+    const Nodes& nodes = tree.levels[l];
+    best.clear();
+    const int64_t count = listed.size();
+    scores.resize(heads * count);
+    for (int64_t i = 0; i < count;) {  // children of a node follow each other
+      int64_t run = 1;
+      while (run < 4 && i + run < count && listed[i + run] == listed[i] + run) run++;
+      for (int64_t h = 0; h < heads; h++) {
+        four s;
+        const float* voice = voices + h * tree.dk;
+        dot4<1>(&voice, &nodes.key[listed[i] * tree.dk], tree.dk, tree.dk, &s);
+        for (int64_t r = 0; r < run; r++)
+          scores[h * count + i + r] = far(nodes, listed[i + r]) ? s[r] + nodes.log_count[listed[i + r]] : NEG_INF;
+      }
+      i += run;
+    }
+    if (heads == 1) {
+      for (int64_t i = 0; i < count; i++) best.add(listed[i], scores[i]);
+      return;
+    }
+    // Several heads: the sum of the shares each gives a node, as a logarithm.
+    for (int64_t h = 0; h < heads; h++) {
+      float* s = &scores[h * count];
+      float most = NEG_INF, total = 0.f;
+      for (int64_t i = 0; i < count; i++) most = std::max(most, s[i]);
+      if (most == NEG_INF) return;
+      for (int64_t i = 0; i < count; i++) total += std::exp2(s[i] - most);
+      const float whole = most + std::log2(total);
+      for (int64_t i = 0; i < count; i++) s[i] -= whole;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      float most = NEG_INF, total = 0.f;
+      for (int64_t h = 0; h < heads; h++) most = std::max(most, scores[h * count + i]);
+      if (most == NEG_INF) continue;
+      for (int64_t h = 0; h < heads; h++) total += std::exp2(scores[h * count + i] - most);
+      best.add(listed[i], most + std::log2(total));
+    }
+  }
+
+  // Children of what was kept on a level, and of the nodes that reach beyond the far field.
+  void expand(int64_t l) {
+    const int64_t below = tree.levels[l - 1].count, width = tree.levels[l].width;
+    listed.clear();
+    const auto children = [&](int64_t node) {
+      for (int64_t c = node * args.fanout; c < std::min(below, (node + 1) * args.fanout); c++) listed.push_back((int32_t)c);
+    };
+    for (const int32_t node : best.ids) children(node);
+    int64_t crossed[4], count = 0;
+    for (const Stretch& s : stretches)
+      for (const int64_t edge : {s.begin, s.end}) {
+        if (edge >= a.n || edge % width == 0) continue;
+        const int64_t node = edge / width;
+        if (std::find(crossed, crossed + count, node) == crossed + count) children(crossed[count++] = node);
+      }
+  }
+};
+
+// Who speaks for a group of queries, (heads, dk), scaled. Causal: the mean of the queries that end with the group's first one,
+// nothing later, so that the choice is known when the first query is; else the mean of the group's own.
+template <typename T>
+void speak(const BarnesHutArgs& args, int64_t batch, int64_t g, int64_t first, float* voices, const T* query, int64_t dk) {
+  const BlockArgs& a = args.block;
+  const int64_t heads = a.h / a.g, start = a.causal ? std::max<int64_t>(0, first - args.group + 1) : first;
+  const int64_t stop = a.causal ? first + 1 : std::min(a.n, first + args.group);
+  const float by = a.scale * LOG2E / (float)(stop - start);
+  std::fill_n(voices, heads * dk, 0.f);
+  for (int64_t h = 0; h < heads; h++)
+    for (int64_t t = start; t < stop; t++) {
+      const T* from = query + batch * a.query_strides[0] + (g * heads + h) * a.query_strides[1] + t * a.query_strides[2];
+      for (int64_t c = 0; c < a.d; c++) voices[h * dk + c] += widen(from[c]) * by;
+    }
+}
+
+// A query on its way: what the near field gave it, and where its output goes.
+struct Query {
+  const float *query, *near;  // scaled, filled up to whole vectors; the near output before its division
+  float near_most, near_sum;
+  int64_t head, token;
+};
+
+// The far field of N queries that opened the same leaves, put together with their near fields.
+template <int N, typename T>
+void finish(const BlockArgs& a, const Tree& tree, int64_t leaf_width, int64_t batch, const std::vector<int32_t>& leaves, const Query* queries,
+            std::vector<float>& weights) {
+  const int64_t dk = tree.dk, dv = tree.dv, room = round_up(leaves.size() * leaf_width + 4, W);
+  weights.assign(N * room, NEG_INF);
+  const float* q[N];
+  float most[N], near_share[N], by[N], base[N];
+  for (int n = 0; n < N; n++) q[n] = queries[n].query, most[n] = NEG_INF;
+  int64_t at = 0;
+  for (const int32_t leaf : leaves)
+    for (int64_t t = leaf * leaf_width, end = t + leaf_width; t < end; t += 4) {
+      four s[N];
+      dot4<N>(q, &tree.key[t * dk], dk, dk, s);
+      const int64_t some = std::min<int64_t>(4, end - t);
+      for (int n = 0; n < N; n++) {
+        s[n] += *(const four*)&tree.bias[t];
+        for (int64_t r = 0; r < some; r++) weights[n * room + at + r] = s[n][r];
+      }
+      at += some;
+    }
+  for (int n = 0; n < N; n++) {
+    float* w = &weights[n * room];
+    vec high = splat(NEG_INF), sums = {};
+    for (int64_t c = 0; c < room; c += W) high = vmax(high, load(w + c));
+    for (int j = 0; j < W; j++) most[n] = std::max(most[n], high[j]);
+    const Query& one = queries[n];
+    const float whole = std::max(one.near_sum > 0.f ? one.near_most : NEG_INF, most[n]);
+    base[n] = whole == NEG_INF ? 0.f : whole;
+    near_share[n] = one.near_sum > 0.f ? std::exp2(one.near_most - base[n]) : 0.f;
+    for (int64_t c = 0; c < room; c += W) {
+      const vec weight = exp2v(load(w + c) - base[n]);
+      store(w + c, weight);
+      sums += weight;
+    }
+    float total = one.near_sum * near_share[n];
+    for (int j = 0; j < W; j++) total += sums[j];
+    by[n] = total > 0.f ? 1.f / total : 0.f;
+    a.log_sum_exp[(batch * a.h + one.head) * a.n + one.token] = total > 0.f ? (base[n] + std::log2(total)) * LN2 : NEG_INF;
+  }
+  const auto columns = [&](int64_t c, auto wide) {
+    constexpr int V = decltype(wide)::value;
+    vec out[N][V];
+    for (int n = 0; n < N; n++)
+      for (int j = 0; j < V; j++) out[n][j] = load(queries[n].near + c + j * W) * near_share[n];
+    int64_t at = 0;
+    for (const int32_t leaf : leaves)
+      for (int64_t t = leaf * leaf_width, end = t + leaf_width; t < end; t++, at++) {
+        vec v[V];
+        for (int j = 0; j < V; j++) v[j] = load(&tree.value[t * dv + c + j * W]);
+        for (int n = 0; n < N; n++) {
+          const vec weight = splat(weights[n * room + at]);
+          for (int j = 0; j < V; j++) out[n][j] += weight * v[j];
+        }
+      }
+    for (int n = 0; n < N; n++) {
+      const Query& one = queries[n];
+      T* to = (T*)a.out + batch * a.out_strides[0] + one.head * a.out_strides[1] + one.token * a.out_strides[2];
+      for (int64_t k = 0; k < std::min<int64_t>(V * W, a.e - c); k++) narrow(out[n][k / W][k % W] * by[n], to[c + k]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + 4 * W <= dv; c += 4 * W) columns(c, std::integral_constant<int, 4>());
+  for (; c < dv; c += W) columns(c, std::integral_constant<int, 1>());
+}
+
+template <typename T>
+void forward_blocks(const BarnesHutArgs& args, const Levels& none, const Tree& tree, int64_t batch, int64_t g, int64_t from, int64_t to) {
+  const BlockArgs& a = args.block;
+  const T* key = (const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1];
+  const T* value = (const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1];
+  Slots<T> slots(a, none, tree.head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, a.real ? a.real + batch * a.n : nullptr);
+  const int64_t heads = a.h / a.g, dk = tree.dk, dv = tree.dv;
+  std::vector<float> tile(a.d * QT), scores(slots.total * QT), near(dv * QT), rows(QT * std::max(dk, dv)), voices(heads * dk), weights;
+  std::vector<float> queries(heads * a.m * dk, 0.f), outs(heads * a.m * dv, 0.f);
+  std::vector<Query> all(heads * a.m), together;
+  Chooser chooser(args, tree);
+  for (int64_t i = from; i < to; i++) {
+    slots.enter(i, [](int64_t, int64_t) {});
+    const int64_t count = std::min(a.m, a.n - i * a.m);
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t first = 0; first < count; first += QT) {
+        const int64_t here = std::min<int64_t>(QT, count - first), token = i * a.m + first;
+        const T* q = (const T*)a.query + batch * a.query_strides[0] + (g * heads + h) * a.query_strides[1] + token * a.query_strides[2];
+        transpose_in(q, a.query_strides[2], here, a.d, a.scale * LOG2E, rows.data(), tile.data());
+        score(slots, tile.data(), first, scores.data());
+        vec most[NV], sum[NV];
+        weigh(slots, first, scores.data(), near.data(), most, sum);
+        const int64_t at = h * a.m + first;
+        transpose_out(near.data(), dv, here, a.e, nullptr, rows.data(), &outs[at * dv]);
+        for (int64_t r = 0; r < here; r++) {
+          for (int64_t c = 0; c < a.d; c++) queries[(at + r) * dk + c] = widen(q[r * a.query_strides[2] + c]) * (a.scale * LOG2E);
+          all[at + r] = {&queries[(at + r) * dk], &outs[(at + r) * dv], most[r / W][r % W], sum[r / W][r % W], g * heads + h, token + r};
+        }
+      }
+    for (int64_t first = 0; first < count; first += args.group) {
+      const int64_t token = i * a.m + first, stop = std::min(count, first + args.group);
+      speak(args, batch, g, token, voices.data(), (const T*)a.query, dk);
+      std::vector<int32_t> leaves = chooser.open(token, voices.data(), heads);
+      std::sort(leaves.begin(), leaves.end());
+      together.clear();
+      for (int64_t h = 0; h < heads; h++)
+        for (int64_t r = first; r < stop; r++) together.push_back(all[h * a.m + r]);
+      size_t n = 0;
+      for (; n + 4 <= together.size(); n += 4) finish<4, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+      if (together.size() - n == 3) finish<3, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+      if (together.size() - n == 2) finish<2, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+      if (together.size() - n == 1) finish<1, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+    }
+  }
+}
+
+template <typename T>
+int run(const BarnesHutArgs& args) {
+  const BlockArgs& a = args.block;
+  const Levels none(a.n, a.m, 0);
+  const int64_t heads = a.b * a.g;
+  std::vector<Tree> trees(heads);
+  bool finite = true;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic) reduction(&& : finite)
+  for (int64_t u = 0; u < heads; u++) finite = build<T>(args, u / a.g, u % a.g, trees[u]) && finite;
+  if (!finite) return 1;
+  const int64_t chunk = std::max<int64_t>(2, (none.blocks * heads + 16 * a.threads - 1) / (16 * a.threads));
+  const int64_t chunks = (none.blocks + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  for (int64_t task = 0; task < heads * chunks; task++) {
+    const int64_t u = task / chunks, from = task % chunks * chunk;
+    forward_blocks<T>(args, none, trees[u], u / a.g, u % a.g, from, std::min(none.blocks, from + chunk));
+  }
+  return 0;
+}
+
+}  // namespace
+
+// 0: done. 1: a key or value is not finite, nothing was written that may be used.
+extern "C" int barnes_hut_run(const BarnesHutArgs* args) {
+  switch (args->block.dtype) {
+    case 0: return run<float>(*args);
+    case 1: return run<bf16>(*args);
+    default: return run<_Float16>(*args);
+  }
+}

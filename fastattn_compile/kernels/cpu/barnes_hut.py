@@ -1,0 +1,68 @@
+"""Barnes-Hut attention in C++, forward: what it serves, and its call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.cpu.arguments import BlockArguments, block_arguments, dense_rows, type_obstacle
+from fastattn_compile.kernels.cpu.build import library, obstacle
+
+_MOST_LEVELS = 40
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("block", BlockArguments),
+        *((name, ctypes.c_int64) for name in ("leaf", "fanout", "group", "levels")),
+        ("keep", ctypes.c_int64 * _MOST_LEVELS),
+    )
+
+
+def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool) -> str:
+    """Why the C++ kernel cannot serve a call, ``""`` when it can.
+
+    Args:
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+        pattern: The pattern.
+        pool: Whether closed nodes are met pooled.
+    """
+    if pattern.statistic != "mean" or pattern.samples or pattern.tolerance or pool:
+        return "it serves the choice by mean keys with a fixed number of leaves, what is closed left out"
+    if pattern.left is not None or (pattern.right is not None and not pattern.causal):
+        return "it serves no windows"
+    if not pattern.share and query.shape[1] != key.shape[1]:
+        return "query heads that share a key head make one choice in it"
+    return type_obstacle(query, key, value) or obstacle("barnes_hut")
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, key_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Barnes-Hut attention, as ``kernels.aten.barnes_hut.forward``.
+
+    The choice is the same up to rounding: of nodes whose estimates are equal in float32 it may open another.
+
+    Returns:
+        Output and log-sum-exp; ``None`` when a key or value is not finite.
+    """
+    query, key, value = (dense_rows(x) for x in (query, key, value))
+    out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32)
+    real = None if key_padding is None else key_padding.contiguous()
+    arguments = _Arguments()
+    arguments.block = block_arguments(
+        {"query": query, "key": key, "value": value, "out": out}, log_sum_exp, scale, pattern.block, pattern.sinks,
+        pattern.causal, real,
+    )  # fmt: skip
+    arguments.leaf, arguments.fanout, arguments.group = pattern.leaf, pattern.fanout, pattern.group
+    arguments.levels = pattern.levels(key.shape[2])
+    arguments.keep[: arguments.levels] = [pattern.keep(level) for level in range(arguments.levels)]
+    if library("barnes_hut").barnes_hut_run(ctypes.byref(arguments)):
+        return None
+    return out, log_sum_exp
