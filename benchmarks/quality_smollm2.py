@@ -1,166 +1,162 @@
-"""What replacing every attention of SmolLM2-135M costs without training, beside local windows of the same
-reach.
+"""What replacing every head of every attention of SmolLM2-135M costs without training, for all operators.
 
-Perplexity, divergence and agreement on the sources of Python's standard library. The windows are the
-controls: they show how much of an operator's quality the near field alone would give.
+Perplexity, divergence from the exact model and agreement with it, on the sources of Python's standard
+library. Learned parameters start from other modules of it and are not trained. Beside each row stands what a
+window of as many keys a query would cost: between measured windows, a straight line in log-log.
 
-    python benchmarks/quality_smollm2.py --length 2048
+    python benchmarks/quality_smollm2.py                 # what the document does not hold yet
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rows import Rows
+from smollm2 import (
+    attention,
+    by_operator,
+    calibration_ids,
+    captured,
+    config_difference,
+    loaded,
+    site,
+    started,
+)
 
-from fastattn_compile.backend import fastattn
-from fastattn_compile.cli.demo import model_file
-from fastattn_compile.cli.load import Loaded, load
-from fastattn_compile.files import write_json
-from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.reporting.metrics import Summary, TokenMetrics, compare_logits, summarise
+from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
+from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.reporting.metrics import compare_logits, summarise
 from fastattn_compile.reporting.provenance import provenance
-from fastattn_compile.reporting.terminal import console, number
 
 RESULTS = Path(__file__).parent / "results" / "quality_smollm2.json"
-WINDOW_ATTENTION = "fastattn_local_window"
-
-Predict = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    name: str
-    config: dict[str, Any]
-    predict: Predict
-
-
-@contextmanager
-def local_window(model: Any, window: int, sinks: int) -> Iterator[None]:
-    """Every attention is exact softmax over the last ``window`` tokens and the first ``sinks``."""
-    import transformers
-
-    band = MaskStructure(left=window - 1, right=0)
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        rows, keys = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])[None]
-        seen = band.visible(rows, keys, query.shape[2], key.shape[2]) | ((keys < sinks) & (keys <= rows))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    before = model.config._attn_implementation
-    # The mask is built here from positions, so transformers is left without a mask function for this name.
-    transformers.AttentionInterface.register(WINDOW_ATTENTION, attend)
-    model.set_attn_implementation(WINDOW_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+NEAR = {"window": 64, "sinks": 4}
+CAST = {"clustering": "token_choice", "select": "key", "combine": "lse"}
+# The middle budget of every operator first: a run that is stopped early has something of each.
+BUDGETS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("window", {"width": 128}),
+    ("window", {"width": 512}),
+    ("fma", {"rank": 4}),
+    ("fma", {"rank": 16}),
+    ("fma", {"rank": 4, "sinks": 0}),
+    ("tf_attention", {"height": 4, **NEAR}),
+    ("cast", {"clusters": 32, "cluster_size": 64, **CAST}),
+    ("tc_attention", {"height": 6}),
+    ("conv_basis", {"k": 64}),
+    ("linformer", {"rank": 64}),
+    ("tf_attention", {"height": 2, **NEAR}),
+    ("cast", {"clusters": 16, "cluster_size": 256, **CAST}),
+    ("tc_attention", {"height": 4}),
+    ("conv_basis", {"k": 16}),
+    ("tf_attention", {"height": 6, **NEAR}),
+    ("cast", {"clusters": 32, "cluster_size": 16, **CAST}),
+    ("tc_attention", {"height": 8}),
+    ("conv_basis", {"k": 256}),
+    ("barnes_hut", {"open": 28}),
+    ("barnes_hut", {"open": 64}),
+    ("barnes_hut", {"open": 115, "beam": 60}),
+    ("fma", {"block": 128, "rank": 16}),
+    ("window", {"width": 32}),
+)
 
 
-def rows_of(model: Any) -> list[Row]:
-    """The exact model first, then what is compared with it."""
-
-    def run(callee: Any, ids: Tensor) -> Tensor:
-        logits: Tensor = callee(input_ids=ids, use_cache=False).logits
-        return logits
-
-    def window(size: int, sinks: int) -> Row:
-        def predict(ids: Tensor) -> Tensor:
-            with local_window(model, size, sinks):
-                return run(model, ids)
-
-        return Row(f"window {size} + {sinks} sinks", {"window": size, "sinks": sinks}, predict)
-
-    def fma(**options: Any) -> Row:
-        compiled = torch.compile(
-            model,
-            backend=fastattn,
-            options={"operator": "fma", "compiler": "eager", "strict": True, "quiet": True, **options},
-        )
-        name = "FMA, " + ", ".join(f"{key}={value}" for key, value in options.items())
-        return Row(name, {"operator": "fma", **options}, lambda ids: run(compiled, ids))
-
-    return [
-        Row("exact", {}, lambda ids: run(model, ids)),
-        window(128, 4),
-        window(512, 4),
-        fma(block=64, rank=4, sinks=4),
-        fma(block=64, rank=16, sinks=4),
-        fma(block=64, rank=4, sinks=0),
-    ]
-
-
-@torch.no_grad()
-def measure(rows: Sequence[Row], sequences: Sequence[Tensor]) -> list[Summary]:
-    """Token metrics of each row against the first, over all sequences."""
-    found: list[list[TokenMetrics]] = [[] for _ in rows]
-    for ids in sequences:
-        exact = rows[0].predict(ids)
-        for row, parts in zip(rows, found):
-            logits = exact if row is rows[0] else row.predict(ids)
-            parts.append(compare_logits(exact, logits, ids))
-    summaries = []
-    for parts in found:
-        columns = {
-            f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(TokenMetrics)
-        }
-        summary = summarise(TokenMetrics(**columns))
-        assert summary is not None
-        summaries.append(summary)
-    return summaries
-
-
-def document(
-    rows: Sequence[Row], summaries: Sequence[Summary], loaded: Loaded, args: argparse.Namespace
-) -> Any:
-    context = {"benchmark": "quality_smollm2", "text": loaded.source, "sequences": args.sequences}
+def described(operator: Operator, spec: SiteSpec) -> dict[str, Any]:
     return {
-        "schema": "fastattn.quality/1",
-        "n": args.length,
-        "rows": [
-            {"name": row.name, "config": row.config, **dataclasses.asdict(summary)}
-            for row, summary in zip(rows, summaries)
-        ],
-        "provenance": provenance(loaded.model, loaded.inputs, seed=0, context=context),
+        "operator": operator.name,
+        "config": operator.config.to_dict(),
+        "options": config_difference(operator),
+        "keys_per_query": round(operator.cost(spec).keys_per_query, 1),
+        "reason": operator.supports(spec).reason,
     }
 
 
-def show(rows: Sequence[Row], summaries: Sequence[Summary], length: int) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        f"every attention, n = {length}", "perplexity", "KL to exact", "top-1 kept", box=box.SIMPLE_HEAD
-    )
-    for row, summary in zip(rows, summaries):
-        table.add_row(row.name, number(summary.ppl), number(summary.kl), f"{summary.top1 * 100:.0f} %")
-    console().print(table)
+def window_kl(rows: list[dict[str, Any]], keys: float) -> float | None:
+    """KL of a window that meets ``keys`` keys; ``None`` outside of what was measured."""
+    points = sorted((r["keys_per_query"], r["kl"]) for r in rows if r["operator"] == "window" and "kl" in r)
+    for (low, kl_low), (high, kl_high) in zip(points, points[1:]):
+        if low <= keys <= high:
+            share = math.log(keys / low) / math.log(high / low)
+            return float(kl_low ** (1 - share) * kl_high**share)
+    return None
 
 
+def show(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown, best first within an operator."""
+    lines = [
+        "| operator | options | keys a query | KL | top-1 | perplexity | KL of a window of as many keys |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["operator"], r["keys_per_query"])):
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        if row["reason"]:
+            lines.append(f"| `{row['operator']}` | {options} | | refused: {row['reason']} | | | |")
+            continue
+        window = window_kl(rows, row["keys_per_query"])
+        lines.append(
+            f"| `{row['operator']}` | {options} | {row['keys_per_query']:.0f} | {row['kl']:.4f} "
+            f"| {row['top1'] * 100:.1f} % | {row['ppl']:.2f} | {'' if window is None else f'{window:.4f}'} |"
+        )
+    return "\n".join(lines)
+
+
+@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences, one after the other in the text")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the sequence")
+    parser.add_argument("--calibration", type=int, default=1024, help="tokens that parameters start from")
+    parser.add_argument("--only", nargs="+", help="operators")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--show", action="store_true", help="print the table of what is there, measure nothing"
+    )
     args = parser.parse_args()
-    loaded = load(str(model_file()), length=args.length * args.sequences)
-    assert isinstance(loaded.inputs, dict)
-    sequences = loaded.inputs["input_ids"].split(args.length, dim=1)
-    rows = rows_of(loaded.model)
-    summaries = measure(rows, sequences)
-    show(rows, summaries, args.length)
-    write_json(args.out, document(rows, summaries, loaded, args))
+    torch.set_num_threads(args.threads)
+    if args.show:
+        print(show(Rows(args.json, "fastattn.quality/1", (), {}).all))
+        return
+    given = loaded(args.length)
+    model, ids = given.model, given.inputs["input_ids"]
+    spec = site(model, args.length)
+    context = {"benchmark": "quality_smollm2", "text": given.source, "calibration_tokens": args.calibration}
+    origin = provenance(model, given.inputs, seed=0, context=context)
+    rows = Rows(
+        args.json, "fastattn.quality/1", ("operator", "config"), {"n": args.length, "provenance": origin}
+    )
+    exact: torch.Tensor | None = None
+    samples: dict[int, AttentionInputs] = {}
+    for name, options in BUDGETS:
+        if args.only and name not in args.only:
+            continue
+        operator = make_operator(name, **options)
+        row = described(operator, spec)
+        if rows.find(row) is not None and not args.fresh:
+            continue
+        if not row["reason"]:
+            if exact is None:
+                exact = model(input_ids=ids, use_cache=False).logits
+            if operator.learned and not samples:
+                samples = captured(model, calibration_ids(args.calibration))
+            parameters = started(operator, spec, samples) if operator.learned else {}
+            with attention(model, by_operator(operator, parameters)):
+                logits = model(input_ids=ids, use_cache=False).logits
+            summary = summarise(compare_logits(exact, logits, ids))
+            if summary is None:
+                raise ValueError("no token has a label")
+            row |= dataclasses.asdict(summary)
+        rows.put(row)
+        print(
+            {k: row.get(k) for k in ("operator", "options", "keys_per_query", "kl", "top1", "ppl")},
+            flush=True,
+        )
+    print(show(rows.all))
 
 
 if __name__ == "__main__":

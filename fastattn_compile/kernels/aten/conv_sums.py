@@ -21,6 +21,10 @@ from fastattn_compile.kernels.aten.conv_profiles import Side
 # tried.
 _MOST_BUCKETS = 4096
 
+# Numbers of all lanes and of some channels that are transformed together: few enough to stay in a cache.
+_PORTION = 1 << 19
+_FEWEST_CHANNELS = 4
+
 # Rounding may put a row's largest score a little above the number that its bucket was chosen by.
 ABOVE_TOP = 1e-3
 
@@ -88,6 +92,31 @@ def _segments(side: Side) -> Iterator[tuple[int, Tensor]]:
             yield term, inside
 
 
+class _Spectra:
+    """Transforms of the profiles of one side; those of a single bucket are made once."""
+
+    def __init__(self, side: Side, buckets: Buckets, size: int) -> None:
+        self.side, self.buckets, self.size = side, buckets, size
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, term: int, level: int) -> Tensor:
+        """``(b, g, r, 1, frequencies)`` of a term's profile under the top of a bucket."""
+        if term in self.kept:
+            return self.kept[term]
+        weights = _weights(self.side.profile[..., term, :], self.buckets.top(level))
+        made = torch.fft.rfft(weights, self.size).unsqueeze(-2)
+        if len(self.buckets.live) == 1:
+            self.kept[term] = made
+        return made
+
+
+def _portions(x: Tensor, lanes: int) -> Iterator[slice]:
+    """Channels that are transformed together."""
+    channels, n = x.shape[-2:]
+    step = max(_FEWEST_CHANNELS, _PORTION // max(1, lanes * n))
+    return (slice(start, start + step) for start in range(0, channels, step))
+
+
 def weighted_sums(sides: Sequence[Side], x: Tensor, buckets: Buckets) -> Tensor:
     """``sum_j exp(score_ij - top_i) x_j`` for every row, ``top_i`` the upper end of its bucket.
 
@@ -102,18 +131,19 @@ def weighted_sums(sides: Sequence[Side], x: Tensor, buckets: Buckets) -> Tensor:
     lanes, (c, n) = sides[0].profile.shape[:3], x.shape[3:]
     out = x.new_zeros(*lanes, c, n)
     for side in sides:
-        size = transform_length(side)
-        total: dict[int, Tensor] = {}
-        turned = side.turn(x)
-        for term, inside in _segments(side):
-            spectrum = torch.fft.rfft(turned * inside, size)
-            for level in buckets.live:
-                weights = _weights(side.profile[..., term, :], buckets.top(level))
-                product = spectrum * torch.fft.rfft(weights, size).unsqueeze(-2)
-                total[level] = total[level].add_(product) if level in total else product
-        for level, spectrum in total.items():
-            rows = side.turn(torch.fft.irfft(spectrum, size)[..., :n])
-            out += rows * (buckets.level == level).unsqueeze(-2)
+        size, segments = transform_length(side), list(_segments(side))
+        spectra = _Spectra(side, buckets, size)
+        for channels in _portions(x, lanes.numel()):
+            total: dict[int, Tensor] = {}
+            turned = side.turn(x[..., channels, :])
+            for term, inside in segments:
+                spectrum = torch.fft.rfft(turned * inside, size)
+                for level in buckets.live:
+                    product = spectrum * spectra(term, level)
+                    total[level] = total[level].add_(product) if level in total else product
+            for level, spectrum in total.items():
+                rows = side.turn(torch.fft.irfft(spectrum, size)[..., :n])
+                out[..., channels, :] += rows * (buckets.level == level).unsqueeze(-2)
     return out
 
 
@@ -131,18 +161,21 @@ def transposed_sums(sides: Sequence[Side], x: Tensor, buckets: Buckets) -> Tenso
     n = x.shape[-1]
     out = torch.zeros_like(x)
     for side in sides:
-        size = transform_length(side)
-        spectra = {
-            a: torch.fft.rfft(side.turn(x * (buckets.level == a).unsqueeze(-2)), size) for a in buckets.live
-        }
-        for term, inside in _segments(side):
-            total: Tensor | None = None
-            for level, spectrum in spectra.items():
-                weights = _weights(side.profile[..., term, :], buckets.top(level))
-                product = spectrum * torch.fft.rfft(weights, size).conj().unsqueeze(-2)
-                total = product if total is None else total.add_(product)
-            if total is not None:
-                out += side.turn(torch.fft.irfft(total, size)[..., :n] * inside)
+        size, segments = transform_length(side), list(_segments(side))
+        profiles = _Spectra(side, buckets, size)
+        for channels in _portions(x, x.shape[:3].numel()):
+            some = x[..., channels, :]
+            spectra = {
+                a: torch.fft.rfft(side.turn(some * (buckets.level == a).unsqueeze(-2)), size)
+                for a in buckets.live
+            }
+            for term, inside in segments:
+                total: Tensor | None = None
+                for level, spectrum in spectra.items():
+                    product = spectrum * profiles(term, level).conj()
+                    total = product if total is None else total.add_(product)
+                if total is not None:
+                    out[..., channels, :] += side.turn(torch.fft.irfft(total, size)[..., :n] * inside)
     return out
 
 
