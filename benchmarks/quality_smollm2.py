@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def described(operator: Operator, spec: SiteSpec) -> dict[str, Any]:
 def window_kl(rows: list[dict[str, Any]], keys: float) -> float | None:
     """KL of a window that meets ``keys`` keys; ``None`` outside of what was measured."""
     points = sorted((r["keys_per_query"], r["kl"]) for r in rows if r["operator"] == "window" and "kl" in r)
-    for (low, kl_low), (high, kl_high) in zip(points, points[1:]):
+    for (low, kl_low), (high, kl_high) in itertools.pairwise(points):
         if low <= keys <= high:
             share = math.log(keys / low) / math.log(high / low)
             return float(kl_low ** (1 - share) * kl_high**share)

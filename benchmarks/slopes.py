@@ -139,7 +139,7 @@ def slopes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def measure(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, n: int, args: argparse.Namespace, peak: int | None) -> dict[str, Any]:
     case = case_of(name, n, args)
     call = call_of(case)
     first = cpu_ms(call)
@@ -148,7 +148,7 @@ def measure(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "series": name, "operator": case.operator, "config": case.make_operator().config.to_dict(),
         "causal": case.causal, "heads": case.heads, "head_dim": case.head_dim, "direction": case.direction,
-        "n": n, "cpu_ms": round(spent, 3), "repeats": repeats, "peak_bytes": peak_bytes(name, n, args),
+        "n": n, "cpu_ms": round(spent, 3), "repeats": repeats, "peak_bytes": peak_bytes(name, n, args) if peak is None else peak,
     }  # fmt: skip
 
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on one row, about")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
     parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
+    parser.add_argument("--times", action="store_true", help="measure times again, keep the memory")
     parser.add_argument("--memory-of", nargs=2, metavar=("SERIES", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,8 +184,8 @@ def main() -> None:
             wanted = {"series": name, "direction": args.direction, "heads": args.heads,
                       "head_dim": args.head_dim, "n": n}  # fmt: skip
             row = None if args.fresh else rows.find(wanted)
-            if row is None:
-                row = measure(name, n, args)
+            if row is None or args.times:
+                row = measure(name, n, args, row["peak_bytes"] if row else None)
                 rows.put(row)
                 rows.put(row, slopes=slopes(rows.all))
             print(
