@@ -144,11 +144,12 @@ def measure(name: str, n: int, args: argparse.Namespace, peak: int | None) -> di
     call = call_of(case)
     first = cpu_ms(call)
     repeats = int(min(7, max(2, args.seconds * 1e3 / max(first, 1e-3))))
+    peak = peak_bytes(name, n, args) if peak is None else peak
     spent = statistics.median([cpu_ms(call) for _ in range(repeats)])
     return {
         "series": name, "operator": case.operator, "config": case.make_operator().config.to_dict(),
         "causal": case.causal, "heads": case.heads, "head_dim": case.head_dim, "direction": case.direction,
-        "n": n, "cpu_ms": round(spent, 3), "repeats": repeats, "peak_bytes": peak_bytes(name, n, args) if peak is None else peak,
+        "n": n, "cpu_ms": round(spent, 3), "repeats": repeats, "peak_bytes": peak,
     }  # fmt: skip
 
 
