@@ -20,7 +20,7 @@ from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.gpu.barnes_hut_tree import build_tree, choose
 from fastattn_compile.kernels.gpu.op_configs import chosen
 from fastattn_compile.kernels.gpu.launch import LIGHT, LOG2_E, channels, padded, precision, tensor_obstacle
-from fastattn_compile.kernels.gpu.online import blemish, finite, log2_sum, online_softmax
+from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum, online_softmax
 from fastattn_compile.kernels.gpu.leaf_lists import cut_tiles
 
 # Stretches of queries whose gradients of the sinks are summed apart, and pairs of a group and a leaf of one program.
@@ -78,7 +78,7 @@ def give(q, k, v, grad, lse, delta, seen, scale, dk, dv, PRECISION: tl.constexpr
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["length", "start"])
+@triton.jit(do_not_specialize=COUNTS)
 def bh_fwd(
     Q, K, V, OUT, LSE, FINE, SINK, LEAVES, heads, per_unit, length, groups, start,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, sink_b, left, right, scale,
@@ -134,7 +134,7 @@ def bh_fwd(
     tl.store(LSE + at, log2_sum(largest, mass) * 0.6931471805599453, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bh_dq(
     Q, K, V, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, FINE, SINK, LEAVES, heads, per_unit, length, groups,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, sink_b, left, right, scale,
@@ -194,7 +194,7 @@ def bh_dq(
     tl.store(DQ + at[:, None] * D + d[None, :], acc.to(DQ.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bh_dkv(
     Q, K, V, LSE, GRAD, DELTA, DK, DV, FINE, SINK, heads, per_unit, length, stretch,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, sink_b, left, right, scale,
@@ -246,7 +246,7 @@ def bh_dkv(
     tl.store(DV + at[:, None] * E + e[None, :], dv, mask=owned[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bh_far_dkv(
     Q, K, V, LSE, GRAD, DELTA, DK, DV, FINE, PAIR, TILE, LEAF_OF, unit, leaves, heads, per_unit, length, groups,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, scale,
@@ -287,7 +287,7 @@ def bh_far_dkv(
     tl.store(DV + at[:, None] * E + e[None, :], dv, mask=(i < LEAF)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bh_far_sum(PART, OUT, FIRST, unit, length, C: tl.constexpr, LEAF: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr):
     """Adds the parts ``(tiles, LEAF, C)`` of one leaf, tiles ``FIRST[leaf]`` on, to its tokens in ``(u, n, C)``."""
     leaf, i, c = tl.program_id(0), tl.arange(0, BL), tl.program_id(1) * BC + tl.arange(0, BC)

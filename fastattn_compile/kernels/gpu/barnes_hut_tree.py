@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT, padded, precision
-from fastattn_compile.kernels.gpu.online import finite
+from fastattn_compile.kernels.gpu.online import COUNTS, finite
 
 # Kinds of what a node holds of its tokens.
 SUM, SQUARES, LARGEST, LARGEST_NEGATED = 0, 1, 2, 3
@@ -28,7 +28,7 @@ SUM, SQUARES, LARGEST, LARGEST_NEGATED = 0, 1, 2, 3
 _MERGED_LEVELS, _MERGED_ROWS = 3, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bh_merge(
     X, TAKEN, OUT, heads, length, x_b, x_h, x_n, x_d, taken_b, nodes, first_in, first_out,
     D: tl.constexpr, WIDTH: tl.constexpr, FANOUT: tl.constexpr, LEVELS: tl.constexpr, TOKENS: tl.constexpr,
@@ -72,7 +72,7 @@ def bh_merge(
         first_out += total
 
 
-@triton.jit(do_not_specialize=["length", "start", "q_start", "total"])
+@triton.jit(do_not_specialize=COUNTS)
 def bh_descend(
     Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, heads, per_unit, length, start, q_start, q_b, q_h, q_n, q_d, count_row, count_units,
     main_b, main_n, more_b, more_n, total, width, groups, left, right, scale,

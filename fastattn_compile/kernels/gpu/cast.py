@@ -19,11 +19,12 @@ from fastattn_compile.kernels.aten import cast as aten
 from fastattn_compile.kernels.aten.cast_affinity import Rule, Tokens, Weights
 from fastattn_compile.kernels.gpu import leaf
 from fastattn_compile.kernels.gpu.launch import LIGHT, padded, precision
+from fastattn_compile.kernels.gpu.online import COUNTS
 
 _ROWS, _CHANNELS, _MOST_CLUSTERS = 32, 64, 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cast_mix(
     LOGITS, SUMMARY, INSIDE, FIRST, SLOT, MIXTURE, LSE, OUT, rows, slots, batch,
     C: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, OWN_SUMMARY: tl.constexpr,
@@ -62,7 +63,7 @@ def cast_mix(
     tl.store(OUT + row[:, None] * E + e[None, :], acc, mask=real[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cast_sum(X, ROWS, FIRST, SLOT, tokens, slots, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
     """Adds the rows ``(g, slots, W)`` of every token's slots, in order, to its own ``(g, tokens, W)``."""
     head, w = tl.program_id(1).to(tl.int64), tl.program_id(2) * BW + tl.arange(0, BW)

@@ -28,13 +28,14 @@ from fastattn_compile.kernels.aten.treeformer_tc import (
     query_members,
 )
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT, padded, precision
+from fastattn_compile.kernels.gpu.online import COUNTS
 
 # Heights up to which the product with all nodes of a tree is cheaper than sorting rows by node.
 _MOST_HEIGHT = 8
 _NODES, _ROWS, _CHANNELS, _ENTRIES = 64, 64, 32, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_spread(
     X, LEAF, WEIGHT, SCALAR, OUT, SUM, group, chunks, rows, E: tl.constexpr, H: tl.constexpr, BY_LEVEL: tl.constexpr,
     HAS_SUM: tl.constexpr, PRECISION: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
@@ -69,7 +70,7 @@ def tc_spread(
         tl.store(SUM + at, total, mask=(node < nodes) & (part % blocks == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_prefix(X, OUT, chunks, entries, REVERSE: tl.constexpr, TOTAL: tl.constexpr, B: tl.constexpr):
     """Sums over the chunks before each (after each, ``REVERSE``) of ``(u, c, entries)``; ``TOTAL``: over all chunks."""
     at = tl.program_id(0) * B + tl.arange(0, B)
@@ -83,7 +84,7 @@ def tc_prefix(X, OUT, chunks, entries, REVERSE: tl.constexpr, TOTAL: tl.constexp
         tl.store(OUT + unit * entries + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_counts(
     COUNT, QUERY_LEAF, KEY_LEAF, REAL, OUT, group, chunks, rows, tiles, H: tl.constexpr, CAUSAL: tl.constexpr,
     BT: tl.constexpr,
@@ -122,7 +123,7 @@ def shared_weights(
     return tl.where((j[None, :] <= i[:, None]) & (real > 0)[None, :], total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_read(
     TABLE, FACTOR, VALUE, QUERY_LEAF, KEY_LEAF, REAL, OUT, group, chunks, rows, tiles, E: tl.constexpr, H: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
@@ -150,7 +151,7 @@ def tc_read(
     tl.store(OUT + row[:, None] * E + e[None, :], acc, mask=(i < rows)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_dots(
     TABLE, GRAD, VALUE, QUERY_LEAF, KEY_LEAF, REAL, OUT, group, chunks, rows, tiles, E: tl.constexpr, H: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
@@ -185,7 +186,7 @@ def tc_dots(
     tl.store(OUT + row[:, None] * (H + 1) + h[None, :], total, mask=(i < rows)[:, None] & (h <= H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tc_give(
     TABLE, FACTOR, GRAD, QUERY_LEAF, KEY_LEAF, REAL, OUT, group, chunks, rows, tiles, E: tl.constexpr, H: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,

@@ -19,13 +19,14 @@ from fastattn_compile.kernels.aten.conv_anchors import segment_of
 from fastattn_compile.kernels.aten.conv_profiles import Side
 from fastattn_compile.kernels.aten.conv_sums import ABOVE_TOP, Buckets, transform_length
 from fastattn_compile.kernels.gpu.launch import LIGHT
+from fastattn_compile.kernels.gpu.online import COUNTS
 
 # Elements of the spectra of the terms that are transformed together.
 _SPECTRA = 1 << 26
 _ROWS, _TERMS, _ENTRIES = 64, 16, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conv_profile(
     Q, K, BOUNDS, BIAS, PROFILE, group, n, terms, low, high, uncovered, scale,
     q_lane, q_n, q_d, k_unit, k_n, k_d, bounds_b, bounds_g, bounds_r, heads,
@@ -60,7 +61,7 @@ def conv_profile(
     tl.store(PROFILE + out, tl.where(seen, score, float("-inf")).to(PROFILE.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conv_weights(PROFILE, TOP, OUT, first, count, terms, n, size, limit, B: tl.constexpr):
     """``exp(profile - top)`` of some terms, 0 above the top, padded with 0: ``(lanes, count, size)``."""
     at, term, lane = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -70,7 +71,7 @@ def conv_weights(PROFILE, TOP, OUT, first, count, terms, n, size, limit, B: tl.c
     tl.store(OUT + (lane * count + term) * size + at, weight, mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conv_multiply(
     X, Y, OUT, entries, channels, summed, group, x_lane, x_term, x_sum, x_channel, y_lane, y_term, y_sum, y_channel,
     CONJUGATE: tl.constexpr, ADD: tl.constexpr, B: tl.constexpr,
@@ -80,11 +81,11 @@ def conv_multiply(
     Spectra are complex numbers, their parts side by side; ``group`` lanes share one of ``x``. Strides count complex
     numbers, frequencies are contiguous.
     """
-    f, term, lane = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    term, f, lane = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B), tl.program_id(2).to(tl.int64)
     mask, channel = f < entries, term % channels
     x = X + 2 * (lane // group * x_lane + (term // channels).to(tl.int64) * x_term + channel * x_channel + f)
     y = Y + 2 * (lane * y_lane + (term // channels).to(tl.int64) * y_term + channel * y_channel + f)
-    out = OUT + 2 * ((lane * tl.num_programs(1) + term) * entries + f)
+    out = OUT + 2 * ((lane * tl.num_programs(0) + term) * entries + f)
     real = tl.zeros([B], OUT.dtype.element_ty)
     imaginary = tl.zeros([B], OUT.dtype.element_ty)
     if ADD:
@@ -136,7 +137,7 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor, conjugate: bool, add: bool, gro
 
     lanes, terms, channels, entries = out.shape
     parts = (torch.view_as_real(z) for z in (x, y, out))
-    conv_multiply[(-(-entries // _ENTRIES), terms * channels, lanes)](
+    conv_multiply[(terms * channels, -(-entries // _ENTRIES), lanes)](
         *parts, entries, channels, x.shape[2], group, *strides(x), *strides(y), CONJUGATE=conjugate, ADD=add, B=_ENTRIES, **LIGHT
     )
 

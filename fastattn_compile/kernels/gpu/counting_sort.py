@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_compile.kernels.gpu.launch import LIGHT
+from fastattn_compile.kernels.gpu.online import COUNTS
 
 _CHUNK, _MOST_BINS = 128, 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sort_count(CODE, COUNT, n, chunks, bins, BINS: tl.constexpr, T: tl.constexpr):
     """How often each number stands in one chunk: ``(u, bins, chunks)``."""
     chunk, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -26,7 +27,7 @@ def sort_count(CODE, COUNT, n, chunks, bins, BINS: tl.constexpr, T: tl.constexpr
     tl.store(COUNT + (unit * bins + number) * chunks + chunk, count, mask=number < bins)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sort_place(CODE, BASE, ORDER, n, chunks, bins, T: tl.constexpr):
     """Writes the items of one chunk to their places."""
     chunk, unit, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, T)

@@ -23,11 +23,11 @@ from torch import Tensor
 from fastattn_compile.kernels.aten.treeformer_tf import Part, PartGradients
 from fastattn_compile.kernels.gpu.op_configs import Config, chosen
 from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, precision, tensor_obstacle
-from fastattn_compile.kernels.gpu.online import blemish, finite, log2_sum, online_softmax, row_offset
+from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum, online_softmax, row_offset
 from fastattn_compile.kernels.gpu.leaf_lists import Lists, cluster_lists, range_lists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def leaf_fwd(
     Q, K, V, OUT, LSE, QUERY_ROW, OUT_ROW, START, STOP, TILE, KEY_ROW, BIAS,
     q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, scale,
@@ -64,7 +64,7 @@ def leaf_fwd(
     tl.store(LSE + out_row, log2_sum(largest, mass) * 0.6931471805599453, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def leaf_dq(
     Q, K, V, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, SUM, QUERY_ROW, OUT_ROW, START, STOP, TILE, KEY_ROW, BIAS,
     q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, scale,
@@ -111,7 +111,7 @@ def leaf_dq(
     tl.store(SUM + out_row, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def leaf_dkv(
     Q, K, V, LSE, GRAD, DELTA, DK, DV, SUM, QUERY_ROW, OUT_ROW, START, STOP, FIRST, LAST, KEY_ROW, GRAD_ROW, BIAS,
     q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,

@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_compile.kernels.gpu.launch import LIGHT, LOG2_E, channels
-from fastattn_compile.kernels.gpu.online import blemish, finite, log2_sum
+from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum
 
 _STRETCH, _COLUMNS = 4096, 64
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=COUNTS)
 def tf_depth(
     LEAF, REAL, QUERY, OUT, heads, group, length, leaf_b, leaf_h, real_b, stretch,
     H: tl.constexpr, DEEPEST: tl.constexpr, BN: tl.constexpr,
@@ -39,7 +39,7 @@ def tf_depth(
     tl.store(OUT + part * tl.num_programs(1) + lane, tl.max(deepest, 0))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=COUNTS)
 def tf_decode(
     Q, K, V, LEAF, REAL, QUERY, LEVEL, OUT, LSE, heads, group, length, k_b, k_h, k_n, v_b, v_h, v_n,
     leaf_b, leaf_h, real_b, stretch, scale,

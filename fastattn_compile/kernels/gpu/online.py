@@ -5,6 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Arguments that are numbers, not steps between elements: a kernel is made once for all their values. Without this 1 is
+# put into the code, where it has no type, and every multiple of 16 makes a kernel of its own.
+COUNTS = (
+    "batch", "bins", "channels", "chunks", "count", "count_units", "entries", "first", "first_in",
+    "first_out", "group", "groups", "heads", "high", "k_heads", "k_len", "leaves", "left", "length", "level",
+    "list_len", "lists", "low", "n", "nodes", "per_unit", "q_heads", "q_len", "q_start", "right", "rows",
+    "size", "slots", "start", "stretch", "summed", "terms", "tiles", "tokens", "total", "unit", "width",
+)  # fmt: skip
+
 
 @triton.jit
 def row_offset(row, heads, length, stride_b, stride_h, stride_n):
