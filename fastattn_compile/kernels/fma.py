@@ -1,4 +1,4 @@
-"""Fast multipole attention: one face for its kernels on ATen and in C++. Arguments and results are those of ``aten.fma``."""
+"""Fast multipole attention: one face for its kernels on ATen, in C++ and in Triton. Arguments and results are those of ``aten.fma``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import fma as on_aten
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.cpu import fma as on_cpu
-from fastattn_compile.kernels.dispatch import select
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+
+
+def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(query, key, value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu import fma as on_gpu
+
+    return on_gpu.obstacle(query, key, value, pattern)
 
 
 def _offered(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Callable[[], str]]:
-    return {"cpp": lambda: on_cpu.why_not(query, key, value, pattern)} if query.device.type == "cpu" else {}
+    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern)}
+    if query.device.type == "cpu":
+        offered["cpp"] = lambda: on_cpu.why_not(query, key, value, pattern)
+    return offered
 
 
 def forward(
@@ -21,7 +34,12 @@ def forward(
     weights: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``kernels.aten.fma.forward``, by the fastest implementation that serves the call."""
-    if select("fma forward", _offered(query, key, value, pattern)) == "cpp":
+    name = select("fma forward", _offered(query, key, value, pattern))
+    if name == "triton":
+        from fastattn_compile.kernels.gpu import fma as on_gpu
+
+        return on_gpu.forward(query, key, value, scale, pattern, key_padding, weights)
+    if name == "cpp":
         made = on_cpu.forward(query, key, value, scale, pattern, key_padding)
         if made is not None:
             return made
@@ -35,7 +53,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """As ``kernels.aten.fma.backward``, by the fastest implementation that serves the call."""
     saved = out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
-    if select("fma backward", _offered(query, key, value, pattern)) == "cpp":
+    name = select("fma backward", _offered(query, key, value, pattern))
+    if name == "triton":
+        from fastattn_compile.kernels.gpu import fma as on_gpu
+
+        return on_gpu.backward(query, key, value, scale, pattern, *saved, weights)
+    if name == "cpp":
         made = on_cpu.backward(query, key, value, scale, pattern, *saved)
         if made is not None:
             return *made, ()

@@ -70,9 +70,16 @@ class Local:
         return seen
 
 
-def band(left: int, right: int) -> Near:
+@dataclass(frozen=True)
+class Band:
     """The keys from ``left`` positions back to ``right`` positions ahead."""
-    return lambda place, keys: (keys - place >= -left) & (keys - place <= right)
+
+    left: int
+    right: int
+
+    def __call__(self, place: Tensor, keys: Tensor) -> Tensor:
+        """Whether keys are near queries, by position."""
+        return (keys - place >= -self.left) & (keys - place <= self.right)
 
 
 def window_rows(query_len: int, left: int, right: int) -> int:

@@ -48,6 +48,16 @@ class Report:
     shared: int
     products: Mapping[str, int]
 
+    def fits(self, shared: int) -> bool:
+        """Whether nothing was spilled, ``shared`` bytes suffice, and the compiler left products to do."""
+        sound = self.registers > 16 and any(self.products.values())
+        return sound and not self.spilled and not self.stack and self.shared <= shared
+
+    def programs(self, warps: int) -> int:
+        """Programs of a kernel on one multiprocessor of a data-centre GPU from NVIDIA, by registers and memory."""
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * warps)
+        return min(by_registers, (228 << 10) // (self.shared + 1024), 64 // warps)
+
     def __str__(self) -> str:
         used = ", ".join(f"{count} {name}" for name, count in self.products.items() if count)
         return (
@@ -57,7 +67,12 @@ class Report:
 
 
 def compiled(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], architecture: str, warps: int, stages: int
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    architecture: str,
+    warps: int,
+    stages: int,
 ) -> Report:
     """Compiles a kernel ahead of time.
 
@@ -77,7 +92,9 @@ def compiled(
         (place,) for place, name in enumerate(names)
         if signature[name].startswith("*") or (name[-2:] in ("_n", "_h", "_b") and name not in constants)
     ]  # fmt: skip
-    source = ASTSource(kernel, signature, dict(constants), {place: [["tt.divisibility", 16]] for place in even})
+    source = ASTSource(
+        kernel, signature, dict(constants), {place: [["tt.divisibility", 16]] for place in even}
+    )
     binary = triton.compile(
         source, target=TARGETS[architecture], options={"num_warps": warps, "num_stages": stages}
     )
@@ -92,7 +109,9 @@ def _of_nvidia(cubin: bytes, shared: int) -> Report:
         file.flush()
         usage, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
     spilled = sum(_BYTES[width or None] for width in _SPILL.findall(code))
-    return Report(_number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), spilled, shared, _products(code))
+    return Report(
+        _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), spilled, shared, _products(code)
+    )
 
 
 def _of_amd(code: str, shared: int) -> Report:

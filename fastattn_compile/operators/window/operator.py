@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastattn_compile.kernels import window as window_kernels
 from fastattn_compile.kernels.aten import window as window_aten
 from fastattn_compile.operators.base import (
     AttentionInputs,
@@ -71,7 +72,7 @@ class WindowAttention(Operator[WindowConfig]):
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Tiles of query rows against the stretch of keys around them."""
         given = inputs.query, inputs.key, inputs.value, inputs.scale
-        return AttentionOutput(*window_aten.forward(*given, self._local(inputs), inputs.key_padding))
+        return AttentionOutput(*window_kernels.forward(*given, self._local(inputs), inputs.key_padding))
 
     def backward(
         self,
@@ -84,7 +85,7 @@ class WindowAttention(Operator[WindowConfig]):
         """Gradients of ``forward``, computed from the scores again."""
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
-        return Gradients(*window_aten.backward(*given, self._local(inputs), *saved, inputs.key_padding))
+        return Gradients(*window_kernels.backward(*given, self._local(inputs), *saved, inputs.key_padding))
 
     def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
         """The window and the sinks."""
@@ -107,6 +108,6 @@ class WindowAttention(Operator[WindowConfig]):
         right = min(right, key_len, right if mask.right is None else max(0, mask.right))
         rows = window_aten.window_rows(query_len, left, right)
         return window_aten.Local(
-            rows, -(-left // rows) * rows, -(-right // rows) * rows, window_aten.band(left, right),
+            rows, -(-left // rows) * rows, -(-right // rows) * rows, window_aten.Band(left, right),
             mask.left, mask.right, self.config.sinks, key_len - query_len if mask.end_aligned else 0,
         )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Machine code of the kernels of fast multipole and window attention as models launch them, for tests and search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastattn_compile.kernels.gpu.aot import Report, compiled
+from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
+from fastattn_compile.kernels.gpu.fma_configs import Config
+from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_sinks
+from fastattn_compile.kernels.gpu.window import window_dkv, window_dq, window_fwd
+
+KERNELS = {
+    "fma_fwd": fma_fwd,
+    "fma_dq": fma_dq,
+    "fma_far": fma_far,
+    "fma_dkv": fma_dkv,
+    "fma_sinks": fma_sinks,
+    "window_fwd": window_fwd,
+    "window_dq": window_dq,
+    "window_dkv": window_dkv,
+}
+
+_FLOATS = "MASS", "LSE", "DELTA", "RUNS_K", "RUNS_V", "CELLS_K", "CELLS_V"
+_TYPES = {**dict.fromkeys(_FLOATS, "*fp32"), "SINK": "*i32", "POOLED": "*u8", "FINE": "*u8", "scale": "fp32"}
+_OF_KIND = "Q", "K", "V", "ROWS_K", "ROWS_V", "OUT", "GRAD", "DQ"
+_CASE: dict[str, Any] = {
+    "G": 1, "BLOCK": 64, "RANK": 4, "SINKS": 4, "BS": 16, "BANDED": False, "PADDED": False,
+    "LEARNED": False, "HAS_GRAD_LSE": False, "GRAD_LSE": None, "LOG2S": 4, "CELL": 16, "ALL": False, "SPREAD": True,
+    "q_d": 1, "k_d": 1, "v_d": 1,
+}  # fmt: skip
+
+
+def reports(
+    name: str, architecture: str, kind: str, width: int, config: Config, causal: bool = True
+) -> list[Report]:
+    """What the compiler says of each launch of a kernel.
+
+    Args:
+        name: A key of ``KERNELS``.
+        architecture: A key of ``aot.TARGETS``.
+        kind: ``"half"`` or ``"float"``.
+        width: Channels of query, key and value.
+        config: The configuration.
+        causal: Which lists.
+    """
+    kernel, of_kind = KERNELS[name], "*bf16" if kind == "half" else "*fp32"
+    exact = "ieee" if architecture == "gfx942" else "tf32x3"
+    # Gradients of keys are float32 where the sinks are added to them.
+    types = {**dict.fromkeys(_OF_KIND, of_kind), **_TYPES, "DK": "*fp32", "DV": "*fp32"}
+    made = []
+    for which in config.parts:
+        given = {
+            **_CASE, **config.tiles, "D": width, "E": width, "BD": width, "BE": width, "CAUSAL": causal,
+            "WHICH": which, "PRECISION": "tf32" if kind == "half" else exact,
+        }  # fmt: skip
+        constants = {name: x for name, x in given.items() if name in kernel.arg_names}
+        made.append(compiled(kernel, types, constants, architecture, config.warps, config.stages))
+    return made

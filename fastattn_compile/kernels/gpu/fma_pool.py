@@ -1,0 +1,145 @@
+"""The pooled rows of fast multipole attention: all levels from the tokens, and their gradients back.
+
+Levels are a binary tree over cells of ``block / rank`` tokens. ``fma_pool`` makes six levels in one launch with one
+product by a matrix of zeros and ones; what it leaves are sums of its last level, which the next launch takes for tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn_compile.kernels.gpu.fma_rows import first_row
+from fastattn_compile.kernels.gpu.launch import padded, precision
+from fastattn_compile.kernels.gpu.online import blemish, finite
+
+# Cells of one program, a power of two: the rows of all its levels are one product of 64 rows.
+CELLS = 32
+_LEVELS = CELLS.bit_length()
+# Channels of one program.
+_CHANNELS = 128
+
+
+@triton.jit(do_not_specialize=["length", "nb", "level", "levels"])
+def fma_pool(
+    X, TAKEN, COUNT, ROWS, SUMS, heads, length, nb, level, levels, cell, x_b, x_h, x_n, x_d, taken_b, count_b,
+    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, R: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Levels from ``level`` on of ``R / 2`` cells, each of ``cell`` rows of ``X``: means to ROWS, sums of the last to SUMS."""
+    chunk, unit, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BC + tl.arange(0, BC)
+    batch, inside = unit // heads, (c < C)[None, :]
+    X += batch * x_b + (unit % heads) * x_h
+    # The program's rows: R / 2 of its first level, R / 4 of the next, one of the last, and one that is not used.
+    r = tl.arange(0, R)
+    up, begin = tl.zeros([R], tl.int32), tl.zeros([R], tl.int32)
+    for i in tl.static_range(1, 12):
+        if (R >> i) >= 1:
+            start = R - (R >> i)
+            up = tl.where(r >= start, i, up)
+            begin = tl.where(r >= start, start, begin)
+    index, width = r - begin, cell << up
+    tokens = cell * (R // 2)
+    acc, fault = tl.zeros([R, BC], tl.float32), tl.zeros([R], tl.float32)
+    for first in range(0, tokens, BT):
+        local = first + tl.arange(0, BT)
+        t = chunk.to(tl.int64) * tokens + local
+        there = (local < tokens) & (t < length)
+        if not ALL:
+            there = there & (tl.load(TAKEN + batch * taken_b + t, mask=there, other=0) != 0)
+        x = tl.load(X + t[:, None] * x_n + c[None, :] * x_d, mask=there[:, None] & inside, other=0.0)
+        member = (local[None, :] // width[:, None] == index[:, None]) & (r < R - 1)[:, None]
+        acc = tl.dot(member.to(x.dtype), finite(x), acc, input_precision=PRECISION)
+        fault += tl.sum(tl.where(member, blemish(x)[None, :], 0.0), 1)
+    acc += fault[:, None]
+    at = chunk * ((R // 2) >> up) + index
+    real = (r < R - 1) & (level + up < levels) & (at < RANK * (nb >> (level + up)))
+    row = (first_row(level + up, nb, RANK) + at).to(tl.int64)
+    rows = first_row(levels, nb, RANK).to(tl.int64)
+    count = tl.load(COUNT + batch * count_b + row, mask=real, other=1.0)
+    mean = acc / tl.maximum(count, 1.0)[:, None]
+    out = (unit * rows + row)[:, None] * C + c[None, :]
+    tl.store(ROWS + out, mean.to(ROWS.dtype.element_ty), mask=real[:, None] & inside)
+    last = (unit * tl.num_programs(0) + chunk) * C + c
+    tl.store(SUMS + last[None, :] + tl.zeros([R, 1], tl.int64), acc, mask=(r == R - 2)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["nb", "levels"])
+def fma_spread(
+    ROWS, COUNT, OUT, heads, nb, levels, count_b,
+    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """For each cell the sum over all levels of its row's gradient, divided by the tokens of the row."""
+    at, unit, c = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1).to(tl.int64), tl.arange(0, BC)
+    cells, rows = RANK * nb, first_row(levels, nb, RANK).to(tl.int64)
+    total = tl.zeros([B, BC], tl.float32)
+    mask = (at < cells)[:, None] & (c < C)[None, :]
+    for level in range(0, levels):
+        row = (first_row(level, nb, RANK) + (at >> level)).to(tl.int64)
+        count = tl.load(COUNT + unit // heads * count_b + row, mask=at < cells, other=1.0)
+        grad = tl.load(ROWS + (unit * rows + row)[:, None] * C + c[None, :], mask=mask, other=0.0)
+        total += grad / tl.maximum(count, 1.0)[:, None]
+    tl.store(OUT + (unit * cells + at)[:, None] * C + c[None, :], total, mask=mask)
+
+
+def pool_means(
+    x: Tensor, taken: Tensor | None, counts: Tensor, nb: int, levels: int, rank: int, block: int
+) -> Tensor:
+    """Means of the tokens of every row.
+
+    Args:
+        x: Keys or values, ``(b, g, n, c)``, any strides.
+        taken: ``(b or 1, n)`` uint8, the tokens that are pooled; ``None`` for all.
+        counts: ``(b or 1, rows)`` float32, tokens of every row.
+        nb: Blocks, rounded up to a power of two.
+        levels: Pooled levels.
+        rank: Rows of a group.
+        block: Tokens of a finest group.
+
+    Returns:
+        ``(b, g, rows, c)`` in the type of ``x``.
+    """
+    batch, heads, length, c = x.shape
+    pooled = x.new_empty(batch, heads, counts.shape[1], c)
+    source, cell, level = x, block // rank, 0
+    while level < levels:
+        chunks = -(-(rank * (nb >> level)) // CELLS)
+        sums = x.new_empty(batch, heads, chunks, c, dtype=torch.float32)
+        bc = min(_CHANNELS, padded(c))
+        every = taken is None or level > 0
+        fma_pool[(chunks, batch * heads, -(-c // bc))](
+            source, None if every else taken, counts, pooled, sums, heads, source.shape[2], nb, level, levels, cell,
+            *source.stride(), _step(taken), _step(counts), C=c, BC=bc, RANK=rank, ALL=every, R=2 * CELLS, BT=64,
+            PRECISION=precision(source.dtype), num_warps=4 if bc < 128 else 8, num_stages=2,
+        )  # fmt: skip
+        source, cell, level = sums, 2, level + _LEVELS
+    return pooled
+
+
+def spread(grad_rows: Tensor, counts: Tensor, nb: int, levels: int, rank: int) -> Tensor:
+    """The transpose of ``pool_means``, up to the tokens: gradients that every token of a cell takes.
+
+    Args:
+        grad_rows: ``(b, g, rows, c)`` float32.
+        counts: As in ``pool_means``.
+        nb: As in ``pool_means``.
+        levels: As in ``pool_means``.
+        rank: As in ``pool_means``.
+
+    Returns:
+        ``(b, g, rank * nb, c)`` float32.
+    """
+    batch, heads, _, c = grad_rows.shape
+    out = grad_rows.new_empty(batch, heads, rank * nb, c)
+    tile = 16
+    fma_spread[(-(-rank * nb // tile), batch * heads)](
+        grad_rows, counts, out, heads, nb, levels, _step(counts), C=c, BC=padded(c), RANK=rank, B=tile,
+    )  # fmt: skip
+    return out
+
+
+def _step(x: Tensor | None) -> int:
+    """Stride between sequences, 0 where all share one."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)

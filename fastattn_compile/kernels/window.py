@@ -1,0 +1,49 @@
+"""Local attention: one face for its kernels on ATen and in Triton. Arguments and results are those of ``aten.window``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastattn_compile.kernels.aten import window as on_aten
+from fastattn_compile.kernels.aten.window import Local
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+
+
+def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, local: Local) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(query, key, value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu import window as on_gpu
+
+    return on_gpu.obstacle(query, key, value, local)
+
+
+def _offered(query: Tensor, key: Tensor, value: Tensor, local: Local) -> dict[str, Callable[[], str]]:
+    return {"triton": lambda: triton_obstacle(query, key, value, local)}
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As ``kernels.aten.window.forward``, by the fastest implementation that serves the call."""
+    if select("window forward", _offered(query, key, value, local)) == "triton":
+        from fastattn_compile.kernels.gpu import window as on_gpu
+
+        return on_gpu.forward(query, key, value, scale, local, key_padding)
+    return on_aten.forward(query, key, value, scale, local, key_padding)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, out: Tensor, log_sum_exp: Tensor,
+    grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.aten.window.backward``, by the fastest implementation that serves the call."""
+    given = query, key, value, scale, local, out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
+    if select("window backward", _offered(query, key, value, local)) == "triton":
+        from fastattn_compile.kernels.gpu import window as on_gpu
+
+        return on_gpu.backward(*given)
+    return on_aten.backward(*given)

@@ -1,0 +1,44 @@
+"""Machine code of every row of the table of fast multipole and window attention, for GPUs that are not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY
+from fastattn_compile.kernels.gpu.fma_compile import reports
+from fastattn_compile.kernels.gpu.fma_configs import configs
+
+# Registers and programs on a multiprocessor of each launch of a row, as they were when the row was chosen.
+RECORDED = json.loads((Path(__file__).parent / "fma_recorded.json").read_text())
+# Sinks are 16 keys at most by default: less than Hopper's instruction takes.
+SMALL = {"fma_sinks", "window_sinks"}
+
+
+def rows():
+    """The cells that users meet most in every run; the others are compiled where there is time."""
+    for row in configs():
+        _, architecture, kind, width = row
+        usual = kind == "half" and ((architecture == "sm_90" and width < 256) or width == 64)
+        yield pytest.param(row, id="-".join(map(str, row)), marks=[] if usual else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("row", rows())
+def test_every_row_of_the_table(row):
+    name, architecture, kind, width = row
+    config = configs()[row]
+    recorded = RECORDED["-".join(map(str, row))]
+    for made, (registers, programs) in zip(reports(*row, config), recorded, strict=True):
+        assert made.fits(SHARED_MEMORY[architecture]), made
+        assert made.registers <= registers, f"{made}; {registers} registers were recorded"
+        if architecture != "gfx942":
+            assert made.programs(config.warps) >= programs, f"{made}; {programs} programs were recorded"
+        if architecture == "sm_90" and kind == "half" and width <= 128 and name not in SMALL:
+            assert made.products["HGMMA"] and not made.products["HMMA"], made
+
+
+@pytest.mark.parametrize("name", ["fma_fwd", "fma_far"])
+def test_bidirectional_lists_fit_the_same_tiles(name):
+    row = name, "sm_90", "half", 64
+    (made,) = reports(*row, configs()[row], causal=False)
+    assert made.fits(SHARED_MEMORY["sm_90"]), made
