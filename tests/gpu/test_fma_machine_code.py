@@ -23,7 +23,7 @@ def rows():
         yield pytest.param(row, id="-".join(map(str, row)), marks=[] if usual else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("row", list(rows()))
 def test_every_row_of_the_table(row):
     name, architecture, kind, width = row
     config = configs()[row]
