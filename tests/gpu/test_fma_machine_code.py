@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY
+from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
 from fastattn_compile.kernels.gpu.fma_compile import reports
 from fastattn_compile.kernels.gpu.fma_configs import configs
+from fastattn_compile.kernels.gpu.fma_gradients import fma_runs
+from fastattn_compile.kernels.gpu.fma_pool import fma_pool, fma_spread
 
 # Registers and programs on a multiprocessor of each launch of a row, as they were when the row was chosen.
 RECORDED = json.loads((Path(__file__).parent / "fma_recorded.json").read_text())
@@ -42,3 +44,31 @@ def test_bidirectional_lists_fit_the_same_tiles(name):
     row = name, "sm_90", "half", 64
     (made,) = reports(*row, configs()[row], causal=False)
     assert made.fits(SHARED_MEMORY["sm_90"]), made
+
+
+@pytest.mark.parametrize(
+    "kind, precision, channels, warps", [("*bf16", "tf32", 128, 8), ("*fp32", "tf32x3", 64, 4)]
+)
+def test_pool(kind, precision, channels, warps):
+    types = {"X": kind, "TAKEN": "*u8", "COUNT": "*fp32", "ROWS": "*bf16", "SUMS": "*fp32"}
+    constants = {
+        "C": 128,
+        "BC": channels,
+        "RANK": 4,
+        "ALL": False,
+        "R": 64,
+        "BT": 64,
+        "PRECISION": precision,
+        "x_d": 1,
+    }
+    made = compiled(fma_pool, types, constants, "sm_90", warps, 2)
+    assert made.fits(SHARED_MEMORY["sm_90"]) and made.products["HGMMA"], made
+
+
+@pytest.mark.parametrize("kernel", [fma_runs, fma_spread], ids=["runs", "spread"])
+def test_sums_of_rows(kernel):
+    types = {"RUNS": "*fp32", "ROWS": "*fp32", "COUNT": "*fp32", "OUT": "*fp32", "factor": "fp32"}
+    given = {"C": 256, "BC": 256, "RANK": 4, "CAUSAL": False, "LOG2S": 4, "B": 16}
+    constants = {name: x for name, x in given.items() if name in kernel.arg_names}
+    made = compiled(kernel, types, constants, "sm_90", 4, 2)
+    assert made.spilled == made.stack == 0, made

@@ -18,8 +18,8 @@ from fastattn_compile.kernels.gpu.online import blemish, finite
 # Cells of one program, a power of two: the rows of all its levels are one product of 64 rows.
 CELLS = 32
 _LEVELS = CELLS.bit_length()
-# Channels of one program.
-_CHANNELS = 128
+# Channels of one program; float32 is made in three parts, which take registers.
+_CHANNELS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
 @triton.jit(do_not_specialize=["length", "nb", "level", "levels"])
@@ -107,7 +107,7 @@ def pool_means(
     while level < levels:
         chunks = -(-(rank * (nb >> level)) // CELLS)
         sums = x.new_empty(batch, heads, chunks, c, dtype=torch.float32)
-        bc = min(_CHANNELS, padded(c))
+        bc = min(_CHANNELS[source.dtype], padded(c))
         every = taken is None or level > 0
         fma_pool[(chunks, batch * heads, -(-c // bc))](
             source, None if every else taken, counts, pooled, sums, heads, source.shape[2], nb, level, levels, cell,
