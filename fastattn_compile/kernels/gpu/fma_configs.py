@@ -55,6 +55,7 @@ class Config:
 
 # kernel, architecture, type, channels up to, rows, columns, far, warps, stages, split
 _ROWS = """
+    fma_fwd sm_90 float 64 64 32 32 4 2
     fma_fwd sm_90 half 64 64 64 64 4 2
     fma_dq sm_90 half 64 64 64 64 4 2
     fma_far sm_90 half 64 64 0 64 4 2
