@@ -98,7 +98,14 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
         from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
         with contextlib.redirect_stdout(io.StringIO()):
-            found: onnx.ModelProto = SymbolicShapeInference.infer_shapes(proto, auto_merge=True)
+            # Its own loop, and not its entry point: that one writes files into the working directory when a shape is
+            # left open, and throws away what it found.
+            inference = SymbolicShapeInference((1 << 31) - 1, True, 0, 0)
+            inference._preprocess(proto)
+            while inference.run_:
+                inference._infer_impl()
+            inference._update_output_from_vi()
+            found: onnx.ModelProto = inference.out_mp_
             return found
     except Exception:  # it stops at operators it does not know, in many ways
         return onnx.shape_inference.infer_shapes(proto, data_prop=True)
