@@ -13,6 +13,7 @@ from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
     Cost,
+    Decoder,
     Gradients,
     Operator,
     SiteSpec,
@@ -22,6 +23,7 @@ from fastattn_compile.operators.base import (
 from fastattn_compile.operators.exact.operator import exact_backward, exact_forward, refuse_extras
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.fma.cost import multipole_cost
+from fastattn_compile.operators.fma.decode import FmaDecoder
 from fastattn_compile.operators.fma.reference import multipole_attention, near_field, sink_tokens
 
 _TERMS = {
@@ -114,6 +116,10 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     def cost(self, spec: SiteSpec) -> Cost:
         """Counted from the lists of the definition (specification section 2), sinks and windows included."""
         return multipole_cost(self.config, spec)
+
+    def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
+        """The last two blocks, the sinks and four groups a level: O(block + rank * log n) rows."""
+        return FmaDecoder(self, scale, parameters)
 
     @property
     def learned(self) -> bool:

@@ -1,0 +1,233 @@
+"""Decoding by fast multipole attention: the last two blocks, the sinks, and of every level four groups of pooled rows.
+
+A query meets at each level the groups of the parent before its own (specification 5.2). So a level keeps that parent's
+pooled rows and those of its own parent while it fills: O(block + rank * log n) rows in all, whatever was decoded before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.exact.reference import masked_softmax
+from fastattn_compile.operators.fma.reference import sink_tokens
+
+if TYPE_CHECKING:
+    from fastattn_compile.operators.fma.operator import FastMultipoleAttention
+
+LONGEST = 1 << 24
+
+
+class FmaDecoder(Decoder):
+    """Causal fast multipole attention, one token at a time.
+
+    Sizes: ``b`` batch, ``g`` key heads, ``l`` levels, ``p`` rank, ``c`` channels. Pooled sums stand as ``(b, g, l, 2, 2, p,
+    c)``: the parent before and the own parent, its two children.
+
+    Args:
+        operator: The operator.
+        scale: Factor on the scores.
+        parameters: Learned parameters, in order; they bound the length.
+    """
+
+    def __init__(
+        self, operator: FastMultipoleAttention, scale: float, parameters: tuple[Tensor, ...] = ()
+    ) -> None:
+        self.operator, self.scale, self.parameters = operator, scale, parameters
+        config = operator.config
+        self.block, self.rank = config.block, config.rank
+        self.levels = len(parameters) // 4 if operator.learned else (LONGEST // config.block).bit_length()
+        self._length: int | None = None
+
+    def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
+        """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
+
+        Raises:
+            ValueError: The mask is not causal, or queries and keys differ in number.
+        """
+        if inputs.mask.right != 0 or inputs.query.shape[2] != inputs.key.shape[2]:
+            raise ValueError(
+                f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "
+                f"{inputs.query.shape[2]} queries and {inputs.key.shape[2]} keys"
+            )
+        output = self.operator.forward(inputs, self.parameters)
+        batch, kv_heads, length, _ = inputs.key.shape
+        device, dtype = inputs.key.device, torch.promote_types(inputs.value.dtype, torch.float32)
+        self._left, self._length, sinks = inputs.mask.left, length, self.operator.config.sinks
+        real = inputs.key_padding
+        if real is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        first = sink_tokens(real, sinks)
+        self._found = first.sum(-1)
+        self._widths = self.block << torch.arange(self.levels, device=device)
+        # The last two blocks as a ring, and the sinks; with the position of each, -1 where there is none.
+        recent = torch.arange(max(0, length - 2 * self.block), length, device=device)
+        self._ring_place = torch.full((batch, 2 * self.block), -1, device=device)
+        self._ring_place[:, recent % (2 * self.block)] = torch.where(real[:, recent], recent, -1)
+        self._sink_place = torch.full((batch, sinks), -1, device=device)
+        self._rings: list[Tensor] = []
+        self._sinks: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        pooled = real & ~first
+        for x in (inputs.key, inputs.value):
+            x = x.to(dtype).masked_fill(~real[:, None, :, None], 0)
+            ring = x.new_zeros(batch, kv_heads, 2 * self.block, x.shape[3])
+            ring[:, :, recent % (2 * self.block)] = x[:, :, recent]
+            held = x.new_zeros(batch, kv_heads, sinks, x.shape[3])
+            for sequence in range(batch):
+                place = first[sequence].nonzero().flatten()
+                held[sequence, :, : len(place)] = x[sequence, :, place]
+                self._sink_place[sequence, : len(place)] = place
+            self._rings.append(ring)
+            self._sinks.append(held)
+            self._sums.append(self._pooled(x * pooled[:, None, :, None], len(self._sums)))
+        self._counts = self._pooled(pooled[:, None, :, None].to(dtype), None)
+        return output
+
+    def _pooled(self, x: Tensor, side: int | None) -> Tensor:
+        """Sums of the parents of the last token, ``(b, g, l, 2, 2, p, c)``; counts when ``side`` is ``None``."""
+        length, stretches = x.shape[2], []
+        for level in range(self.levels):
+            parent = 2 * self.block << level
+            start = (length - 1) // parent * parent
+            for begin in (start - parent, start):
+                stretches.append(self._rows(x[:, :, max(0, begin) : max(0, begin + parent)], level, side))
+        return torch.stack(stretches, 2).unflatten(2, (self.levels, 2))
+
+    def _rows(self, tokens: Tensor, level: int, side: int | None) -> Tensor:
+        """The rows of one parent, ``(b, g, 2, p, c)``, from those of its tokens that exist."""
+        width, count = self.block << level, tokens.shape[2]
+        place = torch.arange(count, device=tokens.device)
+        if not self.operator.learned:
+            sums = tokens.new_zeros(*tokens.shape[:2], 2 * self.rank, tokens.shape[3])
+            return sums.index_add_(2, place * self.rank // width, tokens).unflatten(2, (2, self.rank))
+        if side is None:
+            sums = tokens.new_zeros(*tokens.shape[:2], 2, tokens.shape[3]).index_add_(
+                2, place // width, tokens
+            )
+            return sums[:, :, :, None].expand(-1, -1, -1, self.rank, -1)
+        groups = F.pad(tokens, (0, 0, 0, 2 * width - count)).unflatten(2, (2, -1))
+        weight = self.parameters[4 * level + 2 * side].to(tokens.dtype)
+        return torch.einsum("bgjtc,crt->bgjrc", groups, weight)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        """Attends the next token.
+
+        Args:
+            query: ``(batch, heads, 1, head_dim)``.
+            key: ``(batch, kv_heads, 1, head_dim)``.
+            value: ``(batch, kv_heads, 1, value_dim)``.
+
+        Raises:
+            RuntimeError: ``prefill`` was not called.
+            ValueError: The learned parameters were created for shorter sequences.
+        """
+        if self._length is None:
+            raise RuntimeError("call prefill before step")
+        now = self._length
+        if now >= 2 * self.block << self.levels:
+            raise ValueError(
+                f"the parameters of this fma were created for at most {now} tokens; create them for a longer length"
+            )
+        self._length += 1
+        self._take(now, key, value)
+        return self._attend(now, query, value.dtype)
+
+    def _take(self, now: int, key: Tensor, value: Tensor) -> None:
+        """Puts a token into the ring, among the sinks or into the pooled rows of every level."""
+        parents = 2 * self._widths
+        roll = torch.zeros_like(parents, dtype=torch.bool) if now == 0 else now % parents == 0
+        becomes_sink = self._found < self.operator.config.sinks
+        slot = now % (2 * self.block)
+        self._ring_place[:, slot] = now
+        for sequence in becomes_sink.nonzero().flatten().tolist():
+            self._sink_place[sequence, self._found[sequence]] = now
+            for held, x in zip(self._sinks, (key, value)):
+                held[sequence, :, self._found[sequence]] = x[sequence, :, 0].to(held.dtype)
+        self._found = self._found + becomes_sink
+        level = torch.arange(self.levels, device=parents.device)
+        inside = now % parents
+        child = inside // self._widths
+        kept = (~becomes_sink).to(self._counts.dtype)
+        for side, (sums, ring, x) in enumerate(zip(self._sums, self._rings, (key, value))):
+            ring[:, :, slot] = x[:, :, 0].to(ring.dtype)
+            self._roll(sums, roll)
+            taken = x[:, :, 0].to(sums.dtype) * kept[:, None, None]
+            if self.operator.learned:
+                for at in range(self.levels):
+                    weight = self.parameters[4 * at + 2 * side].to(sums.dtype)
+                    offset = int(inside[at]) % int(self._widths[at])
+                    sums[:, :, at, 1, int(child[at])] += taken[:, :, None] * weight[:, :, offset].T
+            else:
+                row = inside % self._widths * self.rank // self._widths
+                sums[:, :, level, 1, child, row] += taken[:, :, None]
+        self._roll(self._counts, roll)
+        if self.operator.learned:
+            self._counts[:, :, level, 1, child] += kept[:, None, None, None, None]
+        else:
+            row = inside % self._widths * self.rank // self._widths
+            self._counts[:, :, level, 1, child, row] += kept[:, None, None, None]
+
+    @staticmethod
+    def _roll(sums: Tensor, roll: Tensor) -> None:
+        """On levels where a new parent begins, the own one becomes the one before."""
+        if bool(roll.any()):
+            sums[:, :, roll, 0] = sums[:, :, roll, 1]
+            sums[:, :, roll, 1] = 0
+
+    def _attend(self, now: int, query: Tensor, dtype: torch.dtype) -> AttentionOutput:
+        config, learned = self.operator.config, self.operator.learned
+        own = now // self.block
+        near = self._ring_place
+        seen_near = (near >= 0) & (near // self.block >= own - 1)
+        seen_sinks = (self._sink_place >= 0) & (own - self._sink_place // self.block > 1)
+        # The parent before, as far as it exists; its second child only for queries in a second child.
+        parent = now // (2 * self._widths)
+        second = now // self._widths % 2
+        children = torch.arange(2, device=parent.device)
+        met = (parent > 0)[:, None] & (children <= second[:, None])
+        counts = self._counts[:, 0, :, 0].squeeze(-1)  # (b, l, 2, p)
+        seen_far = met[None, :, :, None] & (counts > 0)
+        if self._left is not None:
+            cover = self._widths if learned else self._widths // self.rank
+            offset = torch.arange(self.rank, device=parent.device) * (0 if learned else 1)
+            group = (2 * (parent - 1))[:, None] + children
+            first = (group * self._widths[:, None])[..., None] + offset * cover[:, None, None]
+            seen_far = seen_far & (first >= now - self._left)
+            seen_near, seen_sinks = (
+                seen & (place >= now - self._left)
+                for seen, place in ((seen_near, near), (seen_sinks, self._sink_place))
+            )
+        rows = []
+        for side in range(2):
+            sums = self._sums[side][:, :, :, 0]
+            if learned:
+                gain = self._widths[:, None, None] / counts.clamp(min=1)
+                bias = torch.stack([self.parameters[4 * at + 2 * side + 1].T for at in range(self.levels)])
+                far = sums * gain[:, None, ..., None] + bias[:, None].to(sums.dtype)
+            else:
+                far = sums / counts.clamp(min=1)[:, None, ..., None]
+            rows.append(torch.cat([self._sinks[side], self._rings[side], far.flatten(2, 4)], 2))
+        mass = counts / self.rank if learned else counts
+        weight = mass.clamp(min=1e-30).log() if config.scale_attn else torch.zeros_like(mass)
+        seen = torch.cat([seen_sinks, seen_near, seen_far.flatten(1)], 1)
+        fine = torch.zeros(
+            seen.shape[0], seen.shape[1] - weight[0].numel(), dtype=weight.dtype, device=weight.device
+        )
+        bias = torch.cat([fine, weight.flatten(1)], 1)
+        wide = query.to(rows[0].dtype).squeeze(2).unflatten(1, (rows[0].shape[1], -1))
+        scores = self.scale * (wide @ rows[0].mT) + bias[:, None, None]
+        weights, log_sum_exp = masked_softmax(scores, seen[:, None, None])
+        out = (weights @ rows[1]).flatten(1, 2)[:, :, None]
+        statistics = torch.float64 if dtype == torch.float64 else torch.float32
+        return AttentionOutput(out.to(dtype), log_sum_exp.flatten(1, 2)[:, :, None].to(statistics))
+
+    def stored_rows(self) -> int:
+        """The ring, the sinks, and four groups of every level that the length has reached."""
+        length = self._length or 0
+        reached = min(self.levels, max(0, -(-length // self.block)).bit_length())
+        return 2 * self.block + self.operator.config.sinks + 4 * self.rank * reached
