@@ -14,7 +14,8 @@ import torch.fx
 _REGISTRY = re.compile(r"\._(?:modules|parameters|buffers)\[")
 _SUBSCRIPT = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]")
 _GETATTR = re.compile(r"getattr\(([^(),]*), *['\"]([^'\"]*)['\"]\)")
-_ROOT = re.compile(r"^(?:[LG]\[(?:'[^']*'|\"[^\"]*\")\]|self\b)")
+# A method behind a decorator is traced from the decorator's frame, whose ``args[0]`` is the module.
+_ROOT = re.compile(r"^(?:L\[['\"]args['\"]\]\[0\]|[LG]\[(?:'[^']*'|\"[^\"]*\")\]|self\b)")
 _FLAT_STEP = re.compile(r"(?:^|_)(?:modules|parameters|buffers)_")
 _STACK_LINE = re.compile(r'^\s*File "([^"]+)", line (\d+)', re.MULTILINE)
 _PACKAGES = re.compile(r"(?:site|dist)-packages/")

@@ -82,10 +82,21 @@ def operands(softmax: torch.fx.Node) -> list[torch.fx.Node]:
     return [*product.all_input_nodes, *(n for n in output.all_input_nodes if n is not softmax)]
 
 
-@pytest.mark.parametrize("how", ["module", "function", "method"])
+def decorated(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What a decorator with a bare signature leaves of a method: the module is ``args[0]``."""
+    return Model.forward(*args, **kwargs)
+
+
+class Decorated(Model):
+    forward = decorated
+
+
+@pytest.mark.parametrize("how", ["module", "function", "method", "decorated"])
 def test_paths_are_those_of_named_modules(how: str) -> None:
-    model = Model()
-    fn = {"module": model, "function": lambda x: model(x) + 1, "method": model.forward}[how]
+    model = Decorated() if how == "decorated" else Model()
+    fn = {"module": model, "decorated": model, "function": lambda x: model(x) + 1, "method": model.forward}[
+        how
+    ]
     ((gm, _),) = capture(fn, torch.randn(2, 3, 4))
     *inner, last = softmaxes(gm)
     assert [module_path(n) for n in inner] == WANTED
@@ -193,6 +204,8 @@ def test_checkpointed_bodies_keep_paths_and_parameters() -> None:
         ("", ""),
         ("self_attention.self", "self_attention.self"),
         ("L['self'].selfish", "selfish"),
+        ("L['args'][0].layers.3.attn", "layers.3.attn"),
+        ("L['args'][0]._modules['layers']._modules['0']", "layers.0"),
     ],
 )
 def test_spellings_of_paths(path: str, name: str) -> None:
