@@ -67,6 +67,13 @@ def test_the_wheel_holds_every_file_once(wheel: Path) -> None:
         wheel.name.rsplit("-py3", 1)[0] + ".dist-info",
     }
     assert "fastattn_compile/passes/find.py" in names and "fastattn_compile/py.typed" in names
+    kept = Path(__file__).parents[1] / "fastattn_compile"
+    sources = {
+        str(Path("fastattn_compile", f.relative_to(kept)))
+        for e in ("*.cpp", "*.h", "*.json")
+        for f in kept.rglob(e)
+    }
+    assert sources <= set(names) and "fastattn_compile/kernels/cpu/fma.cpp" in sources
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import barnes_hut as aten
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.cpu import barnes_hut as cpu
-from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
+
+NOT_FINITE = "keys or values hold an infinity or NaN, whose queries ATen tells apart"
 
 
 def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool) -> str:
@@ -37,8 +39,9 @@ def forward(
         return barnes_hut.forward(*given)
     if chosen == "cpp":
         made = cpu.forward(query, key, value, scale, pattern, key_padding)
-        if made is not None:  # what is not finite is left to ATen, which says which queries see it
+        if made is not None:
             return made
+        give_way("barnes_hut forward", chosen, NOT_FINITE)
     return aten.forward(*given)
 
 

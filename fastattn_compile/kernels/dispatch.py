@@ -82,6 +82,23 @@ def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
     return name
 
 
+def give_way(kernel: str, name: str, reason: str) -> None:
+    """Leaves a call to ATen after ``select`` gave it to another implementation, which found out from the values.
+
+    Args:
+        kernel: As for ``select``.
+        name: The implementation that cannot go on.
+        reason: What it met.
+
+    Raises:
+        RuntimeError: The user chose the implementation.
+    """
+    if chosen_kernels() == name:
+        _insist(kernel, name, {name: lambda: reason})
+    for record in _records:
+        record[kernel] = "aten"
+
+
 def gpu_obstacle(*tensors: Tensor) -> str:
     """Why Triton cannot run on these tensors at all; empty when it can."""
     if not all(x.is_cuda for x in tensors):

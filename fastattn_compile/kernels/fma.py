@@ -9,7 +9,9 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import fma as on_aten
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.cpu import fma as on_cpu
-from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
+
+NOT_FINITE = "keys or values hold an infinity or NaN, which its sums would spread to queries that do not see it"
 
 
 def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:
@@ -43,6 +45,7 @@ def forward(
         made = on_cpu.forward(query, key, value, scale, pattern, key_padding)
         if made is not None:
             return made
+        give_way("fma forward", name, NOT_FINITE)
     return on_aten.forward(query, key, value, scale, pattern, key_padding, weights)
 
 
@@ -62,4 +65,5 @@ def backward(
         made = on_cpu.backward(query, key, value, scale, pattern, *saved)
         if made is not None:
             return *made, ()
+        give_way("fma backward", name, NOT_FINITE)
     return on_aten.backward(query, key, value, scale, pattern, *saved, weights)

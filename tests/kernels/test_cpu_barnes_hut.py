@@ -84,7 +84,10 @@ def test_what_is_not_finite_is_left_to_aten() -> None:
     inputs = make_inputs("causal", length=100)
     inputs.value[0, 0, 50] = float("inf")
     operator = make_operator("barnes_hut", **SMALL)
-    with use_kernels("cpp"):
+    with recorded_kernels() as ran:
         made = operator.forward(inputs).out
+    assert ran == {"barnes_hut forward": "aten"}
     with use_kernels("aten"):
         assert torch.equal(made.isnan(), operator.forward(inputs).out.isnan())
+    with use_kernels("cpp"), pytest.raises(RuntimeError, match="infinity or NaN"):
+        operator.forward(inputs)

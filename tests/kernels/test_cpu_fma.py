@@ -91,12 +91,15 @@ def test_what_is_not_finite_is_left_to_aten() -> None:
     inputs = make_inputs("causal", length=75)
     inputs.key[0, 0, 40, 3] = float("nan")
     operator = FastMultipoleAttention(FmaConfig(block=16, rank=4))
-    with use_kernels("cpp"):
-        by_cpp = operator.forward(inputs).out
+    with recorded_kernels() as ran:
+        by_auto = operator.forward(inputs).out
+    assert ran == {"fma forward": "aten"}
     with use_kernels("aten"):
         by_aten = operator.forward(inputs).out
-    assert torch.equal(by_cpp.isnan(), by_aten.isnan())
-    assert not by_cpp[0, :2, :40].isnan().any()
+    assert torch.equal(by_auto.isnan(), by_aten.isnan())
+    assert not by_auto[0, :2, :40].isnan().any()
+    with use_kernels("cpp"), pytest.raises(RuntimeError, match="infinity or NaN"):
+        operator.forward(inputs)
 
 
 def test_an_explicit_choice_says_why_it_cannot_serve() -> None:

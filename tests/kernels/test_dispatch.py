@@ -1,6 +1,6 @@
 import pytest
 
-from fastattn_compile.kernels.dispatch import chosen_kernels, recorded_kernels, select, use_kernels
+from fastattn_compile.kernels.dispatch import chosen_kernels, give_way, recorded_kernels, select, use_kernels
 
 CAN, CANNOT = (lambda: ""), (lambda: "no compiler was found")
 
@@ -38,3 +38,11 @@ def test_what_ran_is_recorded() -> None:
     select("fma backward", {"cpp": CAN})
     assert outer == {"fma forward": "cpp", "window forward": "aten"}
     assert inner == {"window forward": "aten"}
+
+
+def test_giving_way_is_recorded_unless_the_user_chose() -> None:
+    with recorded_kernels() as ran:
+        give_way("fma forward", select("fma forward", {"cpp": CAN}), "a NaN")
+    assert ran == {"fma forward": "aten"}
+    with use_kernels("cpp"), pytest.raises(RuntimeError, match=r"'cpp' were chosen.*a NaN"):
+        give_way("fma forward", select("fma forward", {"cpp": CAN}), "a NaN")

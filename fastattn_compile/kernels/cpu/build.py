@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import platform
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +74,16 @@ def _library(name: str) -> ctypes.CDLL:
 
     # Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here.
     flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-march=native")
-    code = f"// {pick_vec_isa()}\n{source(name)}"
+    code = f"// {pick_vec_isa()} {_processor()}\n{source(name)}"
     built: ctypes.CDLL = CppCodeCache.load(code, "cpu", extra_flags=flags)
     return built
+
+
+def _processor() -> str:
+    """The instruction sets of this processor, which -march=native builds for: a cache shared by machines keeps them apart."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    flags = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:16]
