@@ -27,6 +27,8 @@ from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.operators.window import WindowAttention
+from fastattn_compile.operators.window.cost import equal_window
 from fastattn_compile.reporting.metrics import compare_logits, summarise
 from fastattn_compile.reporting.provenance import provenance
 from fastattn_compile.reporting.terminal import console, number
@@ -63,25 +65,13 @@ def attention(model: Any, operator: Operator) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def equal_window(operator: Operator, spec: SiteSpec) -> Operator:
-    """The narrowest window with the operator's sinks that meets at least as many keys a query."""
-    wanted, low, high = operator.cost(spec).keys_per_query, 1, int(spec.key_len)
-    while low < high:
-        middle = (low + high) // 2
-        enough = (
-            make_operator("window", width=middle, sinks=operator.config.sinks).cost(spec).keys_per_query
-            >= wanted
-        )
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return make_operator("window", width=low, sinks=operator.config.sinks)
-
-
 def operators_of(spec: SiteSpec, variants: bool) -> list[Operator]:
     """The rows: each budget with its window, then the variants."""
     rows: list[Operator] = []
     for options in BUDGETS:
         tree = make_operator("barnes_hut", **options)
-        rows += [tree, equal_window(tree, spec)]
+        width = equal_window(tree.cost(spec).keys_per_query, spec, tree.config.sinks)
+        rows += [tree, WindowAttention(width)]
     return rows + [make_operator("barnes_hut", **options) for options in VARIANTS] if variants else rows
 
 

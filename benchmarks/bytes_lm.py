@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rows import Rows
-from small_model import Decoder, Sizes, Trial, build, equal_window, train
+from small_model import Decoder, Sizes, Trial, build, train, window_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ def trials(sizes: Sizes) -> list[Trial]:
     return [
         Trial("exact", "exact", {}),
         plain,
-        Trial("window, keys of fma", "window", equal_window(plain.make(), sizes.site)),
+        window_of(plain, sizes),
         Trial("fma, depthwise", "fma", {**fma, "basis": "depthwise"}),
         Trial("tf_attention", "tf_attention", {"height": 3, "window": 32, "sinks": 4}),
         Trial("tc_attention", "tc_attention", {"height": 4}),

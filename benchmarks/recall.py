@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rows import Rows
-from small_model import Decoder, Sizes, Trial, build, equal_window, train
+from small_model import Decoder, Sizes, Trial, build, train, window_of
 from torch import Tensor
 
 from fastattn_compile.errors import FastAttentionError
@@ -64,7 +64,7 @@ def trials(sizes: Sizes) -> list[Trial]:
         Trial("exact", "exact", {}),
         plain,
         Trial("fma, depthwise", "fma", {**fma, "basis": "depthwise"}),
-        Trial("window, keys of fma", "window", equal_window(plain.make(), sizes.site, sinks=2)),
+        window_of(plain, sizes, sinks=2),
         Trial("tf_attention", "tf_attention", {"height": 2, "window": 8, "sinks": 2}),
         Trial("tc_attention", "tc_attention", {"height": 4}),
         Trial(

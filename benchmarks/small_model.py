@@ -15,6 +15,7 @@ from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.operators.window.cost import equal_window
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,11 @@ class Trial:
         return make_operator(self.operator, **self.options)
 
 
-def equal_window(operator: Operator, spec: SiteSpec, sinks: int = 4) -> dict[str, Any]:
-    """Options of the narrowest window that meets at least as many keys as the operator's queries meet."""
-    wanted, low, high = operator.cost(spec).keys_per_query, 1, int(spec.key_len)
-    while low < high:
-        middle = (low + high) // 2
-        enough = make_operator("window", width=middle, sinks=sinks).cost(spec).keys_per_query >= wanted
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return {"width": low, "sinks": sinks}
+def window_of(trial: Trial, sizes: Sizes, sinks: int = 4) -> Trial:
+    """The narrowest window that meets at least as many keys as the trial's queries meet."""
+    keys = trial.make().cost(sizes.site).keys_per_query
+    width = equal_window(keys, sizes.site, sinks).width
+    return Trial(f"window, keys of {trial.operator}", "window", {"width": width, "sinks": sinks})
 
 
 def build(trial: Trial, sizes: Sizes, sample: Tensor, seed: int) -> Decoder:

@@ -101,16 +101,6 @@ def calibration_ids(length: int) -> Tensor:
     return torch.tensor([ids])
 
 
-def equal_window(operator: Operator, spec: SiteSpec) -> Operator:
-    """The narrowest window, with 4 sinks, that meets at least as many keys a query."""
-    wanted, low, high = operator.cost(spec).keys_per_query, 1, int(spec.key_len)
-    while low < high:
-        middle = (low + high) // 2
-        enough = make_operator("window", width=middle).cost(spec).keys_per_query >= wanted
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return make_operator("window", width=low)
-
-
 def config_difference(operator: Operator) -> dict[str, Any]:
     """Options that are not the defaults."""
     default = type(operator)().config

@@ -33,7 +33,7 @@ def own_error(operator: Operator, inputs: AttentionInputs, parameters: tuple[Ten
     """Relative output error of an operator on some tensors: 95th percentile over sampled queries and heads."""
     rows = sample_rows(inputs.query.shape[2], SAMPLED_ROWS)
     output = operator.forward(inputs, parameters)
-    error = probe_rows(inputs, rows, output.out, operator).own_error
+    error = probe_rows(inputs, rows, output.out, operator, parameters).own_error
     return float(torch.quantile(error.float(), 0.95)) if error.numel() else 0.0
 
 

@@ -355,12 +355,16 @@ class Operator(ABC, Generic[ConfigT]):
         """The gradients of ``forward``, given the gradients of its output and of its log-sum-exp."""
 
     @abstractmethod
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """Which keys the given query rows meet one by one, not through a pooled summary.
 
         Args:
             inputs: The tensors of the site.
             rows: ``(r,)`` query positions.
+            parameters: Learned parameters, in order. Where they decide and are not given, only the keys that are met
+                whatever they are.
 
         Returns:
             Boolean, broadcastable to ``(batch, heads, r, key_len)``.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn_compile.operators.base import AttentionInputs, Operator
 from fastattn_compile.operators.mask import MaskStructure
+from fastattn_compile.operators.window.cost import equal_window
 
 _CHUNK_ELEMENTS = 1 << 23
 
@@ -106,7 +107,13 @@ class RowProbe:
     controls: dict[str, Tensor]
 
 
-def probe_rows(inputs: AttentionInputs, rows: Tensor, out: Tensor, operator: Operator) -> RowProbe:
+def probe_rows(
+    inputs: AttentionInputs,
+    rows: Tensor,
+    out: Tensor,
+    operator: Operator,
+    parameters: tuple[Tensor, ...] = (),
+) -> RowProbe:
     """Compares an operator's output with softmax attention on a few query rows.
 
     Rows that see no key and rows of padding tokens are left out.
@@ -116,6 +123,7 @@ def probe_rows(inputs: AttentionInputs, rows: Tensor, out: Tensor, operator: Ope
         rows: ``(r,)`` query positions.
         out: ``(batch, heads, query_len, value_dim)``, the operator's output.
         operator: The operator that gave it.
+        parameters: Its learned parameters, in order: which keys it meets may depend on them.
     """
     window = equal_cost_window(inputs, operator)
     sinks = _sink_keys(inputs, sink_count(operator))
@@ -130,7 +138,7 @@ def probe_rows(inputs: AttentionInputs, rows: Tensor, out: Tensor, operator: Ope
         chunks.append(
             {
                 "own_error": error,
-                "mass_recall": (weights * operator.exact_keys(inputs, part)).sum(-1),
+                "mass_recall": (weights * operator.exact_keys(inputs, part, parameters)).sum(-1),
                 "no_attention": relative_error(_mix(_softmax(torch.zeros_like(scores), seen), inputs), exact),
                 "window": relative_error(_mix(_softmax(scores, seen & near), inputs), exact),
                 "kept": counted_rows(inputs, part, seen).expand_as(error),
@@ -182,41 +190,9 @@ def equal_cost_window(inputs: AttentionInputs, operator: Operator) -> MaskStruct
     Returns:
         The band alone; sinks and the site's own mask come on top.
     """
-    wanted = operator.cost(inputs.spec()).keys_per_query
-    sinks = sink_count(operator)
-    narrow, wide = 1, 2 * inputs.key.shape[2]
-    while narrow < wide:
-        middle = (narrow + wide) // 2
-        if _mean_keys(inputs, _band(middle, inputs.mask), sinks) >= wanted:
-            wide = middle
-        else:
-            narrow = middle + 1
-    return _band(narrow, inputs.mask)
-
-
-def _band(width: int, mask: MaskStructure) -> MaskStructure:
-    if mask.causal:
-        return MaskStructure(left=width - 1, right=0, end_aligned=mask.end_aligned)
-    return MaskStructure(left=width // 2, right=(width - 1) // 2, end_aligned=mask.end_aligned)
-
-
-def _mean_keys(inputs: AttentionInputs, band: MaskStructure, sinks: int) -> float:
-    """Mean number of keys in band or sinks within ``left`` and ``right`` of the mask: O(query_len)."""
-    query_len, key_len = inputs.query.shape[2], inputs.key.shape[2]
-    place = torch.arange(query_len) + (key_len - query_len if band.end_aligned else 0)
-
-    def reach(mask: MaskStructure) -> tuple[Tensor, Tensor]:
-        low = place - mask.left if mask.left is not None else torch.zeros_like(place)
-        high = place + mask.right if mask.right is not None else torch.full_like(place, key_len - 1)
-        return low.clamp(min=0), high.clamp(max=key_len - 1)
-
-    (low, high), (near_low, near_high) = reach(inputs.mask), reach(band)
-    near_low, near_high = torch.maximum(near_low, low), torch.minimum(near_high, high)
-    sink_high = high.clamp(max=sinks - 1)
-    near = (near_high - near_low + 1).clamp(min=0)
-    sunk = (sink_high - low + 1).clamp(min=0)
-    both = (torch.minimum(near_high, sink_high) - torch.maximum(near_low, low) + 1).clamp(min=0)
-    return float((near + sunk - both).double().mean())
+    spec = inputs.spec()
+    window = equal_window(operator.cost(spec).keys_per_query, spec, sink_count(operator))
+    return window.band(inputs.mask)
 
 
 def _score_chunks(inputs: AttentionInputs, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -176,7 +176,7 @@ class ExactPass:
         spent, spent_exact = interleaved_ms([run, baseline], self.repeats)
         record.ms, record.ms_exact = record.ms + spent, record.ms_exact + spent_exact
         check_finite(site, operator, inputs, outputs[0].out)
-        probe = probe_rows(inputs, chosen, outputs[0].out, operator)
+        probe = probe_rows(inputs, chosen, outputs[0].out, operator, parameters)
         record.own.append(probe.own_error)
         record.recall.append(probe.mass_recall)
         for control, error in probe.controls.items():

@@ -407,9 +407,14 @@ def test_exact_keys_are_visible_keys(case):
         inputs = make_inputs(mask)
         operator = make_operator(OPERATORS[case][0], **OPERATORS[case][1])
         rows = torch.tensor([0, 3, 40, 74])
-        exact = operator.exact_keys(inputs, rows).expand(2, 4, 4, 75)
+        parameters = make_parameters(operator, inputs)
+        if not operator.supports(inputs.spec()):
+            parameters = ()
+        exact = operator.exact_keys(inputs, rows, parameters).expand(2, 4, 4, 75)
         # Linformer meets every key through projected rows.
         assert (exact.any() or case == "linformer") and not (exact & ~inputs.visible(rows)).any()
+        # What is met whatever the parameters are is met with these.
+        assert not (operator.exact_keys(inputs, rows) & ~exact).any()
 
 
 @each_operator

@@ -9,6 +9,7 @@ import torch
 from fastattn_compile.operators.base import AttentionInputs, Cost, OperatorConfig
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.mask import MaskStructure
+from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.reporting import metrics
 from fastattn_compile.reporting.metrics import (
     Quantiles,
@@ -36,7 +37,7 @@ class Band(ExactAttention):
     name = "band"
     config_type = BandConfig
 
-    def exact_keys(self, inputs, rows):
+    def exact_keys(self, inputs, rows, parameters=()):
         keys = torch.arange(inputs.key.shape[2])
         place = rows[:, None] + (
             inputs.key.shape[2] - inputs.query.shape[2] if inputs.mask.end_aligned else 0
@@ -181,6 +182,25 @@ def test_window_of_queries_that_continue_a_cache_stands_at_the_end():
     inputs = make_inputs("causal & end_aligned", n=10, m=40)
     window = equal_cost_window(inputs, band(keys=5.0))
     assert (window.left, window.right, window.end_aligned) == (4, 0, True)
+
+
+def test_recall_counts_the_keys_that_learned_parameters_choose():
+    """All keys in one leaf, or half of them: without the planes nobody knows which."""
+    inputs = make_inputs("none", batch=1, heads=1, kv_heads=1)
+    operator = make_operator("tf_attention", height=1)
+    rows = torch.arange(37)
+    recalls = []
+    for offset in (-1e3, 0.0):
+        plane = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
+        plane[..., 0] = 1
+        parameters = plane, torch.full((1, 1, 1), offset, dtype=torch.float64)
+        out = operator.forward(inputs, parameters).out
+        recalls.append(probe_rows(inputs, rows, out, operator, parameters).mass_recall)
+    same_side = (inputs.query[0, 0, :, :1] > 0) == (inputs.key[0, 0, :, 0] > 0)
+    assert recalls[0].min() > 1 - 1e-12
+    torch.testing.assert_close(
+        recalls[1], (brute_weights(inputs, torch.tensor(True))[0, 0] * same_side).sum(-1)
+    )
 
 
 def test_sampled_rows_cover_every_depth_and_depend_on_the_seed_alone():

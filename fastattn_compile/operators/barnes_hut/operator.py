@@ -47,6 +47,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
 
     name = "barnes_hut"
     config_type = BarnesHutConfig
+    implementation = 2
 
     def supports(self, spec: SiteSpec) -> Support:
         """Self-attention with causal, windowed, banded or padded masks; anything else is refused with the
@@ -106,7 +107,9 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
             return Gradients(*window_aten.backward(*given, local, *saved, inputs.key_padding))
         return Gradients(*kernel.backward(*given, pattern, pool, *saved, inputs.key_padding))
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """The near field, the sinks and the opened leaves, as far as the mask shows them."""
         keys = torch.arange(inputs.key.shape[2], device=rows.device)
         near = (rows[:, None] // self.config.block - keys // self.config.block).abs() <= 1

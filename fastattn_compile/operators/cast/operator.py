@@ -44,6 +44,7 @@ class CastAttention(Operator[CastConfig]):
 
     name = "cast"
     config_type = CastConfig
+    implementation = 2
 
     def supports(self, spec: SiteSpec) -> Support:
         """Self-attention whose mask fits the clustering; anything else is refused with the reason."""

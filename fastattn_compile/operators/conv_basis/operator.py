@@ -51,6 +51,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
 
     name = "conv_basis"
     config_type = ConvBasisConfig
+    implementation = 2
 
     def supports(self, spec: SiteSpec) -> Support:
         """Self-attention with a mask of ``i - j`` and of real keys; else no, with the reason."""
@@ -149,7 +150,9 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         by_key = by_key.sum_to_size(key_bias.shape).to(key_bias.dtype)
         return found.query, found.key, found.value, None, by_key
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """The anchor columns: their scores are the exact ones. None in the low-rank approximation."""
         if self._low_rank:
             return torch.zeros(1, 1, len(rows), inputs.key.shape[2], dtype=torch.bool, device=rows.device)

@@ -57,7 +57,9 @@ class ExactAttention(Operator[ExactConfig]):
         """Gradients of ``forward``."""
         return Gradients(*exact_backward(inputs, output, grad_out, grad_log_sum_exp))
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """Every visible key."""
         return inputs.visible(rows)
 

@@ -103,7 +103,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         unused = tuple(torch.zeros_like(p) for p in parameters[len(used) :])
         return Gradients(grad_query, grad_key, grad_value, learned + unused)
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """The near field and the sinks, as far as the mask shows them."""
         real = inputs.key_padding
         length = inputs.key.shape[2]

@@ -90,7 +90,9 @@ class LinformerAttention(Operator[LinformerConfig]):
         )  # fmt: skip
         return Gradients(query, key, value, projections)
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """None: every key is met through projected rows alone."""
         return torch.zeros_like(inputs.visible(rows))
 

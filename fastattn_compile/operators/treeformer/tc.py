@@ -76,6 +76,7 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
 
     name = "tc_attention"
     config_type = TcConfig
+    implementation = 2
 
     @property
     def learned(self) -> bool:

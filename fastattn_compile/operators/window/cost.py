@@ -40,3 +40,24 @@ def window_cost(config: WindowConfig, spec: SiteSpec) -> Cost:
     pairs = window_pairs(config, spec.mask.positional, int(spec.query_len), int(spec.key_len))
     flops = 2.0 * spec.batch * spec.heads * pairs * (spec.head_dim + spec.value_dim)
     return Cost(flops, traffic(spec), pairs / max(1, int(spec.query_len)))
+
+
+def equal_window(keys_per_query: float, spec: SiteSpec, sinks: int = 4) -> WindowConfig:
+    """The narrowest window that meets at least so many keys a query in the mean: the control at equal cost.
+
+    Args:
+        keys_per_query: Of the operator it is compared with (``Cost.keys_per_query``).
+        spec: The site. Of its mask the terms by position count.
+        sinks: First tokens that the window keeps meeting.
+
+    Returns:
+        A window as wide as the site when even that meets too few.
+    """
+    queries, keys = int(spec.query_len), int(spec.key_len)
+    # Half a bidirectional window lies on either side, hence twice the length.
+    narrow, wide = 1, 2 * keys
+    while narrow < wide:
+        middle = (narrow + wide) // 2
+        pairs = window_pairs(WindowConfig(width=middle, sinks=sinks), spec.mask.positional, queries, keys)
+        narrow, wide = (narrow, middle) if pairs >= keys_per_query * queries else (middle + 1, wide)
+    return WindowConfig(width=narrow, sinks=sinks)

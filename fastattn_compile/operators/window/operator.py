@@ -87,7 +87,9 @@ class WindowAttention(Operator[WindowConfig]):
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
         return Gradients(*window_kernels.backward(*given, self._local(inputs), *saved, inputs.key_padding))
 
-    def exact_keys(self, inputs: AttentionInputs, rows: Tensor) -> Tensor:
+    def exact_keys(
+        self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """The window and the sinks."""
         return window_keys(self.config, inputs, rows)
 
