@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from fastattn_compile.reporting.evaluate import evaluate
     from fastattn_compile.reporting.of_model import report
     from fastattn_compile.retrofitting.attach import attach, detach
+    from fastattn_compile.retrofitting.base_weights import BaseWeights
+    from fastattn_compile.retrofitting.checkpoint import from_pretrained, save_pretrained
     from fastattn_compile.scanning import Scan, scan
 
 _HOMES = {
+    "BaseWeights": "retrofitting.base_weights",
     "MaskStructure": "operators.mask",
     "Plan": "plans",
     "PlannedSite": "plans",
@@ -41,14 +44,16 @@ _HOMES = {
     "attend": "operators.library",
     "evaluate": "reporting.evaluate",
     "fastattn": "backend",
+    "from_pretrained": "retrofitting.checkpoint",
     "make_operator": "operators.registry",
     "report": "reporting.of_model",
+    "save_pretrained": "retrofitting.checkpoint",
     "scan": "scanning",
 }
 
 __all__ = [
-    "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "convert", "detach",
-    "evaluate", "fastattn", "make_operator", "report", "scan",
+    "BaseWeights", "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend",
+    "convert", "detach", "evaluate", "fastattn", "from_pretrained", "make_operator", "report", "save_pretrained", "scan",
 ]  # fmt: skip
 
 

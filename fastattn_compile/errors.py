@@ -19,6 +19,10 @@ class PlanError(FastAttentionError, ValueError):
     """A plan file is malformed, or names sites or operators that do not exist."""
 
 
+class CheckpointError(FastAttentionError, ValueError):
+    """A saved folder is damaged, does not belong to the model it is loaded into, or would overwrite another's files."""
+
+
 class ModelLoadError(FastAttentionError):
     """What was given does not load as a model."""
 

@@ -103,15 +103,19 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Reads a plan file.
+        """Reads a plan file, or the plan of a folder that ``fa.save_pretrained`` wrote.
 
         Raises:
             PlanError: The file is missing, is not JSON, or is not a plan.
         """
+        folder = Path(path).is_dir()
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            source = Path(path) / "fastattn_config.json" if folder else Path(path)
+            document = json.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise PlanError(f"the plan {path} is not JSON: {error}") from error
+        if folder:
+            document = document.get("plan") if isinstance(document, Mapping) else None
         return Plan.from_json(document)

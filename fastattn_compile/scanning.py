@@ -88,7 +88,8 @@ def scan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:
     # Dynamo caches by code object: a new one leaves the caches of the user's own compilations alone.
     isolated = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
     with _untouched(target), torch.no_grad():
-        torch.compile(isolated, backend=record)(*args, **kwargs)
+        # Dynamo remembers by source line which sizes changed between calls; the sites of this call have fixed ones.
+        torch.compile(isolated, backend=record, dynamic=False)(*args, **kwargs)
     lines = [line for graph in found for line in graph]
     names = unique_names([line.name for line in lines])
     return Scan(tuple(_renamed(line, name) for line, name in zip(lines, names)), max(len(found), 1))

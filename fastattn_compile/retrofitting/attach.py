@@ -35,6 +35,10 @@ class LearnedParameters(nn.Module):
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value))
 
+    def names(self) -> list[str]:
+        """Names of the parameters in the operator's order."""
+        return list(self._order)
+
     def tensors(self) -> list[Tensor]:
         """The parameters in the operator's order."""
         return [getattr(self, name) for name in self._order]
@@ -86,14 +90,29 @@ def attach(
         values = chosen.initial_parameters(site.spec)
         if not values:
             continue
-        owner, ordinal = _owner(model, name)
-        like = next(owner.parameters(), None)
-        values = {key: value.to(like) if like is not None else value for key, value in values.items()}
-        bundle = LearnedParameters(name, chosen, values)
-        owner.register_module(ATTRIBUTE + ordinal, bundle)
-        owner.register_forward_pre_hook(_Mark(ATTRIBUTE + ordinal))
-        attached[name] = bundle
+        attached[name] = place(model, name, chosen, values)
     return attached
+
+
+def place(model: nn.Module, site: str, operator: Operator, values: Mapping[str, Tensor]) -> LearnedParameters:
+    """Gives one site given learned parameters, in the type and on the device of the module it is in.
+
+    Args:
+        model: The model; changed in place.
+        site: Name of the site, as ``fa.scan`` prints it.
+        operator: The operator they belong to.
+        values: Values by name, in the operator's order.
+
+    Raises:
+        PlanError: The site is not inside a module of the model.
+    """
+    owner, ordinal = site_owner(model, site)
+    like = next(owner.parameters(), None)
+    moved = {key: value.to(like) if like is not None else value for key, value in values.items()}
+    bundle = LearnedParameters(site, operator, moved)
+    owner.register_module(ATTRIBUTE + ordinal, bundle)
+    owner.register_forward_pre_hook(_Mark(ATTRIBUTE + ordinal))
+    return bundle
 
 
 def detach(model: nn.Module) -> None:
@@ -132,10 +151,18 @@ def _operators(
     return {name: make_operator(operator, **options) for name, line in lines.items() if line.status == TAKEN}
 
 
-def _owner(model: nn.Module, site: str) -> tuple[nn.Module, str]:
-    """The module a site is in, and its ordinal there (empty for the first)."""
-    path, _, ordinal = site.partition("#")
-    path = path.partition("@")[0]
+def owner_path(site: str) -> str:
+    """Path of the module that a site named by its module is in."""
+    return site.partition("#")[0].partition("@")[0]
+
+
+def site_owner(model: nn.Module, site: str) -> tuple[nn.Module, str]:
+    """The module a site is in, and its ordinal there (empty for the first).
+
+    Raises:
+        PlanError: The site is named by its source line, or the model has no such module.
+    """
+    path, ordinal = owner_path(site), site.partition("#")[2]
     try:
         return model.get_submodule(path), f"_{ordinal}" if ordinal else ""
     except AttributeError as error:
