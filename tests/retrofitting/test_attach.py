@@ -1,7 +1,8 @@
 """Attaching learned parameters."""
 
-import fastattn_compile as fa
 from retrofitting.tiny import SITES, language, tokens
+
+import fastattn_compile as fa
 
 
 def test_sizes_are_those_of_this_call_whatever_was_scanned_before():
