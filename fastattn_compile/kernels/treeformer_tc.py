@@ -6,28 +6,29 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten import treeformer_tc as aten
 from fastattn_compile.kernels.aten.treeformer_tc import Cut, Members, TreeGradients, Weighting
+from fastattn_compile.kernels.cpu import trees as cpu
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 
 
-def _by_triton(kernel: str, cut: Cut, value: Tensor) -> bool:
-    def obstacle() -> str:
-        reason = gpu_obstacle(value)
-        if reason:
-            return reason
-        from fastattn_compile.kernels.gpu import coarse
+def triton_obstacle(cut: Cut, value: Tensor) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu import coarse
 
-        return coarse.obstacle(cut, value)
-
-    return select(kernel, {"triton": obstacle}) == "triton"
+    return coarse.obstacle(cut, value)
 
 
 def forward(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
     """``kernels.aten.treeformer_tc.forward``."""
-    if _by_triton("tc_attention forward", cut, value):
+    offered = {"triton": lambda: triton_obstacle(cut, value), "cpp": lambda: cpu.why_not(value, cut.real)}
+    name = select("tc_attention forward", offered)
+    if name == "triton":
         from fastattn_compile.kernels.gpu import coarse
 
         return coarse.forward(cut, value, weighting)
-    return aten.forward(cut, value, weighting)
+    return cpu.coarse(cut, value, weighting) if name == "cpp" else aten.forward(cut, value, weighting)
 
 
 def backward(
@@ -35,7 +36,7 @@ def backward(
 ) -> TreeGradients:
     """``kernels.aten.treeformer_tc.backward``."""
     given = cut, value, weighting, grad_out, of_queries, of_keys
-    if _by_triton("tc_attention backward", cut, value):
+    if select("tc_attention backward", {"triton": lambda: triton_obstacle(cut, value)}) == "triton":
         from fastattn_compile.kernels.gpu import coarse
 
         return coarse.backward(*given)

@@ -8,29 +8,40 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten import treeformer_tf as aten
 from fastattn_compile.kernels.aten.treeformer_tf import Part, PartGradients
-from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.cpu import ranges as cpu
+from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
 
 
-def _by_triton(kernel: str, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) -> bool:
-    def obstacle() -> str:
-        reason = gpu_obstacle(query, key, value)
-        if reason:
-            return reason
-        from fastattn_compile.kernels.gpu import leaf
+NOT_FINITE = "a key or value that is met holds an infinity or NaN, whose queries ATen tells apart"
 
-        return leaf.obstacle(query, key, value, parts)
 
-    return select(kernel, {"triton": obstacle}) == "triton"
+def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) -> str:
+    """Why Triton cannot serve a call; empty when it can."""
+    reason = gpu_obstacle(query, key, value)
+    if reason:
+        return reason
+    from fastattn_compile.kernels.gpu import leaf
+
+    return leaf.obstacle(query, key, value, parts)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]
 ) -> tuple[Tensor, Tensor]:
     """``kernels.aten.treeformer_tf.attend``; Triton gives the output in the type of the values."""
-    if _by_triton("tf_attention forward", query, key, value, parts):
+    offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
+    if query.device.type == "cpu":
+        offered["cpp"] = lambda: cpu.why_not(query, key, value, parts)
+    name = select("tf_attention forward", offered)
+    if name == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
         return leaf.forward(query, key, value, scale, parts[0])
+    if name == "cpp":
+        made = cpu.attend(query, key, value, scale, parts)
+        if made is not None:
+            return made
+        give_way("tf_attention forward", name, NOT_FINITE)
     return aten.attend(query, key, value, scale, parts)
 
 
@@ -40,7 +51,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[PartGradients]]:  # fmt: skip
     """``kernels.aten.treeformer_tf.backward``."""
     saved = out, log_sum_exp, grad_out, grad_log_sum_exp
-    if _by_triton("tf_attention backward", query, key, value, parts):
+    offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
+    if select("tf_attention backward", offered) == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
         *grads, said = leaf.backward(query, key, value, scale, parts[0], *saved)

@@ -1,4 +1,4 @@
-"""Local attention: one face for its kernels on ATen and in Triton. Arguments and results are those of ``aten.window``."""
+"""Local attention: one face for its kernels on ATen, in C++ and in Triton. Arguments and results are those of ``aten.window``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten import window as on_aten
 from fastattn_compile.kernels.aten.window import Local
-from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.cpu import ranges as on_cpu
+from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
+
+NOT_FINITE = "a key or value that is met holds an infinity or NaN, whose queries ATen tells apart"
 
 
 def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, local: Local) -> str:
@@ -29,10 +32,19 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As ``kernels.aten.window.forward``, by the fastest implementation that serves the call."""
-    if select("window forward", _offered(query, key, value, local)) == "triton":
+    offered = _offered(query, key, value, local)
+    if query.device.type == "cpu":
+        offered["cpp"] = lambda: on_cpu.window_obstacle(query, key, value, local)
+    name = select("window forward", offered)
+    if name == "triton":
         from fastattn_compile.kernels.gpu import window as on_gpu
 
         return on_gpu.forward(query, key, value, scale, local, key_padding)
+    if name == "cpp":
+        made = on_cpu.window(query, key, value, scale, local, key_padding)
+        if made is not None:
+            return made
+        give_way("window forward", name, NOT_FINITE)
     return on_aten.forward(query, key, value, scale, local, key_padding)
 
 

@@ -34,7 +34,9 @@ def test_types_masks_and_lengths(length: int, mask: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"group": 4}, {"group": 16}, {"leaf": 2}, {"leaf": 8, "fanout": 2}, {"open": 40}, {"sinks": 0}], ids=str
+    "options",
+    [{"group": 4}, {"group": 16}, {"leaf": 2}, {"leaf": 8, "fanout": 2}, {"open": 40}, {"sinks": 0}],
+    ids=str,
 )
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2), (5, 5)], ids=str)
 def test_options_and_heads_as_on_aten(heads: tuple[int, int], options: dict[str, object]) -> None:
@@ -73,7 +75,11 @@ def test_repeatable_on_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"select": "bound"}, "choice by mean keys"), ({"rest": "pool"}, "closed left out"), ({"tolerance": 0.1}, "fixed number")],
+    [
+        ({"select": "bound"}, "choice by mean keys"),
+        ({"rest": "pool"}, "closed left out"),
+        ({"tolerance": 0.1}, "fixed number"),
+    ],
 )
 def test_what_it_does_not_serve_is_said(options: dict[str, object], text: str) -> None:
     with pytest.raises(RuntimeError, match=text):

@@ -18,7 +18,9 @@ from fastattn_compile.operators.check import compare_with_reference
 from fastattn_compile.operators.fma import FastMultipoleAttention
 from fastattn_compile.operators.fma.config import FmaConfig
 
-needs_compiler = pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler"
+)
 pytestmark = needs_compiler
 
 
@@ -37,7 +39,11 @@ def test_types_masks_and_lengths(length: int, mask: str, dtype: torch.dtype) -> 
     check(make_inputs(mask, length=length, head_dim=16, dtype=dtype))
 
 
-@pytest.mark.parametrize("options", [{"sinks": 0}, {"scale_attn": False}, {"rank": 1}, {"rank": 16}, {"block": 24, "rank": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"sinks": 0}, {"scale_attn": False}, {"rank": 1}, {"rank": 16}, {"block": 24, "rank": 3}],
+    ids=str,
+)
 @pytest.mark.parametrize("mask", ["none", "causal"])
 def test_options(options: dict[str, object], mask: str) -> None:
     check(make_inputs(mask, length=150), **options)
@@ -49,9 +55,17 @@ def test_options(options: dict[str, object], mask: str) -> None:
     st.integers(24, 300), st.sampled_from([(2, 1), (4, 4), (6, 2)]), st.integers(8, 40), st.integers(8, 40),
     st.sampled_from([(8, 2), (12, 3), (5, 5), (64, 4)]), st.booleans(), st.integers(0, 5),
 )  # fmt: skip
-def test_any_shape(length: int, heads: tuple[int, int], d: int, e: int, block: tuple[int, int], causal: bool, sinks: int) -> None:
+def test_any_shape(
+    length: int, heads: tuple[int, int], d: int, e: int, block: tuple[int, int], causal: bool, sinks: int
+) -> None:
     inputs = make_inputs(
-        "causal" if causal else "none", batch=1, heads=heads[0], kv_heads=heads[1], length=length, head_dim=d, value_dim=e
+        "causal" if causal else "none",
+        batch=1,
+        heads=heads[0],
+        kv_heads=heads[1],
+        length=length,
+        head_dim=d,
+        value_dim=e,
     )
     check(inputs, block=block[0], rank=block[1], sinks=min(sinks, block[0]))
 

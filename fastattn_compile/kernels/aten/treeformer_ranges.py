@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.sorting import stable_order
+from fastattn_compile.kernels.sorting import ranked, stable_order
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Sight:
     """Which keys the mask shows each query: an interval of positions, of the query's segment, that are real.
 
     Args:
-        low: ``(n,)`` first visible position.
-        high: ``(n,)`` one past the last; at least ``low``.
+        low: ``(n,)`` first visible position; never falls from query to query.
+        high: ``(n,)`` one past the last; at least ``low``, never falls either.
         length: Number of keys.
         real: ``(b, m)`` boolean or ``None``.
         key_segment: ``(b, m)`` segment numbers from 0 on, or ``None``.
@@ -115,12 +115,10 @@ def node_ranges(
             code = code + (sight.key_segment << level)[:, None]
             wanted = wanted + (sight.query_segment << level)[:, None]
         code = code.masked_fill(gone, sight.segments << level)
-        order, ladder = _sorted_keys(code.flatten(0, 1), (sight.segments << level) + 1)
-        at = (wanted * length).view(units, -1, queries)
-        low, high = (
-            torch.searchsorted(ladder, (at + edge).flatten(1)).view(batch, heads, queries)
-            for edge in (sight.low, sight.high)
+        order, *edges = ranked(
+            code.flatten(0, 1), (sight.segments << level) + 1, wanted.reshape(units, -1, queries), sight.low, sight.high
         )
+        low, high = (edge.view(batch, heads, queries) for edge in edges)
         here = waiting & (high > low) if ancestors and level > 0 else waiting
         # Lists are numbered as they are made; they are put side by side, unit by unit, below.
         base = len(orders) * length

@@ -61,6 +61,35 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class NearPairs:
+    """Pairs of a query and a key that are met by position, or because the key is a sink: a ``Hidden``.
+
+    Args:
+        low: ``(b, h, n)`` int64, first position that a query meets.
+        high: ``(b, h, n)`` int64, one past the last.
+        keys: Number of keys.
+        kv_heads: Key heads.
+        sinks: ``(b, keys)`` boolean, keys that every query meets; none when ``None``.
+    """
+
+    low: Tensor
+    high: Tensor
+    keys: int
+    kv_heads: int
+    sinks: Tensor | None = None
+
+    def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether rows of queries ``(t, r)`` meet rows of keys ``(t, c)``, ``(t, r, c)``."""
+        place = (keys % self.keys)[:, None]
+        low, high = self.low.flatten()[queries], self.high.flatten()[queries]
+        found = (place >= low[:, :, None]) & (place < high[:, :, None])
+        if self.sinks is None:
+            return found
+        batch = torch.div(keys, self.keys * self.kv_heads, rounding_mode="floor")
+        return found | self.sinks[batch, keys % self.keys][:, None]
+
+
+@dataclass(frozen=True)
 class Part:
     """One range for every query.
 

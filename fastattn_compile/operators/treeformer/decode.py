@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastattn_compile.kernels.aten.treeformer_route import follow
 from fastattn_compile.kernels.aten.treeformer_tc import Weighting
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.treeformer_route import follow
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype

@@ -196,12 +196,12 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
     def _trees(self, inputs: AttentionInputs, parameters: Sequence[Tensor]) -> Trees:
         return Trees.of(self.config, inputs, parameters, routing_dtype(inputs))
 
-    def _passes(self, inputs: AttentionInputs) -> Iterator[_Units]:
-        """Units a few at a time, so that a pass fits the working set."""
+    def _passes(self, inputs: AttentionInputs, forward: bool = False) -> Iterator[_Units]:
+        """Units a few at a time, so that a pass fits the working set. Only a backward pass has pairs of a chunk."""
         height, units = self.config.height, inputs.key.shape[0] * inputs.key.shape[1]
         length = max(inputs.query.shape[2], inputs.key.shape[2])
         size = chunk_length(length, height)
-        own = size if inputs.mask.causal else 1
+        own = size if inputs.mask.causal and not forward else 1
         together = max(1, _WORKING_SET // max(1, inputs.group * length * max(own, inputs.value.shape[3])))
         for start in range(0, units, together):
             yield _Units(slice(start, min(start + together, units)), size)
@@ -235,14 +235,17 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = inputs.query.shape
-        out = value.new_zeros(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
-        seen = value.new_zeros(out.shape[:3])
+        out = value.new_empty(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
+        seen = value.new_empty(out.shape[:3])
         for tree in range(self.config.n_trees):
-            for units in self._passes(inputs):
+            for units in self._passes(inputs, forward=True):
                 cut, v = self._cut(inputs, routed, tree, units), self._values(inputs, value, units)
                 part, count = kernel.forward(cut, v, self._weighting(inputs, trees, tree, units))
-                out[units.rows] += part.flatten(2, 3)[:, :, :length]
-                seen[units.rows] = count.flatten(2, 3)[:, :, :length]
+                part = part.flatten(2, 3)[:, :, :length]
+                if tree:
+                    out[units.rows] += part
+                else:
+                    out[units.rows], seen[units.rows] = part, count.flatten(2, 3)[:, :, :length]
         return out.view(batch, heads, length, -1), seen.view(batch, heads, length)
 
     def _poison(

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from fastattn_compile.kernels import treeformer_tf as kernel
 from fastattn_compile.kernels.aten.treeformer_ranges import Ranges, Sight, near_ranges, node_ranges, sink_keys
 from fastattn_compile.kernels.aten.treeformer_route import path_backward
-from fastattn_compile.kernels.aten.treeformer_tf import Gate, Part, PartGradients
+from fastattn_compile.kernels.aten.treeformer_tf import Gate, Hidden, NearPairs, Part, PartGradients
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
@@ -216,7 +216,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         for tree, (found, gate) in enumerate(zip(ranges, gates)):
             own = near[tree if config.combine == "mean" else 0]
             earlier = [] if config.combine == "mean" else [(t, ranges[t]) for t in range(tree)]
-            hidden = _Elsewhere(self, own, sight, routed, earlier)
+            hidden: Hidden = own.pairs
+            if earlier:
+                hidden = _Elsewhere(self, own.pairs, sight, routed, earlier)
             width = 1 << (config.height - sibling)
             sizes = -(-sight.length // width), -(-inputs.group * inputs.query.shape[2] // width)
             leaves.append(Part(found, *sizes, hidden if own.parts or earlier else None, gate))
@@ -327,22 +329,9 @@ class _Near:
         if self.sinks is not None:
             every = torch.zeros_like(width), torch.full_like(width, keys)
             ranges = near_ranges(heads, kv_heads, batch, sight, *every, only=self.sinks[:, None])
-            self.parts.append(Part(ranges, config.sinks, 128, self.in_window if self.parts else None))
-        self.keys, self.kv_heads = keys, kv_heads
-
-    def in_window(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Whether rows of queries ``(t, r)`` have rows of keys ``(t, c)`` in their window, ``(t, r, c)``."""
-        place = (keys % self.keys)[:, None]
-        low, high = self.low.flatten()[queries], self.high.flatten()[queries]
-        return (place >= low[:, :, None]) & (place < high[:, :, None])
-
-    def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Whether a query meets a visible key by the window or as a sink."""
-        found = self.in_window(queries, keys)
-        if self.sinks is None:
-            return found
-        batch = torch.div(keys, self.keys * self.kv_heads, rounding_mode="floor")
-        return found | self.sinks[batch, keys % self.keys][:, None]
+            window = NearPairs(self.low, self.high, keys, kv_heads)
+            self.parts.append(Part(ranges, config.sinks, 128, window if self.parts else None))
+        self.pairs = NearPairs(self.low, self.high, keys, kv_heads, self.sinks)
 
 
 class _Elsewhere:
@@ -351,7 +340,7 @@ class _Elsewhere:
     def __init__(
         self,
         operator: TreeLeafAttention,
-        near: _Near,
+        near: NearPairs,
         sight: Sight,
         routed: Routed,
         earlier: list[tuple[int, Ranges]],

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.aten.treeformer_route import follow
 from fastattn_compile.kernels.tiles import work_dtype
+from fastattn_compile.kernels.treeformer_route import follow
 from fastattn_compile.operators.base import AttentionInputs, SiteSpec
 from fastattn_compile.operators.treeformer.config import TcConfig, TreeConfig
 

@@ -1,0 +1,171 @@
+// What trees need besides attention: routing vectors to leaves, ranges of keys sorted by node, sums of nodes that queries read.
+//
+// Sizes: u units (a key head of a sequence), r query heads of a unit, n queries, m keys, d and e channels, L tokens.
+#include "simd.h"
+
+extern "C" {
+struct RouteArgs {
+  const float *x, *weight, *offset;  // (b, h, n, d), (h, t, planes, d), (h, t, planes); the last two contiguous
+  int64_t* leaf;                     // (b, h, t, n)
+  float* scores;                     // (b, h, t, n, height)
+  int64_t x_strides[3];
+  int64_t b, h, t, n, d, height;
+  int32_t threads;
+};
+
+struct SortArgs {
+  const int64_t *code, *wanted;  // (u, m), from 0 to codes - 1; (u, r, n)
+  const int64_t *low, *high;     // (n): positions of the keys that a query may meet; neither ever falls
+  int64_t *order, *start, *stop;  // (u, m); (u, r, n) places in a unit's order
+  int64_t u, r, n, m, codes;
+  int32_t threads;
+};
+
+struct CoarseArgs {
+  const int64_t *key_leaf, *query_leaf;     // (u, L), (u, r, n)
+  const float *real, *value, *learned;      // (u, L), (u, L, e), (u, r, height + 1)
+  float *out, *seen;                        // (u, r, n, e), (u, r, n)
+  int64_t u, r, n, L, e, height;
+  int32_t causal, softmax, root, threads;
+  double share;
+};
+}
+
+namespace {
+
+constexpr int64_t TALLEST = 32;  // levels of a tree, root included
+typedef double wide __attribute__((vector_size(4 * W), aligned(8), may_alias));
+constexpr int64_t DW = W / 2;
+
+// Products of four vectors with a row of their own each.
+static inline four dots(const float* const* x, const float* const* rows, int64_t d) {
+  vec sum[4] = {};
+  int64_t c = 0;
+  for (; c + W <= d; c += W)
+    for (int i = 0; i < 4; i++) sum[i] += load(x[i] + c) * load(rows[i] + c);
+  four total = sum4(sum);
+  for (; c < d; c++)
+    for (int i = 0; i < 4; i++) total[i] += x[i][c] * rows[i][c];
+  return total;
+}
+
+// Sums of one unit along its sequence, for the channels from `from` to before `to`. In double: no sum of many keeps its noise.
+void coarse(const CoarseArgs& a, int64_t unit, int64_t from, int64_t to) {
+  const int64_t levels = a.height + 1, nodes = (2ll << a.height) - 1, e = round_up(to - from, DW);
+  std::vector<double> sums(nodes * e, 0.), learned(a.r * levels), row(e, 0.);
+  std::vector<int64_t> counts(nodes, 0);
+  int64_t path[TALLEST];
+  const auto climb = [&](int64_t leaf) {
+    for (int64_t l = 0; l < levels; l++) path[l] = (leaf >> (a.height - l)) + (1ll << l) - 1;
+  };
+  for (int64_t r = 0; r < a.r; r++) {  // for a softmax exponentials of the learned numbers, the largest of them 1
+    const float* given = a.learned + (unit * a.r + r) * levels;
+    float most = NEG_INF;
+    for (int64_t l = a.root ? 0 : 1; l < levels; l++) most = std::max(most, given[l]);
+    for (int64_t l = 0; l < levels; l++) learned[r * levels + l] = a.softmax ? std::exp((double)given[l] - most) : given[l];
+  }
+  const auto add = [&](int64_t i) {
+    if (a.real[unit * a.L + i] == 0.f) return;
+    const float* value = a.value + (unit * a.L + i) * a.e + from;
+    for (int64_t c = 0; c < to - from; c++) row[c] = value[c];
+    climb(a.key_leaf[unit * a.L + i]);
+    for (int64_t l = 0; l < levels; l++) {
+      counts[path[l]]++;
+      double* sum = &sums[path[l] * e];
+      for (int64_t c = 0; c < e; c += DW) *(wide*)(sum + c) += *(const wide*)(&row[c]);
+    }
+  };
+  const auto read = [&](int64_t r, int64_t i) {
+    const int64_t at = (unit * a.r + r) * a.n + i;
+    double factor[TALLEST], total = 0.;
+    climb(a.query_leaf[at]);
+    for (int64_t l = 0; l < levels; l++) {
+      const int64_t count = counts[path[l]];
+      factor[l] = count && (l || a.root) ? learned[r * levels + l] : 0.;
+      if (a.softmax) total += factor[l] * count;
+      else factor[l] /= std::max<int64_t>(1, count);
+    }
+    if (a.softmax && total > 0.)
+      for (int64_t l = 0; l < levels; l++) factor[l] *= a.share / total;
+    float* out = a.out + at * a.e + from;
+    for (int64_t c = 0; c < e; c += DW) {
+      wide acc = {};
+      for (int64_t l = 0; l < levels; l++) acc += *(const wide*)(&sums[path[l] * e + c]) * factor[l];
+      if (c + DW <= to - from)
+        for (int64_t k = 0; k < DW; k++) out[c + k] = (float)acc[k];
+      else
+        for (int64_t k = 0; c + k < to - from; k++) out[c + k] = (float)acc[k];
+    }
+    if (from == 0) a.seen[at] = (float)counts[0];
+  };
+  if (!a.causal)
+    for (int64_t i = 0; i < a.L; i++) add(i);
+  for (int64_t i = 0; i < a.n; i++) {
+    if (a.causal) add(i);
+    for (int64_t r = 0; r < a.r; r++) read(r, i);
+  }
+}
+
+}  // namespace
+
+extern "C" void trees_route(const RouteArgs* args) {
+  const RouteArgs& a = *args;
+  const int64_t planes = (1ll << a.height) - 1, stretch = 512, stretches = (a.n + stretch - 1) / stretch;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t task = 0; task < a.b * a.h * a.t * stretches; task++) {
+    const int64_t row = task / stretches, first = task % stretches * stretch, head = row / a.t % a.h;
+    const float* x = a.x + row / a.t / a.h * a.x_strides[0] + head * a.x_strides[1];
+    const float *weight = a.weight + (head * a.t + row % a.t) * planes * a.d, *offset = a.offset + (head * a.t + row % a.t) * planes;
+    const int64_t last = std::min(a.n, first + stretch) - 1;
+    for (int64_t i = first; i <= last; i += 4) {
+      // Four vectors at a time; at the end the last one again.
+      const float *vectors[4], *rows[4];
+      int64_t at[4], leaf[4] = {};
+      for (int k = 0; k < 4; k++) at[k] = std::min(i + k, last), vectors[k] = x + at[k] * a.x_strides[2];
+      for (int64_t l = 0; l < a.height; l++) {
+        for (int k = 0; k < 4; k++) rows[k] = weight + ((1ll << l) - 1 + leaf[k]) * a.d;
+        const four products = dots(vectors, rows, a.d);
+        for (int k = 0; k < 4; k++) {
+          const float score = products[k] + offset[(1ll << l) - 1 + leaf[k]];
+          a.scores[(row * a.n + at[k]) * a.height + l] = score;
+          leaf[k] = 2 * leaf[k] + (score > 0.f);
+        }
+      }
+      for (int k = 0; k < 4; k++) a.leaf[row * a.n + at[k]] = leaf[k];
+    }
+  }
+}
+
+extern "C" void trees_sort(const SortArgs* args) {
+  const SortArgs& a = *args;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  for (int64_t unit = 0; unit < a.u; unit++) {
+    const int64_t* code = a.code + unit * a.m;
+    std::vector<int64_t> place(a.codes + 1, 0);
+    for (int64_t i = 0; i < a.m; i++) place[code[i] + 1]++;
+    for (int64_t c = 0; c < a.codes; c++) place[c + 1] += place[c];
+    std::vector<int64_t> next(place.begin(), place.end() - 1), low(next), high(next);
+    for (int64_t i = 0; i < a.m; i++) a.order[unit * a.m + next[code[i]]++] = i;
+    int64_t below_low = 0, below_high = 0;
+    for (int64_t i = 0; i < a.n; i++) {
+      for (; below_low < a.low[i]; below_low++) low[code[below_low]]++;
+      for (; below_high < a.high[i]; below_high++) high[code[below_high]]++;
+      for (int64_t r = 0; r < a.r; r++) {
+        const int64_t at = (unit * a.r + r) * a.n + i;
+        a.start[at] = low[a.wanted[at]], a.stop[at] = high[a.wanted[at]];
+      }
+    }
+  }
+}
+
+extern "C" void trees_coarse(const CoarseArgs* args) {
+  const CoarseArgs& a = *args;
+  // Few units: their channels are shared out, in whole cache lines.
+  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>((a.threads + a.u - 1) / a.u, a.e / 16));
+  const int64_t width = round_up((a.e + shares - 1) / shares, 16);
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
+  for (int64_t task = 0; task < a.u * shares; task++) {
+    const int64_t from = task % shares * width;
+    if (from < a.e) coarse(a, task / shares, from, std::min(a.e, from + width));
+  }
+}

@@ -1,0 +1,97 @@
+"""Trees in C++: routing, ranges of keys sorted by node, sums of nodes. What is served, and the calls."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.kernels.aten.treeformer_tc import Cut, Weighting
+from fastattn_compile.kernels.cpu.arguments import dense_rows
+from fastattn_compile.kernels.cpu.build import library, obstacle
+
+
+class _Route(ctypes.Structure):
+    """``RouteArgs`` of ``trees.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "offset", "leaf", "scores")),
+        ("x_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("b", "h", "t", "n", "d", "height")),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _Sort(ctypes.Structure):
+    """``SortArgs`` of ``trees.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("code", "wanted", "low", "high", "order", "start", "stop")),
+        *((name, ctypes.c_int64) for name in ("u", "r", "n", "m", "codes")),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _Coarse(ctypes.Structure):
+    """``CoarseArgs`` of ``trees.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("key_leaf", "query_leaf", "real", "value", "learned", "out", "seen")),
+        *((name, ctypes.c_int64) for name in ("u", "r", "n", "L", "e", "height")),
+        *((name, ctypes.c_int32) for name in ("causal", "softmax", "root", "threads")),
+        ("share", ctypes.c_double),
+    )  # fmt: skip
+
+
+def why_not(*tensors: Tensor) -> str:
+    """Why C++ cannot serve these tensors, ``""`` when it can: it works in float32 on a CPU."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it runs on a CPU, the tensors are on {x.device.type}"
+        if x.dtype != torch.float32:
+            return f"it works in float32, not {x.dtype}"
+    return obstacle("trees")
+
+
+def follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """As ``kernels.aten.treeformer_route.follow``."""
+    x, weight, offset = dense_rows(x), weight.contiguous(), offset.contiguous()
+    batch, heads, length, _ = x.shape
+    trees = weight.shape[1]
+    leaf = torch.empty(batch, heads, trees, length, dtype=torch.int64)
+    scores = torch.empty(batch, heads, trees, length, height)
+    arguments = _Route(*(t.data_ptr() for t in (x, weight, offset, leaf, scores)))
+    arguments.x_strides[:] = x.stride()[:3]
+    arguments.b, arguments.h, arguments.n, arguments.d = x.shape
+    arguments.t, arguments.height, arguments.threads = trees, height, torch.get_num_threads()
+    library("trees").trees_route(ctypes.byref(arguments))
+    return leaf, scores
+
+
+def ranked(code: Tensor, codes: int, wanted: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``kernels.sorting.ranked``."""
+    code, wanted, low, high = (x.contiguous() for x in (code, wanted, low, high))
+    order, start, stop = torch.empty_like(code), torch.empty_like(wanted), torch.empty_like(wanted)
+    arguments = _Sort(*(t.data_ptr() for t in (code, wanted, low, high, order, start, stop)))
+    arguments.u, arguments.m, arguments.codes = *code.shape, codes
+    arguments.r, arguments.n = wanted.shape[1:]
+    arguments.threads = torch.get_num_threads()
+    library("trees").trees_sort(ctypes.byref(arguments))
+    return order, start, stop
+
+
+def coarse(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """As ``kernels.aten.treeformer_tc.forward``."""
+    key_leaf, query_leaf, real = cut.key_leaf.contiguous(), cut.query_leaf.contiguous(), cut.real.contiguous()
+    value, learned = value.contiguous(), weighting.learned.float().contiguous()
+    out = torch.empty(*query_leaf.shape, value.shape[-1])
+    seen = torch.empty(query_leaf.shape)
+    arguments = _Coarse(*(t.data_ptr() for t in (key_leaf, query_leaf, real, value, learned, out, seen)))
+    arguments.u, arguments.r = query_leaf.shape[:2]
+    arguments.n, arguments.L = query_leaf.shape[2] * query_leaf.shape[3], key_leaf.shape[1] * key_leaf.shape[2]
+    arguments.e, arguments.height = value.shape[-1], cut.height
+    arguments.causal, arguments.softmax, arguments.root = cut.causal, weighting.softmax, weighting.root
+    arguments.threads, arguments.share = torch.get_num_threads(), weighting.share
+    library("trees").trees_coarse(ctypes.byref(arguments))
+    return out, seen
