@@ -246,7 +246,8 @@ class OperatorConfig:
             values: Field name to value. ``{}`` gives the defaults.
 
         Raises:
-            ValueError: A name is unknown (the text lists the valid ones) or a value is out of range.
+            ValueError: A name is unknown (the text lists the valid ones), a value is out of range, or the version is
+                another than this package reads.
             TypeError: A value has the wrong type.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -266,6 +267,12 @@ class OperatorConfig:
                     raise TypeError(
                         f"option {name} of {cls.__name__} must be {type(default).__name__}, got {value!r}"
                     )
+        known = fields["version"].default
+        if values.get("version", known) != known:
+            raise ValueError(
+                f"version of {cls.__name__} must be {known}, got {values['version']}: the options were written by a "
+                "package in which they mean something else"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def _inputs(
     ).validated()
 
 
+def _empty(inputs: AttentionInputs) -> bool:
+    """Whether there is no query at all, or no key: the output is then empty, or that of rows which see nothing."""
+    return inputs.query.numel() == 0 or inputs.key.shape[2] == 0
+
+
 _checked: set[tuple[Any, ...]] = set()
 
 
@@ -85,6 +90,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     operator = operator_from_token(config)
     inputs = _inputs(query, key, value, key_padding, segments, bias, scale, mask)
+    if _empty(inputs):
+        out = value.new_zeros(*query.shape[:3], value.shape[3])
+        return out, value.new_full(query.shape[:3], -torch.inf, dtype=statistics_dtype(value))
     # Below autograd an autocast region would still turn the kernels' float32 products into half precision.
     with torch.autocast(query.device.type, enabled=False):
         output = operator.forward(inputs, tuple(parameters))
@@ -109,6 +117,11 @@ def _backward(
     bias: Tensor | None, parameters: list[Tensor], scale: float, mask: str, config: str, site: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     inputs = _inputs(query, key, value, key_padding, segments, bias, scale, mask)
+    if _empty(inputs):
+        grad_query, grad_key, grad_value = (
+            torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+        )
+        return grad_query, grad_key, grad_value, [torch.zeros_like(p) for p in parameters]
     with torch.autocast(query.device.type, enabled=False):
         gradients = operator_from_token(config).backward(
             inputs, tuple(parameters), AttentionOutput(out, log_sum_exp), grad_out, grad_log_sum_exp

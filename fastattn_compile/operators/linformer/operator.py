@@ -55,6 +55,11 @@ class LinformerAttention(Operator[LinformerConfig]):
             return no(
                 f"{spec.query_len} queries against {spec.key_len} keys: they must stand at the same positions"
             )
+        if spec.key_len < config.rank:
+            return no(
+                f"rank {config.rank} makes more rows than the sequence has tokens ({spec.key_len}); exact is faster, "
+                "or lower rank"
+            )
         if config.max_length is not None and spec.key_len > config.max_length:
             return no(
                 f"the projections serve {config.max_length} positions, the sequence has {spec.key_len}; "
