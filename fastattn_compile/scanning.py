@@ -73,14 +73,33 @@ def scan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:
     Raises:
         ModelLoadError: ``model`` cannot be called.
     """
-    if not callable(model):
-        raise ModelLoadError(f"scan needs a module or a function, got {type(model).__name__}")
-    target = getattr(model, "_orig_mod", model)
     found: list[list[Softmax]] = []
 
     def record(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         found.append([judge(line) for analysis in analyse(gm) for line in analysis.softmaxes])
         return gm.forward
+
+    run_captured(model, record, *args, **kwargs)
+    lines = [line for graph in found for line in graph]
+    names = unique_names([line.name for line in lines])
+    return Scan(tuple(_renamed(line, name) for line, name in zip(lines, names)), max(len(found), 1))
+
+
+def run_captured(model: Callable[..., Any], backend: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Runs a model once through a backend, without gradients, and leaves everything else as it was.
+
+    Args:
+        model: A module or a function of tensors.
+        backend: Gets every captured graph, as a ``torch.compile`` backend does.
+        *args: Arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Raises:
+        ModelLoadError: ``model`` cannot be called.
+    """
+    if not callable(model):
+        raise ModelLoadError(f"scan needs a module or a function, got {type(model).__name__}")
+    target = getattr(model, "_orig_mod", model)
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         return target(*arguments, **keywords)
@@ -89,10 +108,7 @@ def scan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:
     isolated = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
     with _untouched(target), torch.no_grad():
         # Dynamo remembers by source line which sizes changed between calls; the sites of this call have fixed ones.
-        torch.compile(isolated, backend=record, dynamic=False)(*args, **kwargs)
-    lines = [line for graph in found for line in graph]
-    names = unique_names([line.name for line in lines])
-    return Scan(tuple(_renamed(line, name) for line, name in zip(lines, names)), max(len(found), 1))
+        torch.compile(isolated, backend=backend, dynamic=False)(*args, **kwargs)
 
 
 def judge(line: Softmax) -> Softmax:

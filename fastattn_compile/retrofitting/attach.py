@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn_compile.errors import PlanError
-from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.base import AttentionInputs, Operator
 from fastattn_compile.operators.parameters import mark_parameters
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.site import TAKEN, Softmax
 from fastattn_compile.plans import Plan
+from fastattn_compile.retrofitting.samples import visit_sites
 from fastattn_compile.scanning import scan
 
 ATTRIBUTE = "fastattn"
@@ -53,6 +54,7 @@ def attach(
     operator: str | Plan,
     *args: Any,
     options: Mapping[str, Any] | None = None,
+    calibrate: bool = True,
     **kwargs: Any,
 ) -> dict[str, LearnedParameters]:
     """Gives the sites of a model the learned parameters of their operators. Call it before the optimizer and the compiler.
@@ -67,6 +69,9 @@ def attach(
         *args: Arguments of one call of the model, to find its sites and their lengths: the parameters serve sequences up
             to the length of this call.
         options: Fields of the operator's configuration, when a name is given.
+        calibrate: Parameters start from the queries, keys and values of that call where the operator can use them
+            (surrogates of ``cast``, trees, projections of ``linformer``): give a call on real data, which runs once more.
+            When false they start from the sizes alone.
         **kwargs: Keyword arguments of the call.
 
     Returns:
@@ -82,16 +87,24 @@ def attach(
         )
     lines = {line.name: line for line in scan(model, *args, **kwargs).softmaxes if line.site is not None}
     operators = _operators(lines, operator, dict(options or {}))
-    attached: dict[str, LearnedParameters] = {}
-    for name, chosen in operators.items():
-        site = lines[name].site
-        if site is None or not chosen.supports(site.spec):
-            continue
-        values = chosen.initial_parameters(site.spec)
-        if not values:
-            continue
-        attached[name] = place(model, name, chosen, values)
-    return attached
+    served = {
+        name: (chosen, site.spec)
+        for name, chosen in operators.items()
+        if (site := lines[name].site) is not None and chosen.learned and chosen.supports(site.spec)
+    }
+    started: dict[str, dict[str, Tensor]] = {}
+
+    def start(name: str, sample: AttentionInputs) -> None:
+        chosen, spec = served[name]
+        started[name] = chosen.initial_parameters(spec, sample)
+
+    if calibrate and served:
+        visit_sites(model, start, served, *args, **kwargs)
+    # A site whose tensors could not be seen starts without them.
+    values = {
+        name: started.get(name) or chosen.initial_parameters(spec) for name, (chosen, spec) in served.items()
+    }
+    return {name: place(model, name, served[name][0], given) for name, given in values.items() if given}
 
 
 def place(model: nn.Module, site: str, operator: Operator, values: Mapping[str, Tensor]) -> LearnedParameters:

@@ -38,6 +38,7 @@ from fastattn_compile.operators.treeformer import balance_loss, mass_loss
 from fastattn_compile.operators.treeformer.common import TreeOperator
 from fastattn_compile.plans import Plan, PlannedSite
 from fastattn_compile.retrofitting.attach import LearnedParameters, attach, detach
+from fastattn_compile.retrofitting.samples import site_samples
 from fastattn_compile.scanning import scan
 
 ORDERS = ("output_first", "input_first")
@@ -232,10 +233,12 @@ class Bootstrap:
             for site, bundle in self.bundles.items()
         }
         growing = [name for name, height in stage.heights.items() if self._height(name) != height]
-        samples = self._samples(growing) if self._calibrate and growing else {}
         detach(self.model)
+        samples = {}
+        if self._calibrate and growing:
+            samples = site_samples(self.model, growing, *self._args, **self._kwargs)
         plan = self.schedule.plan(stage)
-        self.bundles = attach(self.model, plan, *self._args, **self._kwargs)
+        self.bundles = attach(self.model, plan, *self._args, calibrate=False, **self._kwargs)
         for site, bundle in self.bundles.items():
             self._fill(bundle, self._specs[site], learned.get(site, {}), samples.get(site))
             if stage.steps is None and self.schedule.freeze_planes:
@@ -325,20 +328,6 @@ class Bootstrap:
 
     def _compiled(self, options: dict[str, Any]) -> Any:
         return torch.compile(self.model, backend="fastattn", options=options)
-
-    def _samples(self, sites: Sequence[str]) -> dict[str, AttentionInputs]:
-        """Tensors of some sites in one call of the model with exact attention."""
-        seen: dict[str, AttentionInputs] = {}
-
-        def observe(site: str, _: Operator, inputs: AttentionInputs, __: AttentionOutput) -> None:
-            if site in sites:
-                seen[site] = inputs
-
-        torch.compiler.reset()
-        exact = self._compiled({"operator": "exact", "compiler": "eager", "quiet": True})
-        with torch.no_grad(), observing(observe):
-            exact(*self._args, **self._kwargs)
-        return seen
 
     def _fill(
         self,
