@@ -289,7 +289,6 @@ def test_any_block_size_serves(block):
         ({"query_len": 1, "key_len": 1}, "decoding"),
         ({"mask": MaskStructure.parse("causal & chunk(8)")}, "chunked attention"),
         ({"mask": MaskStructure.parse("causal & prefix(8)")}, "prefix"),
-        ({"mask": MaskStructure.parse("causal & segments")}, "packed documents"),
         ({"mask": MaskStructure.parse("right(-2)")}, "shifted by -2"),
         ({"mask": MaskStructure.parse("left(-2)")}, "own position"),
         ({"bias": "alibi"}, "alibi"),

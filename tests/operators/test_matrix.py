@@ -54,6 +54,8 @@ MASKS = [
     "chunk(16)",
     "causal & prefix(9)",
     "causal & segments",
+    "causal & window(21) & segments",
+    "key_padding & segments",
 ]
 # Float64 is the judge's own type: the drawn shapes at the end compare there.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -365,8 +367,9 @@ def test_nan_in_a_query_stays_in_its_row(case):
 
 @each_operator
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-def test_any_strides(case, layout):
-    inputs = make_inputs("causal")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_any_strides(case, layout, batch):
+    inputs = make_inputs("causal", batch=batch)
     operator = build(case, inputs)
     parameters = make_parameters(operator, inputs)
 

@@ -137,9 +137,7 @@ def test_wrong_options_are_refused(options):
         make_operator("window", **options)
 
 
-@pytest.mark.parametrize(
-    ("mask", "word"), [("chunk(16)", "chunk"), ("causal & prefix(9)", "prefix"), ("segments", "packed")]
-)
+@pytest.mark.parametrize(("mask", "word"), [("chunk(16)", "chunk"), ("causal & prefix(9)", "prefix")])
 def test_masks_it_cannot_honour(mask, word):
     support = make_operator("window").supports(make_inputs(mask).spec())
     assert not support and word in support.reason

@@ -193,7 +193,8 @@ def backward(
     clean = [without_nonfinite(x) for x in (attention.keys, attention.values)]
     near_k, near_v = [(tiles.stretched(x), tiles.sink_rows(x)) for x in clean]
     grad_near_k, grad_near_v = ([torch.zeros_like(x) for x in pair] for pair in (near_k, near_v))
-    grad_far_k, grad_far_v = (torch.zeros_like(x) for x in attention.rows)
+    # Contiguous whatever the strides of the keys: gradients are added through a flat view of them.
+    grad_far_k, grad_far_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in attention.rows)
     grad_query = tiles.empty(query.shape[3], query.dtype)
     slope = (grad_out.to(tiles.dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:

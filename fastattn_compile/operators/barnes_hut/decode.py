@@ -13,6 +13,7 @@ from fastattn_compile.kernels.aten.barnes_hut_tree import Choice, Level, Sums, c
 from fastattn_compile.kernels.barnes_hut import triton_obstacle
 from fastattn_compile.kernels.dispatch import select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ class BarnesHutDecoder(Decoder):
         force.
 
         Raises:
-            ValueError: The mask is not causal, or queries and keys differ in number.
+            ValueError: The mask is not causal, queries and keys differ in number, or documents are packed.
         """
+        refuse_decoding(inputs)
         length = inputs.key.shape[2]
         if inputs.mask.right != 0 or inputs.query.shape[2] != length:
             raise ValueError(

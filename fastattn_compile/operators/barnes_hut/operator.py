@@ -24,13 +24,18 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    exact_keys_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.window.reference import sink_tokens
 
 _TERMS = {
     "chunk": "chunked attention",
     "prefix": "a bidirectional prefix",
-    "segments": "packed documents",
 }
 
 
@@ -38,16 +43,15 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
     """Near field and sinks exactly, and the far keys under the nodes of a tree that promise the most softmax
     mass.
 
-    Serves self-attention, causal and bidirectional, with sliding windows, bands and key padding, at any
-    length; a
-    sequence of at most two blocks is attended exactly. Work is O(n log n), and the choice of a query never
-    depends on
-    what follows it under a causal mask.
+    Serves self-attention, causal and bidirectional, with sliding windows, bands, key padding and packed
+    documents (each a sequence with a tree of its own), at any length; a sequence of at most
+    two blocks is attended exactly. Work is
+    O(n log n), and the choice of a query never depends on what follows it under a causal mask.
     """
 
     name = "barnes_hut"
     config_type = BarnesHutConfig
-    implementation = 2
+    implementation = 3
 
     def supports(self, spec: SiteSpec) -> Support:
         """Self-attention with causal, windowed, banded or padded masks; anything else is refused with the
@@ -55,7 +59,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
-        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+        for term in mask.conflicts("left", "right", "end_aligned", "key_padding", "segments"):
             return no(f"{_TERMS[term]} is not supported: groups would span what the mask separates ({mask})")
         if spec.kind != "self":
             return no(
@@ -79,10 +83,14 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
+        if inputs.segments is not None:
+            return reference_documents(self.reference, inputs)
         return barnes_hut_attention(self.config, inputs)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """A few blocks of queries at a time, in O(n) memory."""
+        if inputs.segments is not None:
+            return forward_documents(self.forward, inputs, self._unit(inputs))
         pattern, pool = self.config.pattern(inputs.mask), self.config.rest == "pool"
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         if self._near_alone(inputs):
@@ -99,6 +107,9 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward`` through the softmax; the choice is made again and carries none."""
+        if inputs.segments is not None:
+            packed = inputs, output, grad_out, grad_log_sum_exp, self._unit(inputs)
+            return backward_documents(lambda one, *saved: self.backward(one, (), *saved), *packed)
         pattern, pool = self.config.pattern(inputs.mask), self.config.rest == "pool"
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
@@ -111,6 +122,8 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """The near field, the sinks and the opened leaves, as far as the mask shows them."""
+        if inputs.segments is not None:
+            return exact_keys_documents(self.exact_keys, inputs, rows)
         keys = torch.arange(inputs.key.shape[2], device=rows.device)
         near = (rows[:, None] // self.config.block - keys // self.config.block).abs() <= 1
         near = near | sink_tokens(inputs, self.config.sinks)[:, None, None]
@@ -137,6 +150,13 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         Returns:
             ``(batch, heads, n)`` between 0 and 1; 0 for rows that see no key.
         """
+        if inputs.segments is not None:
+
+            def of_documents(one: AttentionInputs) -> AttentionOutput:
+                share = self.unopened_mass(one)
+                return AttentionOutput(share[..., None], share)
+
+            return forward_documents(of_documents, inputs, self._unit(inputs)).log_sum_exp
         mass = barnes_hut_aten.unopened_log_mass(
             inputs.query, inputs.key, inputs.scale, self.config.pattern(inputs.mask), inputs.key_padding
         )
@@ -160,6 +180,10 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         if self.config.rest == "pool":
             return None
         return BarnesHutDecoder(self, scale)
+
+    def _unit(self, inputs: AttentionInputs) -> int | None:
+        """Padding speaks for the last group of a bidirectional sequence: its documents go by their very length."""
+        return self.config.block if inputs.mask.causal else None
 
     def _near_alone(self, inputs: AttentionInputs) -> bool:
         """Whether no query has a far field, or nothing of it is ever met."""

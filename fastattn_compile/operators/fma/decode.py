@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
 from fastattn_compile.operators.fma.reference import sink_tokens
 
@@ -47,8 +48,9 @@ class FmaDecoder(Decoder):
         """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
 
         Raises:
-            ValueError: The mask is not causal, or queries and keys differ in number.
+            ValueError: The mask is not causal, queries and keys differ in number, or documents are packed.
         """
+        refuse_decoding(inputs)
         if inputs.mask.right != 0 or inputs.query.shape[2] != inputs.key.shape[2]:
             raise ValueError(
                 f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "

@@ -20,6 +20,12 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    exact_keys_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.operator import exact_backward, exact_forward, refuse_extras
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.fma.cost import multipole_cost
@@ -29,16 +35,16 @@ from fastattn_compile.operators.fma.reference import multipole_attention, near_f
 _TERMS = {
     "chunk": "chunked attention",
     "prefix": "a bidirectional prefix",
-    "segments": "packed documents",
 }
 
 
 class FastMultipoleAttention(Operator[FmaConfig]):
     """Near tokens exactly, far tokens as pooled rows of growing groups, one softmax over all: O(n log n).
 
-    Serves self-attention, causal and bidirectional, with sliding windows, bands and key padding, at any
-    length; a sequence of at most two blocks is attended exactly. A pooled row is seen only where every
-    position it covers is visible, so nothing outside the mask ever has influence.
+    Serves self-attention, causal and bidirectional, with sliding windows, bands, key padding and packed
+    documents, at any length; a sequence of at most two blocks is attended exactly. A pooled row is seen only where every
+    position it covers is visible, so nothing outside the mask ever has influence. Every packed document is a
+    sequence of its own: positions, blocks and sinks begin anew with it.
     """
 
     name = "fma"
@@ -49,7 +55,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
-        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+        for term in mask.conflicts("left", "right", "end_aligned", "key_padding", "segments"):
             return no(f"{_TERMS[term]} is not supported: groups would span what the mask separates ({mask})")
         if spec.kind != "self":
             return no("cross attention has no shared positions, so no key is near a query; exact serves it")
@@ -71,11 +77,15 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
         self._check_parameters(inputs, parameters)
+        if inputs.segments is not None:
+            return reference_documents(lambda one: self.reference(one, parameters), inputs)
         return multipole_attention(self.config, inputs, parameters)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """A few blocks of queries at a time, in O(n) memory."""
         self._check_parameters(inputs, parameters)
+        if inputs.segments is not None:
+            return forward_documents(lambda one: self.forward(one, parameters), inputs, self.config.block)
         if self._levels(inputs) == 0:
             return exact_forward(inputs)
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
@@ -91,6 +101,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``, from scores computed a second time; unused levels get zeros."""
+        if inputs.segments is not None:
+            packed = inputs, output, grad_out, grad_log_sum_exp, self.config.block
+            return backward_documents(lambda one, *saved: self.backward(one, parameters, *saved), *packed)
         if self._levels(inputs) == 0:
             grads = exact_backward(inputs, output, grad_out, grad_log_sum_exp)
             return Gradients(*grads, tuple(torch.zeros_like(p) for p in parameters))
@@ -107,6 +120,8 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """The near field and the sinks, as far as the mask shows them."""
+        if inputs.segments is not None:
+            return exact_keys_documents(self.exact_keys, inputs, rows)
         real = inputs.key_padding
         length = inputs.key.shape[2]
         if real is None:
@@ -116,7 +131,10 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         return inputs.visible(rows) & (near | sinks)
 
     def cost(self, spec: SiteSpec) -> Cost:
-        """Counted from the lists of the definition (specification section 2), sinks and windows included."""
+        """Counted from the lists of the definition (specification section 2), sinks and windows included.
+
+        Packed documents are counted as one sequence, which is the most that they can cost: their lengths are data.
+        """
         return multipole_cost(self.config, spec)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
 from fastattn_compile.operators.window.reference import sink_tokens
 
@@ -33,8 +34,9 @@ class WindowDecoder(Decoder):
         force.
 
         Raises:
-            ValueError: The mask is not causal, or queries and keys differ in number.
+            ValueError: The mask is not causal, queries and keys differ in number, or documents are packed.
         """
+        refuse_decoding(inputs)
         if inputs.mask.right != 0 or inputs.query.shape[2] != inputs.key.shape[2]:
             raise ValueError(
                 f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "

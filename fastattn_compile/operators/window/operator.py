@@ -18,6 +18,12 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    exact_keys_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.window.config import WindowConfig
 from fastattn_compile.operators.window.cost import window_cost
@@ -27,7 +33,6 @@ from fastattn_compile.operators.window.reference import window_attention, window
 _TERMS = {
     "chunk": "chunked attention",
     "prefix": "a bidirectional prefix",
-    "segments": "packed documents",
 }
 
 
@@ -35,21 +40,19 @@ class WindowAttention(Operator[WindowConfig]):
     """The ``width`` tokens around a query and the first ``sinks`` of the sequence, as far as the site's mask
     shows them.
 
-    Serves causal and bidirectional self-attention with sliding windows, bands and key padding, at any length,
-    and
-    queries that continue a cache (``end_aligned``).
+    Serves causal and bidirectional self-attention with sliding windows, bands, key padding and packed
+    documents (each with sinks of its own), at any length, and queries that continue a cache (``end_aligned``).
     """
 
     name = "window"
     config_type = WindowConfig
 
     def supports(self, spec: SiteSpec) -> Support:
-        """Positions must be shared by queries and keys; terms that give every document its own sinks are
-        refused."""
+        """Positions must be shared by queries and keys."""
         mask = spec.mask
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
-        for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+        for term in mask.conflicts("left", "right", "end_aligned", "key_padding", "segments"):
             return no(
                 f"{_TERMS[term]} is not supported: the sinks are the first tokens of the sequence ({mask})"
             )
@@ -57,6 +60,10 @@ class WindowAttention(Operator[WindowConfig]):
             return no(
                 "cross attention has no shared positions, so no key is near a query; "
                 "only self-attention is served"
+            )
+        if mask.segments and spec.query_len != spec.key_len:
+            return no(
+                "queries that continue a cache of packed documents are not supported; exact serves them"
             )
         if spec.query_len != spec.key_len and not mask.end_aligned:
             return no(
@@ -67,10 +74,14 @@ class WindowAttention(Operator[WindowConfig]):
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Dense attention with the narrower mask."""
+        if inputs.segments is not None:
+            return reference_documents(self.reference, inputs)
         return window_attention(self.config, inputs)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Tiles of query rows against the stretch of keys around them."""
+        if inputs.segments is not None:
+            return forward_documents(self.forward, inputs, self.config.width)
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         return AttentionOutput(*window_kernels.forward(*given, self._local(inputs), inputs.key_padding))
 
@@ -83,6 +94,9 @@ class WindowAttention(Operator[WindowConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``, computed from the scores again."""
+        if inputs.segments is not None:
+            packed = inputs, output, grad_out, grad_log_sum_exp, self.config.width
+            return backward_documents(lambda one, *saved: self.backward(one, (), *saved), *packed)
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
         return Gradients(*window_kernels.backward(*given, self._local(inputs), *saved, inputs.key_padding))
@@ -91,6 +105,8 @@ class WindowAttention(Operator[WindowConfig]):
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """The window and the sinks."""
+        if inputs.segments is not None:
+            return exact_keys_documents(self.exact_keys, inputs, rows)
         return window_keys(self.config, inputs, rows)
 
     def cost(self, spec: SiteSpec) -> Cost:

@@ -1,0 +1,95 @@
+"""Models whose scores carry structure beside the mask: packed documents, biases of the distance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend.common import compiled, operators_used
+from oracle import relative_error
+from torch import nn
+
+import fastattn_compile.backend as backend
+
+FMA = {"operator": "fma", "block": 8, "rank": 2, "sinks": 2, "strict": True}
+OPERATORS = {
+    "fma": FMA,
+    "window": {"operator": "window", "width": 12, "sinks": 2, "strict": True},
+    "barnes_hut": {
+        "operator": "barnes_hut", "block": 8, "leaf": 2, "fanout": 2, "open": 3, "beam": 4, "sinks": 2,
+        "strict": True,
+    },
+}  # fmt: skip
+
+
+class Packed(nn.Module):
+    """One attention over documents, told apart by their positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.into(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        document = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+        place = torch.arange(x.shape[1])
+        keep = (place[:, None] >= place) & (document[:, :, None] == document[:, None])
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None])
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_packed_documents_equal_each_document(name: str) -> None:
+    model = Packed().double()
+    lengths = [7, 61, 40]
+    x = torch.randn(2, sum(lengths), 32, dtype=torch.float64)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    together = compiled(model, **OPERATORS[name])(x, positions)
+    assert [d.softmax.mask for d in backend.decisions()] == ["causal & segments"]
+    assert set(operators_used().values()) == {name}
+    assert relative_error(together, model(x, positions)) > 1e-6
+    start = 0
+    for n in lengths:
+        span = slice(start, start := start + n)
+        alone = compiled(model, **OPERATORS[name])(x[:, span], positions[:, span])
+        assert relative_error(together[:, span], alone) < 1e-12
+
+
+def test_gradients_of_packed_documents_through_the_compiler() -> None:
+    """Ahead-of-time autograd, and shapes that change: forward and backward as they are without a compiler."""
+    model = Packed().double()
+    results = []
+    for compiler in ("eager", "aot_eager"):
+        fast = compiled(model, dynamic=True, compiler=compiler, **FMA)
+        for n in (50, 90):
+            torch.manual_seed(n)
+            x = torch.randn(1, n, 32, dtype=torch.float64, requires_grad=True)
+            positions = torch.cat([torch.arange(n - 30), torch.arange(30)])[None]
+            results.append(torch.autograd.grad(fast(x, positions).square().sum(), x)[0])
+    for eager, traced in zip(results[:2], results[2:]):
+        assert relative_error(traced, eager) < 1e-12
+
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_documents_of_a_model(attention: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=99, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaModel._from_config(config, attn_implementation=attention).eval().double()
+    lengths = [61, 40]
+    ids = torch.randint(99, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        together = compiled(model, **FMA)(input_ids=ids, position_ids=positions).last_hidden_state
+        assert {d.softmax.mask for d in backend.decisions()} == {"causal & segments"}
+        assert set(operators_used().values()) == {"fma"}
+        start = 0
+        for n in lengths:
+            span = slice(start, start := start + n)
+            alone = compiled(model, **FMA)(input_ids=ids[:, span]).last_hidden_state
+            assert relative_error(together[:, span], alone) < 1e-10
