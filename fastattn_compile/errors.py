@@ -31,5 +31,9 @@ class ConversionError(FastAttentionError):
     """A converted model fails validation or costs more than it may; nothing was written."""
 
 
+class VerificationError(FastAttentionError):
+    """A replaced model fails a check that no error can excuse: what comes later changes what came before."""
+
+
 class NumericError(FastAttentionError):
     """A site produced NaN or Inf, or a kernel disagrees with its reference."""

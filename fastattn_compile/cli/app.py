@@ -12,7 +12,13 @@ from fastattn_compile.cli import bench, convert, demo, info
 from fastattn_compile.cli import eval as eval_
 from fastattn_compile.cli import scan as scan_
 from fastattn_compile.cli.common import FAILED, USAGE
-from fastattn_compile.errors import ConversionError, FastAttentionError, NumericError, UnsupportedSiteError
+from fastattn_compile.errors import (
+    ConversionError,
+    FastAttentionError,
+    NumericError,
+    UnsupportedSiteError,
+    VerificationError,
+)
 from fastattn_compile.version import __version__
 
 
@@ -25,7 +31,9 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except FastAttentionError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            failed = isinstance(error, (ConversionError, NumericError, UnsupportedSiteError))
+            failed = isinstance(
+                error, (ConversionError, NumericError, UnsupportedSiteError, VerificationError)
+            )
             raise typer.Exit(FAILED if failed else USAGE) from error
 
 

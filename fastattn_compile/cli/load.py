@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -86,6 +87,28 @@ def load(
     raise ModelLoadError(f"{name}: no such file or folder, and not module:function")
 
 
+def load_retrofit(name: str, base: Loaded, *, attention: str, dtype: str) -> torch.nn.Module:
+    """Loads what was made from a base model.
+
+    Args:
+        name: A folder from ``fa.save_pretrained``, or any other model that ``load`` reads.
+        base: The base model; it is not changed.
+        attention: As for ``load``.
+        dtype: As for ``load``.
+
+    Raises:
+        CheckpointError: The folder is damaged or belongs to another base.
+        ModelLoadError: It is no model.
+    """
+    from fastattn_compile.retrofitting.checkpoint import from_pretrained
+    from fastattn_compile.retrofitting.manifest import CONFIG, SEPARATE, Manifest
+
+    if not (Path(name) / CONFIG).is_file():
+        return load(name, length=1, attention=attention, dtype=dtype).model
+    separate = Manifest.load(Path(name)).weights == SEPARATE
+    return from_pretrained(copy.deepcopy(base.model) if separate else None, name).eval()
+
+
 def _from_function(name: str) -> tuple[torch.nn.Module, Any]:
     """Calls ``module:function``, looked up in the current folder too."""
     import torch
@@ -118,6 +141,10 @@ def _pretrained(path: Path, attention: str) -> tuple[Any, Any]:
     if attention not in ("eager", "sdpa"):
         raise ModelLoadError(f"--attn must be eager or sdpa, got {attention!r}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if (path / "fastattn_config.json").is_file():
+        from fastattn_compile.retrofitting.checkpoint import from_pretrained
+
+        return from_pretrained(None, path), _tokenizer(path, {})
     if path.is_dir():
         folder, architectures = path, _check_folder(path)
         extra: dict[str, Any] = {"use_safetensors": True}
@@ -133,11 +160,18 @@ def _pretrained(path: Path, attention: str) -> tuple[Any, Any]:
         path, lambda: auto.from_pretrained(str(folder), attn_implementation=attention, **extra, **safe)
     )
     extra.pop("use_safetensors", None)
+    return model, _tokenizer(folder, extra)
+
+
+def _tokenizer(folder: Path, extra: dict[str, Any]) -> Any:
+    import transformers
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **extra, **safe)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **extra
+        )
     except Exception:  # a missing or foreign tokenizer takes many forms; the model is measurable without one
-        tokenizer = None
-    return model, tokenizer
+        return None
 
 
 def _loaded(path: Path, build: Callable[[], Any]) -> Any:

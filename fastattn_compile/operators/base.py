@@ -391,6 +391,13 @@ class Operator(ABC, Generic[ConfigT]):
         return None
 
     @property
+    def comes_apart(self) -> bool:
+        """Whether this is one softmax over ``exact_keys`` and summaries of the rest, so that the log-sum-exp tells how
+        much of the output is near field and how much is far.
+        """
+        return False
+
+    @property
     def learned(self) -> bool:
         """Whether the operator has learned parameters in this configuration."""
         return False

@@ -25,7 +25,7 @@ from fastattn_compile.kernels.dispatch import chosen_kernels
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator
 from fastattn_compile.operators.check import LONGEST, insist
 from fastattn_compile.operators.mask import NO_MASK, MaskStructure
-from fastattn_compile.operators.observe import notify
+from fastattn_compile.operators.observe import notify, substituted
 from fastattn_compile.operators.registry import operator_from_token, operator_names
 
 _INPUTS = (
@@ -98,6 +98,7 @@ def _forward(
         output = operator.forward(inputs, tuple(parameters))
     if os.environ.get("FASTATTN_CHECK") == "1":
         _check(site, operator, inputs, tuple(parameters), output)
+    output = substituted(site, operator, inputs, tuple(parameters), output)
     notify(site, operator, inputs, output)
     return output.out, output.log_sum_exp
 

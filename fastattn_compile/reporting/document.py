@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -103,6 +103,11 @@ class ModelReport:
         tokens: Tokens counted.
         hidden_error: Median relative error of the last hidden state over tokens.
         hidden_cosine: Mean cosine of the last hidden states over tokens.
+        intervals: 95 % intervals by a paired bootstrap over stretches of tokens: of ``kl``, ``top1`` and
+            ``ppl_change`` (relative), or of ``hidden_cosine``. Empty for a short text.
+        controls: ``kl``, else ``hidden_error``, with something else in the place of every replaced site's
+            output: ``no_attention``, ``window`` of as many keys, ``near_only`` and ``far_only``. Empty when
+            not measured.
     """
 
     kl: float | None = None
@@ -113,6 +118,8 @@ class ModelReport:
     tokens: int | None = None
     hidden_error: float | None = None
     hidden_cosine: float | None = None
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    controls: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,12 +156,15 @@ class Report:
         model: The delta end to end.
         cost: The times.
         provenance: Versions, device, seed, hashes.
+        checks: What was proved, when it was asked for: ``causal`` (``None`` where the exact model looks ahead
+            itself), ``future_influence`` on earlier outputs with what is allowed, ``finite``.
     """
 
     sites: tuple[SiteReport, ...]
     model: ModelReport = field(default_factory=ModelReport)
     cost: CostReport = field(default_factory=CostReport)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    checks: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema ``fastattn.report/1``; no NaN, no infinity."""
@@ -178,6 +188,7 @@ class Report:
                 model=dataclasses.replace(_known(ModelReport, model), by_position=spans),
                 cost=_known(CostReport, document["cost"]),
                 provenance=dict(document.get("provenance", {})),
+                checks=dict(document.get("checks", {})),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ReportError(f"malformed report: {error}") from error

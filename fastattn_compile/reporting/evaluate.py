@@ -8,6 +8,7 @@ they are at hand and dropped.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from fastattn_compile.errors import FastAttentionError, NumericError
 from fastattn_compile.operators.observe import Observer, observing
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.document import CostReport, ModelReport, Report, SiteReport, SpanReport
+from fastattn_compile.reporting.intervals import bootstrap, interval, token_intervals
 from fastattn_compile.reporting.metrics import (
     Quantiles,
     Summary,
@@ -30,6 +32,7 @@ from fastattn_compile.reporting.metrics import (
 )
 from fastattn_compile.reporting.provenance import provenance
 from fastattn_compile.reporting.timing import interleaved_ms
+from fastattn_compile.reporting.verify import control_deltas, probe_causality
 from fastattn_compile.reporting.watch import ExactPass, ReplacedPass, SiteRecord
 
 Progress = Callable[[str, int, int], None]
@@ -50,6 +53,8 @@ def evaluate(
     seed: int = 0,
     compiler: str = "inductor",
     repeats: int = 3,
+    before: nn.Module | None = None,
+    verify: bool = False,
     context: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -71,6 +76,11 @@ def evaluate(
         seed: Seed of the sample.
         compiler: What lowers both models: ``inductor``, ``aot_eager`` or ``eager``.
         repeats: Timed runs of each model and of each attention, of which the median is reported.
+        before: The model to compare with end to end, run with its own attention: the one that ``model`` was made
+            from, when its weights were trained since. ``model`` with exact attention when ``None``; that is what
+            the errors of the sites are taken against in any case.
+        verify: Prove causality and measure the end-to-end controls as well: about ten more passes, and O(n^2)
+            work for the controls.
         context: More entries for the provenance: the command line, the source of the text; no paths.
         progress: Called as ``progress(stage, done, total)``.
 
@@ -78,6 +88,7 @@ def evaluate(
         OptionError: An option is unknown or out of range.
         NumericError: A site, or a model's output, holds NaN or Inf; the text names the site.
         UnsupportedSiteError: ``options["strict"]`` is set and the operator cannot serve a site.
+        VerificationError: ``verify``, and the replaced model looks into the future where the exact one does not.
     """
     from fastattn_compile.backend import decisions, fastattn
     from fastattn_compile.options import parse_options
@@ -110,7 +121,17 @@ def evaluate(
 
         say("compare the outputs", 0, 0)
         known = labels if labels is not None else _own_labels(inputs, watch_exact)
-        delta = compare_outputs(exact, replaced, known, _real_tokens(inputs))
+        if before is not None:
+            with _evaluating(before):
+                exact = _predict(before, inputs, labels)
+        delta = compare_outputs(exact, replaced, known, _real_tokens(inputs), seed)
+        checks: dict[str, Any] = {}
+        if verify:
+            say("prove causality", 0, 0)
+            checks = _prove_causality(replaced_model, exact_model, inputs, seed)
+            say("run the controls", 0, 0)
+            controls = _control_deltas(replaced_model, inputs, exact, (labels, known), seed)
+            delta = dataclasses.replace(delta, controls=controls)
         del exact, replaced
 
         done = 0
@@ -136,22 +157,63 @@ def evaluate(
         compiler=compiler,
         repeats=repeats,
     )
-    return Report(_sites(decided, records), delta, cost, origin)
+    return Report(_sites(decided, records), delta, cost, origin, checks)
+
+
+def _prove_causality(replaced: Any, exact: Any, inputs: Inputs, seed: int) -> dict[str, Any]:
+    found = probe_causality(
+        lambda given: _predict(replaced, given, None)[0],
+        lambda given: _predict(exact, given, None)[0],
+        inputs,
+        seed,
+    )
+    found.insist()
+    return {
+        "finite": True,  # anything else has raised by now
+        "causal": found.causal,
+        "future_influence": found.influence,
+        "future_influence_exact": found.influence_exact,
+        "future_influence_allowed": found.allowed,
+        "site_future_influence": max(found.sites.values(), default=None),
+        "causal_sites": len(found.sites),
+    }
+
+
+def _control_deltas(
+    replaced: Any,
+    inputs: Inputs,
+    exact: tuple[Tensor | None, bool],
+    labels: tuple[Tensor | None, Tensor | None],
+    seed: int,
+) -> dict[str, float]:
+    def measured() -> float | None:
+        output = _predict(replaced, inputs, labels[0])
+        found = compare_outputs(exact, output, labels[1], _real_tokens(inputs), seed)
+        return found.kl if found.kl is not None else found.hidden_error
+
+    return control_deltas(measured)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, nothing compiled before or left behind."""
-    training = {module: module.training for module in model.modules()}
     torch.compiler.reset()
     try:
-        model.eval()
-        with torch.no_grad():
+        with _evaluating(model), torch.no_grad():
             yield
+    finally:
+        torch.compiler.reset()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        torch.compiler.reset()
 
 
 def _call(model: Any, inputs: Inputs, observer: Observer | None = None) -> Any:
@@ -168,7 +230,7 @@ def _call(model: Any, inputs: Inputs, observer: Observer | None = None) -> Any:
 
 
 def _predict(
-    model: Any, inputs: Inputs, labels: Tensor | None, observer: Observer
+    model: Any, inputs: Inputs, labels: Tensor | None, observer: Observer | None = None
 ) -> tuple[Tensor | None, bool]:
     """The model's main output and whether it is logits; everything else it returned is dropped."""
     result = _call(model, inputs, observer)
@@ -179,7 +241,9 @@ def _predict(
         values = entries.values() if entries else result if isinstance(result, (tuple, list)) else [result]
         found = next((x for x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
     if found is not None and not bool(torch.isfinite(found).all()):
-        raise NumericError(f"NaN or Inf in the output of the model {type(model._orig_mod).__name__}")
+        raise NumericError(
+            f"NaN or Inf in the output of the model {type(getattr(model, '_orig_mod', model)).__name__}"
+        )
     return found, logits is not None or (found is not None and labels is not None)
 
 
@@ -207,6 +271,7 @@ def compare_outputs(
     replaced_output: tuple[Tensor | None, bool],
     labels: Tensor | None,
     real: Tensor | None,
+    seed: int = 0,
 ) -> ModelReport:
     """The delta of a model's output.
 
@@ -215,17 +280,29 @@ def compare_outputs(
         replaced_output: That of the replaced model.
         labels: ``(batch, n)`` token ids when each is predicted from those before it, for perplexities.
         real: ``(batch, n)`` boolean, true where a token is no padding.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        FastAttentionError: The two outputs have not the same shape.
     """
     (exact, logits), (replaced, _) = exact_output, replaced_output
     if exact is None or replaced is None:
         return ModelReport()
+    if exact.shape != replaced.shape:
+        raise FastAttentionError(
+            f"the outputs to compare have shapes {tuple(exact.shape)} and {tuple(replaced.shape)}: the two models do "
+            "not belong together"
+        )
     if not logits:
         error, angle = relative_error(replaced, exact), cosine(replaced, exact)
+        means = bootstrap({"cosine": angle.cpu()}, _counted(angle, real), seed) if angle.dim() == 2 else {}
         if real is not None and real.shape == error.shape:
             error, angle = error[real], angle[real]
         middle = Quantiles.of(error)
         return ModelReport(
-            hidden_error=middle.median if middle else None, hidden_cosine=float(angle.double().mean())
+            hidden_error=middle.median if middle else None,
+            hidden_cosine=float(angle.double().mean()),
+            intervals={f"hidden_{name}": interval(draws) for name, draws in means.items()},
         )
     if exact.dim() == 2:  # one prediction for a sequence
         exact, replaced, labels, real = exact[:, None], replaced[:, None], None, None
@@ -236,12 +313,18 @@ def compare_outputs(
     whole = summarise(tokens, real)
     spans = [(span, summarise(tokens, real, span)) for span in thirds(length)] if length >= 3 else []
     return ModelReport(
-        **_numbers(whole),
+        **_numbers(whole),  # type: ignore[arg-type]
         tokens=whole.tokens if whole else None,
+        intervals=token_intervals(tokens, real, seed),
         by_position=tuple(
             SpanReport(span.start, span.stop, **_numbers(found)) for span, found in spans if found
         ),
     )
+
+
+def _counted(values: Tensor, real: Tensor | None) -> Tensor:
+    fits = real is not None and real.shape == values.shape
+    return real.cpu() if real is not None and fits else torch.ones(values.shape, dtype=torch.bool)
 
 
 def _numbers(summary: Summary | None) -> dict[str, float | None]:

@@ -1,25 +1,26 @@
 """Accuracy of a replaced attention and of the model around it, on sampled rows and in chunks, never n x n.
 
 At a site, a few query rows are computed exactly from the scores of those rows alone. From the same rows come
-the operator's own error, the share of the softmax mass that lies on keys it meets one by one, and two
+the operator's own error, the share of the softmax mass that lies on keys it meets one by one, and
 controls without which a dead operator looks fine (arXiv 2510.05901): ``no_attention``, the plain mean of the
-visible values, and a local ``window`` of the same number of keys. At the model, exact and replaced logits are
+visible values, and a local ``window`` of the same number of keys; and, where an operator is one softmax over near
+keys and summaries of the rest, its ``near_only`` and its ``far_only`` half. At the model, exact and replaced logits are
 compared token by token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fastattn_compile.operators.base import AttentionInputs, Operator
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.window.cost import equal_window
+from fastattn_compile.reporting.rows import mix, near_and_far, score_chunks, softmax_over
 
 _CHUNK_ELEMENTS = 1 << 23
 
@@ -113,6 +114,7 @@ def probe_rows(
     out: Tensor,
     operator: Operator,
     parameters: tuple[Tensor, ...] = (),
+    log_sum_exp: Tensor | None = None,
 ) -> RowProbe:
     """Compares an operator's output with softmax attention on a few query rows.
 
@@ -124,23 +126,32 @@ def probe_rows(
         out: ``(batch, heads, query_len, value_dim)``, the operator's output.
         operator: The operator that gave it.
         parameters: Its learned parameters, in order: which keys it meets may depend on them.
+        log_sum_exp: ``(batch, heads, query_len)``, of the operator: splits far from near field where the two come
+            apart (``Operator.comes_apart``).
     """
     window = equal_cost_window(inputs, operator)
-    sinks = _sink_keys(inputs, sink_count(operator))
+    sinks = sink_keys(inputs, sink_count(operator))
     chunks: list[dict[str, Tensor]] = []
-    for part, scores in _score_chunks(inputs, rows):
+    for part, scores in score_chunks(inputs, rows):
         seen = inputs.visible(part)
-        weights = _softmax(scores, seen)
-        exact = _mix(weights, inputs)
+        weights = softmax_over(scores, seen)
+        exact = mix(weights, inputs)
         keys = torch.arange(inputs.key.shape[2], device=part.device)
         near = window.visible(part[:, None], keys[None], inputs.query.shape[2], keys.numel()) | sinks
+        met = operator.exact_keys(inputs, part, parameters)
+        controls = {
+            "no_attention": mix(softmax_over(torch.zeros_like(scores), seen), inputs),
+            "window": mix(softmax_over(scores, seen & near), inputs),
+        }
+        if log_sum_exp is not None and operator.comes_apart:
+            output = AttentionOutput(out, log_sum_exp)
+            controls["near_only"], controls["far_only"] = near_and_far(inputs, scores, met, output, part)
         error = relative_error(out[:, :, part], exact)
         chunks.append(
             {
                 "own_error": error,
-                "mass_recall": (weights * operator.exact_keys(inputs, part, parameters)).sum(-1),
-                "no_attention": relative_error(_mix(_softmax(torch.zeros_like(scores), seen), inputs), exact),
-                "window": relative_error(_mix(_softmax(scores, seen & near), inputs), exact),
+                "mass_recall": (weights * met).sum(-1),
+                **{name: relative_error(control, exact) for name, control in controls.items()},
                 "kept": counted_rows(inputs, part, seen).expand_as(error),
             }
         )
@@ -172,8 +183,13 @@ def sink_count(operator: Operator) -> int:
     return int(getattr(operator.config, "sinks", 0) or 0)
 
 
-def _sink_keys(inputs: AttentionInputs, count: int) -> Tensor:
-    """The first keys that are no padding: ``(batch or 1, 1, 1, key_len)`` boolean."""
+def sink_keys(inputs: AttentionInputs, count: int) -> Tensor:
+    """The first keys that are no padding: ``(batch or 1, 1, 1, key_len)`` boolean.
+
+    Args:
+        inputs: The tensors of the site.
+        count: How many.
+    """
     if inputs.key_padding is None:
         return (torch.arange(inputs.key.shape[2], device=inputs.key.device) < count)[None, None, None]
     first = inputs.key_padding.cumsum(-1) <= count
@@ -193,36 +209,6 @@ def equal_cost_window(inputs: AttentionInputs, operator: Operator) -> MaskStruct
     spec = inputs.spec()
     window = equal_window(operator.cost(spec).keys_per_query, spec, sink_count(operator))
     return window.band(inputs.mask)
-
-
-def _score_chunks(inputs: AttentionInputs, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of the rows, each with its scores ``(batch, heads, part, key_len)``, float32 or wider."""
-    batch, heads, _, channels = inputs.query.shape
-    kv_heads, key_len = inputs.key.shape[1:3]
-    wide = torch.promote_types(inputs.query.dtype, torch.float32)
-    keys = inputs.key.to(wide).transpose(-1, -2)
-    for part in rows.to(inputs.query.device).split(max(1, _CHUNK_ELEMENTS // (batch * heads * key_len))):
-        queries = inputs.query[:, :, part].to(wide).reshape(batch, kv_heads, -1, channels)
-        scores = (queries @ keys * inputs.scale).reshape(batch, heads, part.numel(), key_len)
-        if inputs.bias is not None:
-            scores = scores + inputs.bias.expand(batch, heads, -1, -1)[:, :, part].to(wide)
-        yield part, scores
-
-
-def _softmax(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the allowed keys; a row that may see none weighs nothing."""
-    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
-    return weights.nan_to_num(0.0) if not bool(allowed.any(-1).all()) else weights
-
-
-def _mix(weights: Tensor, inputs: AttentionInputs) -> Tensor:
-    """``(b, h, r, key_len)`` weights times the values, query heads in groups that share a value head."""
-    batch, heads, rows, key_len = weights.shape
-    values = inputs.value.to(weights.dtype)
-    if inputs.key_padding is not None:  # what stands at padding may be NaN, and 0 * NaN is NaN
-        values = values.masked_fill(~inputs.key_padding[:, None, :, None], 0)
-    mixed = weights.reshape(batch, values.shape[1], -1, key_len) @ values
-    return mixed.reshape(batch, heads, rows, values.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ _LISTED = 40
 _WORST = 12
 _LEGEND = (
     "own: median relative error of the operator alone; p95: 95 % of the rows are better; model: in the "
-    "replaced model, with what came from below; mass: softmax mass on keys met one by one; window, none: own "
-    "error of a local window of as many keys, and of the plain mean; keys: a query meets; speed: over exact"
+    "replaced model, with what came from below; mass: softmax mass on keys met one by one; window, none, near, "
+    "far: own error of a local window of as many keys, of the plain mean, of the operator's near field and of "
+    "its far field alone; keys: a query meets; speed: over exact"
 )
 _SITE_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "own": lambda site: number(site.own_error),
@@ -33,6 +34,8 @@ _SITE_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "mass": lambda site: number(site.mass_recall),
     "window": lambda site: number(site.controls.get("window")),
     "none": lambda site: number(site.controls.get("no_attention")),
+    "near": lambda site: number(site.controls.get("near_only")),
+    "far": lambda site: number(site.controls.get("far_only")),
     "keys": lambda site: number(site.keys_per_query, ".0f"),
     "speed": lambda site: ratio_text(site.attention_ms_exact, site.attention_ms),
 }
@@ -169,6 +172,7 @@ def _print_model(out: Console, report: Report) -> None:
         table = _table("end to end", "error of the last hidden state", "cosine")
         table.add_row("all tokens", number(model.hidden_error), number(model.hidden_cosine, ".5f"))
         out.print(table)
+        _print_controls(out, report)
     if model.kl is None:
         return
     table = _table("end to end", "KL", "top-1 kept", "ppl exact", "ppl", "change")
@@ -176,7 +180,29 @@ def _print_model(out: Console, report: Report) -> None:
     spans += [(f"positions {span.start} to {span.stop - 1}", span) for span in model.by_position]
     for name, span in spans:
         table.add_row(name, *_delta(span))
+    if model.intervals:
+        table.add_row("95 % of resampled texts", *_intervals(model.intervals))
     out.print(table)
+    _print_controls(out, report)
+
+
+def _intervals(intervals: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
+    def span(name: str, form: str, factor: float = 1.0) -> str:
+        ends = intervals.get(name)
+        return " to ".join(number(end * factor, form) for end in ends) if ends else ""
+
+    top1, change = span("top1", ".1f", 100), span("ppl_change", "+.1f", 100)
+    return span("kl", "#.3g"), top1 and f"{top1} %", "", "", change and f"{change} %"
+
+
+def _print_controls(out: Console, report: Report) -> None:
+    if report.model.controls:
+        what = "KL" if report.model.kl is not None else "error"
+        whole = report.model.kl if report.model.kl is not None else report.model.hidden_error
+        names = ("the operator", *(name.replace("_", " ") for name in report.model.controls))
+        table = _table(f"{what} end to end with", *names)
+        table.add_row("at every replaced site", *map(number, (whole, *report.model.controls.values())))
+        out.print(table)
 
 
 def _delta(span: SpanReport | Any) -> tuple[str, ...]:

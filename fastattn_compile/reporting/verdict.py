@@ -24,7 +24,9 @@ def verdict(report: Report) -> list[str]:
         ]
     return [
         f"{len(replaced)} of {len(report.sites)} softmax attentions were replaced.",
-        *filter(None, (_quality(report), _controls(report), _cost(report))),
+        *filter(
+            None, (_quality(report), _controls(report), _halves(report), _causality(report), _cost(report))
+        ),
     ]
 
 
@@ -67,6 +69,34 @@ def _controls(report: Report) -> str:
         f"At {beaten} of {len(pairs)} replaced sites a local window of as many keys is at least as close to "
         "exact: there a plain window would do as well."
     )
+
+
+def _halves(report: Report) -> str:
+    """Whether the far field and the operator as a whole earn their cost, end to end."""
+    model, controls = report.model, report.model.controls
+    whole = model.kl if model.kl is not None else model.hidden_error
+    if whole is None or not controls:
+        return ""
+    no_better = [
+        text
+        for name, text in (
+            ("no_attention", "no attention at all"),
+            ("window", "a local window of as many keys"),
+            ("near_only", "its near field alone (the far field carries nothing here)"),
+        )
+        if (delta := controls.get(name)) is not None and delta <= whole
+    ]
+    if no_better:
+        return f"End to end the operator is no better than {', nor than '.join(no_better)}."
+    return f"End to end the operator is better than every control: {', '.join(n.replace('_', ' ') for n in controls)}."
+
+
+def _causality(report: Report) -> str:
+    if not report.checks:
+        return ""
+    if report.checks.get("causal"):
+        return "Causal: changing later tokens does not change what comes before them."
+    return "Causality was not checked: the base model itself looks ahead, or gives no output a token."
 
 
 def _cost(report: Report) -> str:

@@ -176,7 +176,8 @@ class ExactPass:
         spent, spent_exact = interleaved_ms([run, baseline], self.repeats)
         record.ms, record.ms_exact = record.ms + spent, record.ms_exact + spent_exact
         check_finite(site, operator, inputs, outputs[0].out)
-        probe = probe_rows(inputs, chosen, outputs[0].out, operator, parameters)
+        out, lse = outputs[0].out, outputs[0].log_sum_exp
+        probe = probe_rows(inputs, chosen, out, operator, parameters, lse)
         record.own.append(probe.own_error)
         record.recall.append(probe.mass_recall)
         for control, error in probe.controls.items():

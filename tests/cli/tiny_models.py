@@ -85,3 +85,11 @@ class Dropped(Attention):
 
 def with_dropout():
     return Dropped(), (torch.randn(1, 60, 32),)
+
+
+def small_language_model():
+    """The same weights in every call."""
+    torch.manual_seed(5)
+    model = language_model()
+    model.config.use_cache = False
+    return model

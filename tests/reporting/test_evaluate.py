@@ -114,7 +114,9 @@ def test_the_document_is_complete_and_the_model_untouched():
     )
     assert Report.from_json(report.to_json()) == report
     assert all(site.mass_recall is not None and 0 < site.mass_recall <= 1 for site in report.sites)
-    assert all(set(site.controls) == {"no_attention", "window"} for site in report.sites)
+    assert all(
+        set(site.controls) == {"no_attention", "window", "near_only", "far_only"} for site in report.sites
+    )
     assert len(report.model.by_position) == 3
     assert report.cost.n == N
     assert min(report.cost.attention_ms, report.cost.attention_ms_exact, report.cost.total_ms) > 0

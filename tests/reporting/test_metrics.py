@@ -11,6 +11,7 @@ from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.reporting import metrics
+from fastattn_compile.reporting import rows as row_scores
 from fastattn_compile.reporting.metrics import (
     Quantiles,
     compare_logits,
@@ -103,7 +104,7 @@ def test_probe_agrees_with_the_dense_softmax(mask, monkeypatch):
     )
 
     monkeypatch.setattr(
-        metrics, "_CHUNK_ELEMENTS", 2 * 4 * n * 3
+        row_scores, "_CHUNK_ELEMENTS", 2 * 4 * n * 3
     )  # three rows a chunk: 11 rows end in a ragged one
     probe = probe_rows(inputs, rows, out, operator)
 

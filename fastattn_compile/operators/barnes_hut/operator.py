@@ -118,6 +118,11 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
             return Gradients(*window_aten.backward(*given, local, *saved, inputs.key_padding))
         return Gradients(*kernel.backward(*given, pattern, pool, *saved, inputs.key_padding))
 
+    @property
+    def comes_apart(self) -> bool:
+        """Pooled nodes stand in one softmax with the keys; with ``rest="drop"`` there is no far half."""
+        return self.config.rest == "pool"
+
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
     ) -> Tensor:

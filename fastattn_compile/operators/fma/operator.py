@@ -142,6 +142,11 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         return FmaDecoder(self, scale, parameters)
 
     @property
+    def comes_apart(self) -> bool:
+        """Fine keys and pooled rows stand in one softmax."""
+        return True
+
+    @property
     def learned(self) -> bool:
         """The depthwise basis is learned, the mean is not."""
         return self.config.basis != "mean"
