@@ -8,6 +8,7 @@ every token is shared by all heads (``p = 1``) or belongs to a key head (``p = g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -144,8 +145,6 @@ class Affinities:
         kv_heads, _, _, group, _ = tokens.query.shape
         self.tokens, self.weights, self.rule, self.scale = tokens, weights, rule, scale
         self.query_surrogates = weights.query_surrogates.unflatten(1, (kv_heads, group))
-        self.query = torch.einsum("gbnrd,cgrd->gbnrc", tokens.query, self.query_surrogates)
-        self.key = torch.einsum("gbnd,cgd->gbnc", tokens.key, weights.key_surrogates)
         self.gate: Tensor | None = None
         if weights.gate is not None and weights.gate_bias is not None:
             projection = weights.gate.unflatten(1, (kv_heads, group))
@@ -153,6 +152,16 @@ class Affinities:
             gate = gate + weights.gate_bias[:, None, None]
             # Others meet a token through its gate: without this, NaN in a query would leave its row.
             self.gate = gate.masked_fill(~torch.isfinite(gate), 0)
+
+    @cached_property
+    def query(self) -> Tensor:
+        """Products of queries with surrogates, ``(g, b, n, r, c)``; one softmax that selects by keys needs none."""
+        return torch.einsum("gbnrd,cgrd->gbnrc", self.tokens.query, self.query_surrogates)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """Products of keys with surrogates, ``(g, b, n, c)``."""
+        return torch.einsum("gbnd,cgd->gbnc", self.tokens.key, self.weights.key_surrogates)
 
     def selection(self) -> tuple[Tensor, Tensor]:
         """The affinity that clusters tokens and what breaks its ties (specification 1.2, 4), ``(b, n, c)``.

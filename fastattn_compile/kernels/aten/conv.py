@@ -139,11 +139,22 @@ def _single(sides: Sequence[Side], seen: Tensor) -> Buckets:
     return Buckets(top.expand(*top.shape[:3], seen.shape[-1]).masked_fill(~seen, -torch.inf), float("inf"))
 
 
-def fft_flops(n: int, terms: int, value_dim: int, sides: int, buckets: int = 1) -> float:
-    """Floating-point operations of one query head by transforms (specification section 10)."""
+def fft_flops(
+    n: int, terms: int, value_dim: int, sides: int, buckets: int = 1, sharing: int = 1
+) -> float:
+    """Floating-point operations of one query head by transforms (specification section 10).
+
+    Args:
+        n: Tokens.
+        terms: Segments of a triangle.
+        value_dim: Channels of the values.
+        sides: Triangles.
+        buckets: Buckets of rows.
+        sharing: Query heads that share the transforms of the values, because their segments are the same.
+    """
     size = fast_length(n + -(-n // terms))
     one = 2.5 * size * max(1, size.bit_length() - 1)
-    transforms = terms * (value_dim + 1) + buckets * (terms + value_dim + 1)
+    transforms = terms * (value_dim + 1) / sharing + buckets * (terms + value_dim + 1)
     return sides * (one * transforms + 4.0 * size * terms * (value_dim + 1) * buckets)
 
 

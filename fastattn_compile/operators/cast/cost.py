@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.cast.config import CastConfig
 from fastattn_compile.operators.cast.parameters import shapes
-from fastattn_compile.operators.exact.cost import traffic
+from fastattn_compile.operators.exact.cost import parameter_bytes, traffic
 
 
 def exact_pairs(config: CastConfig, length: int) -> int:
@@ -45,9 +43,8 @@ def cast_cost(config: CastConfig, spec: SiteSpec) -> Cost:
     mean_keys = config.combine == "lse"
     summaries = 2.0 * kv_heads * slots * (e + d * mean_keys)
     mixture = 2.0 * heads * tokens_clusters * (e + d * mean_keys)
-    learned = sum(math.prod(shape) for shape in shapes(config, spec).values())
     return Cost(
         spec.batch * (attention + affinity + gate + summaries + mixture),
-        traffic(spec) + 4.0 * learned,
+        traffic(spec) + parameter_bytes(shapes(config, spec)),
         pairs / max(1, length) + clusters,
     )

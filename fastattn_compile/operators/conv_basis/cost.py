@@ -31,7 +31,9 @@ def conv_cost(config: ConvBasisConfig, pattern: Pattern, spec: SiteSpec) -> Cost
     elif pattern.anchors == "jumps":
         probes = float(pattern.probe * n)
     tiles = pattern.form == "gather" or (pattern.form == "auto" and prefers_gather(pattern, n, e))
-    sums = gather_flops(n, e) if tiles else fft_flops(n, pattern.terms, e, len(sides))
+    alike = pattern.share or pattern.anchors in ("strided", "sink_strided")
+    group = spec.heads // spec.kv_heads if alike else 1
+    sums = gather_flops(n, e) if tiles else fft_flops(n, pattern.terms, e, len(sides), sharing=group)
     heads = spec.batch * spec.heads
     anchors = len(sides) * 2.0 * d * (products + probes)
     # Profiles are written once and read once, 8 bytes a number.
@@ -49,10 +51,12 @@ def low_rank_cost(features: int, block: int, spec: SiteSpec) -> Cost:
     """
     n, channels = int(spec.key_len), int(spec.value_dim) + 1
     heads = float(spec.batch * spec.heads)
-    near = 2.0 * min(n, 2 * block) * (spec.head_dim + channels)
+    # Every end of a row's range falls into a block, whose pairs are computed one by one.
+    near_keys = min(n, block * ((spec.mask.left is not None) + (spec.mask.right is not None)))
+    near = 2.0 * near_keys * (spec.head_dim + channels)
     far = 4.0 * features * channels
     return Cost(
         heads * n * (near + far),
         traffic(spec),
-        float(min(n, 2 * block) + features / max(1, int(spec.head_dim))),
+        float(near_keys + features / max(1, int(spec.head_dim))),
     )

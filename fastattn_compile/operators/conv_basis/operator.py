@@ -31,6 +31,7 @@ from fastattn_compile.operators.conv_basis.bounds import ErrorBound, TermChoice,
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.conv_basis.cost import conv_cost, low_rank_cost
 from fastattn_compile.operators.conv_basis.reference import conv_attention
+from fastattn_compile.operators.exact.cost import parameter_bytes
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.mask import MaskStructure
 
@@ -180,8 +181,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
     def cost(self, spec: SiteSpec) -> Cost:
         """Counted by the formulas of specification section 10, in the form that the lengths call for."""
         if self._low_rank:
-            return low_rank_cost(feature_count(spec.head_dim, self.config.degree), BLOCK, spec)
-        return conv_cost(self.config, self._pattern_of(spec.mask), spec)
+            found = low_rank_cost(feature_count(spec.head_dim, self.config.degree), BLOCK, spec)
+        else:
+            found = conv_cost(self.config, self._pattern_of(spec.mask), spec)
+        return dataclasses.replace(found, bytes=found.bytes + parameter_bytes(self.parameter_shapes(spec)))
 
     @property
     def _low_rank(self) -> bool:

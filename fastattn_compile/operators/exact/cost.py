@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.mask import MaskStructure
@@ -69,6 +71,15 @@ def traffic(spec: SiteSpec) -> float:
     query_side = spec.heads * spec.query_len * (spec.head_dim + spec.value_dim)
     key_side = spec.kv_heads * spec.key_len * (spec.head_dim + spec.value_dim)
     return float(spec.batch * (query_side + key_side) * spec.dtype.itemsize)
+
+
+def parameter_bytes(shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Bytes of learned parameters of these shapes, read once in float32, in which they are made.
+
+    Args:
+        shapes: ``Operator.parameter_shapes``.
+    """
+    return 4.0 * sum(math.prod(shape) for shape in shapes.values())
 
 
 def exact_cost(spec: SiteSpec) -> Cost:

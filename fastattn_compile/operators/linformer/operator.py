@@ -18,7 +18,7 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
-from fastattn_compile.operators.exact.cost import traffic
+from fastattn_compile.operators.exact.cost import parameter_bytes, traffic
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.linformer.config import LinformerConfig
 from fastattn_compile.operators.linformer.reference import linformer_attention
@@ -106,8 +106,10 @@ class LinformerAttention(Operator[LinformerConfig]):
         rank, length = self.config.rank, int(spec.key_len)
         channels = spec.head_dim + spec.value_dim
         flops = 2.0 * spec.batch * (spec.heads + spec.kv_heads) * length * rank * channels
-        projections = 2 * (1 if self.config.sharing == "heads" else spec.kv_heads) * rank * length
-        return Cost(flops, traffic(spec) + 4.0 * projections, float(rank))
+        heads = 1 if self.config.sharing == "heads" else int(spec.kv_heads)
+        projection = heads, rank, length  # of a longer projection the columns of the sequence
+        learned = parameter_bytes({"key_projection": projection, "value_projection": projection})
+        return Cost(flops, traffic(spec) + learned, float(rank))
 
     @property
     def learned(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from fastattn_compile.operators.base import Cost, SiteSpec
-from fastattn_compile.operators.exact.cost import traffic, visible_pairs
+from fastattn_compile.operators.exact.cost import parameter_bytes, traffic, visible_pairs
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.treeformer.config import TcConfig, TfConfig, TreeConfig
+from fastattn_compile.operators.treeformer.trees import parameter_shapes
 
 
 def routing_flops(config: TreeConfig, spec: SiteSpec) -> float:
@@ -45,7 +46,8 @@ def leaf_cost(config: TfConfig, spec: SiteSpec) -> Cost:
     flops = routing_flops(config, spec) + 2.0 * spec.batch * spec.heads * pairs * (
         spec.head_dim + spec.value_dim
     )
-    return Cost(flops, traffic(spec), pairs / max(1, queries))
+    moved = traffic(spec) + parameter_bytes(parameter_shapes(config, spec))
+    return Cost(flops, moved, pairs / max(1, queries))
 
 
 def coarse_cost(config: TcConfig, spec: SiteSpec) -> Cost:
@@ -53,4 +55,5 @@ def coarse_cost(config: TcConfig, spec: SiteSpec) -> Cost:
     queries, keys, levels = int(spec.query_len), int(spec.key_len), config.height + 1
     sums = spec.batch * spec.kv_heads * config.n_trees * (keys + 2 * config.leaves) * spec.value_dim
     reads = 2 * spec.batch * spec.heads * config.n_trees * queries * levels * spec.value_dim
-    return Cost(routing_flops(config, spec) + sums + reads, traffic(spec), config.n_trees * levels)
+    moved = traffic(spec) + parameter_bytes(parameter_shapes(config, spec))
+    return Cost(routing_flops(config, spec) + sums + reads, moved, config.n_trees * levels)
