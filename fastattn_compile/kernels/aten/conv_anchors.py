@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 
-def strided(first: Tensor, stop: Tensor, count: int, sinks: int = 0) -> Tensor:
+def anchor_offsets(count: int, sinks: int, stride: int) -> list[int]:
+    """Places of anchors at a fixed distance, counted from the first real column: those do not depend on the length.
+
+    Args:
+        count: Number of anchors.
+        sinks: Leading columns with one of their own; at most ``count - 1`` are given one.
+        stride: Distance of the others.
+    """
+    alone = min(sinks, count - 1)
+    return [*range(alone), *(alone + step * stride for step in range(count - alone))]
+
+
+def strided(first: Tensor, stop: Tensor, count: int, sinks: int = 0, stride: int = 0) -> Tensor:
     """Segments of equal length, after ``sinks`` columns that are segments of their own; reads no content.
 
     Args:
@@ -21,10 +33,15 @@ def strided(first: Tensor, stop: Tensor, count: int, sinks: int = 0) -> Tensor:
         stop: ``(b,)`` column after the last real one.
         count: Number of segments.
         sinks: Leading single columns; at most ``count - 1`` are given one.
+        stride: Columns of a segment, the last one takes the rest; 0 divides the sequence evenly.
 
     Returns:
         ``(b, 1, 1, count + 1)``.
     """
+    if stride:
+        offsets = torch.tensor(anchor_offsets(count, sinks, stride), device=first.device)
+        bounds = torch.cat([first[:, None] + offsets, stop[:, None]], 1)
+        return torch.minimum(bounds, stop[:, None])[:, None, None]
     alone = min(sinks, count - 1)
     step = torch.arange(count - alone, device=first.device)
     rest = (stop - first - alone).clamp(min=0)[:, None]

@@ -32,6 +32,7 @@ class Pattern:
         formula: The gradient is that of the softmax formula (7A), not of this function (7B).
         left: Largest visible distance back, ``None`` for any.
         right: Largest visible distance ahead, ``None`` for any.
+        stride: Distance of strided anchors; 0 spreads them evenly over the sequence.
     """
 
     terms: int
@@ -48,6 +49,7 @@ class Pattern:
     formula: bool = False
     left: int | None = None
     right: int | None = None
+    stride: int = 0
 
 
 def triangles(pattern: Pattern, n: int) -> list[tuple[bool, tuple[int, int]]]:
@@ -78,9 +80,9 @@ def select(
     """
     p, count = pattern, pattern.terms
     if p.anchors == "strided":
-        return conv_anchors.strided(first, stop, count), None
+        return conv_anchors.strided(first, stop, count, stride=p.stride), None
     if p.anchors == "sink_strided":
-        return conv_anchors.strided(first, stop, count, p.sinks), None
+        return conv_anchors.strided(first, stop, count, p.sinks, p.stride), None
     wide = query.double(), key.double(), scale, first, stop, count, p.probe
     if p.anchors == "jumps":
         return conv_anchors.column_jumps(*wide, sinks=p.sinks, share=p.share), None

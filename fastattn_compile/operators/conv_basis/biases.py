@@ -64,6 +64,29 @@ def unspread(parameter: Tensor, grad: Tensor, causal: bool) -> Tensor:
     return result
 
 
+def offset_biases(
+    config: ConvBasisConfig, heads: int, n: int, causal: bool, parameters: tuple[Tensor, ...]
+) -> Tensor | None:
+    """Biases by offset, ``(h, 2 n - 1)``, where the configuration has any.
+
+    Args:
+        config: Which.
+        heads: Query heads.
+        n: Tokens.
+        causal: Whether the mask is.
+        parameters: The learned ones; that by offset is the first.
+
+    Raises:
+        ValueError: The learned bias has another shape.
+    """
+    if config.offset_bias == "learned":
+        return spread(parameters[0], heads, n, causal)
+    if config.offset_bias == "alibi":
+        distance = torch.arange(1 - n, n, dtype=torch.float64).abs()
+        return -alibi_slopes(heads)[:, None] * distance
+    return None
+
+
 def biases(
     config: ConvBasisConfig, inputs: AttentionInputs, parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -85,12 +108,10 @@ def biases(
             f"{len(wanted)} parameters ({', '.join(wanted) or 'none'}), got {len(parameters)}"
         )
     given = dict(zip(wanted, parameters))
-    offset_bias, key_bias = None, None
-    if config.offset_bias == "alibi":
-        distance = torch.arange(1 - n, n, device=inputs.query.device, dtype=torch.float64).abs()
-        offset_bias = -alibi_slopes(heads).to(inputs.query.device)[:, None] * distance
-    elif "offset_bias" in given:
-        offset_bias = spread(given["offset_bias"], heads, n, inputs.mask.causal)
+    key_bias = None
+    offset_bias = offset_biases(config, heads, n, inputs.mask.causal, parameters)
+    if offset_bias is not None:
+        offset_bias = offset_bias.to(inputs.query.device)
     if "key_bias" in given:
         key_bias = given["key_bias"]
         fits = key_bias.dim() == 3 and key_bias.shape[0] in (1, batch) and key_bias.shape[1] in (1, heads)

@@ -29,6 +29,9 @@ class ConvBasisConfig(OperatorConfig):
             alone, the rest evenly; both depend on no content. ``"recover"``: the paper's binary search;
             ``"jumps"``: where neighbouring columns differ most. These two read later tokens to place anchors,
             so a causal output depends, through the places, on what follows.
+        stride: Columns between the anchors of ``"strided"`` and ``"sink_strided"``; the segment of the last of ``k``
+            anchors takes the rest. Then the anchors of a token stay where they are while the sequence grows,
+            which decoding needs. 0 divides the sequence into ``k`` segments.
         sinks: Leading columns with an anchor of their own (``"sink_strided"`` and ``"jumps"``).
         probe: Scores of a column that are compared, ``T`` of the paper (``"recover"`` and ``"jumps"``).
         delta: How far apart, in the 1-norm over ``probe`` scores, anchors are (``"recover"``).
@@ -58,6 +61,7 @@ class ConvBasisConfig(OperatorConfig):
 
     k: int = 64
     anchors: str = "sink_strided"
+    stride: int = 0
     sinks: int = 4
     probe: int = 8
     delta: float = 8.0
@@ -81,6 +85,12 @@ class ConvBasisConfig(OperatorConfig):
             raise ValueError(f"k must be a positive number of terms, got {self.k}")
         if self.probe < 1:
             raise ValueError(f"probe must be a positive number of scores, got {self.probe}")
+        if self.stride < 0:
+            raise ValueError(f"stride must be a positive number of columns, or 0, got {self.stride}")
+        if self.stride and self.anchors not in CAUSAL_ANCHORS:
+            raise ValueError(
+                f"stride is the distance of strided anchors; anchors={self.anchors!r} finds places of its own"
+            )
         if self.sinks < 0:
             raise ValueError(f"sinks must be 0 or more columns, got {self.sinks}")
         for name in ("delta", "eps", "bucket_width"):

@@ -19,6 +19,7 @@ from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
     Cost,
+    Decoder,
     Gradients,
     Operator,
     SiteSpec,
@@ -30,6 +31,7 @@ from fastattn_compile.operators.conv_basis.biases import biases, unspread
 from fastattn_compile.operators.conv_basis.bounds import ErrorBound, TermChoice, error_bound, sampling_margin
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.conv_basis.cost import conv_cost, low_rank_cost
+from fastattn_compile.operators.conv_basis.decode import ConvBasisDecoder
 from fastattn_compile.operators.conv_basis.reference import conv_attention
 from fastattn_compile.operators.exact.cost import parameter_bytes
 from fastattn_compile.operators.exact.operator import refuse_extras
@@ -186,6 +188,13 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             found = conv_cost(self.config, self._pattern_of(spec.mask), spec)
         return dataclasses.replace(found, bytes=found.bytes + parameter_bytes(self.parameter_shapes(spec)))
 
+    def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
+        """Profiles of anchors at a fixed ``stride``; without one their places depend on the final length."""
+        config = self.config
+        if not config.stride or config.key_bias or self._low_rank:
+            return None
+        return ConvBasisDecoder(self, scale, parameters)
+
     @property
     def _low_rank(self) -> bool:
         return self.config.approximation == "low_rank"
@@ -313,7 +322,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         return Pattern(
             config.k, config.anchors, config.sinks, config.probe, config.delta, config.eps, config.uncovered,
             config.share_anchors, config.form, config.width, getattr(torch, config.transform),
-            config.gradient == "softmax_formula", mask.left, mask.right,
+            config.gradient == "softmax_formula", mask.left, mask.right, config.stride,
         )  # fmt: skip
 
 
