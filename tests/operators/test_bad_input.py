@@ -97,7 +97,7 @@ def test_options_that_contradict_each_other(name, options, words):
         ("tc_attention", {"height": 6}, "causal", 63, "64 leaves for 63 keys"),
         ("tf_attention", {"capacity": 1.0, "overflow": "margin"}, "causal", 100, "use 'oldest'"),
         ("fma", {}, "chunk(16)", 100, "chunked"),
-        ("barnes_hut", {}, "causal & segments", 100, "packed"),
+        ("barnes_hut", {}, "chunk(16)", 100, "chunked"),
         ("window", {}, "causal & prefix(9)", 100, "prefix"),
     ],
 )
