@@ -46,6 +46,8 @@ def decode(operator, inputs, parameters, prompt):
             "tf_attention",
             {"n_trees": 2, "shared": False, "window": 4, "sinks": 2, "query_gradient": "sibling"},
         ),
+        ("tc_attention", {"rotary_base": 50.0, "shared": False}),
+        ("tf_attention", {"rotary_base": 50.0, "window": 4}),
         ("tf_attention", {"fallback": "zero"}),
         ("tf_attention", {"n_trees": 2, "combine": "mean", "fallback": "self+window", "fallback_window": 3}),
     ],

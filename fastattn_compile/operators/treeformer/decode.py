@@ -13,7 +13,8 @@ from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 from fastattn_compile.kernels.treeformer_route import follow
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.mask import CAUSAL
-from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype
+from fastattn_compile.operators.treeformer.config import TreeConfig
+from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype, turns
 
 if TYPE_CHECKING:
     from fastattn_compile.operators.treeformer.tc import TreeCoarseAttention
@@ -27,6 +28,28 @@ def _check_prefill(inputs: AttentionInputs) -> None:
         )
 
 
+class _Unrotated:
+    """Tokens as they are routed: their rotary embedding undone, by the number of real tokens before each.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: TreeConfig) -> None:
+        self.config = config
+        self.real: Tensor | None = None
+
+    def add(self, inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The next queries and keys, in the type of the routing."""
+        of_query, of_key = turns(self.config, inputs, dtype, self.real)
+        batch, length = inputs.key.shape[0], inputs.key.shape[2]
+        count = torch.full((batch,), length, device=inputs.key.device)
+        if inputs.key_padding is not None:
+            count = inputs.key_padding.sum(1)
+        self.real = count if self.real is None else self.real + count
+        return of_query.undo(inputs.query.to(dtype)), of_key.undo(real_keys(inputs).to(dtype))
+
+
 class CoarseDecoder(Decoder):
     """Sums and counts of the values below every node: ``2^(height + 1) - 1`` rows a tree, whatever the
     length.
@@ -38,6 +61,7 @@ class CoarseDecoder(Decoder):
 
     def __init__(self, operator: TreeCoarseAttention, parameters: tuple[Tensor, ...]) -> None:
         self.operator, self.parameters = operator, parameters
+        self.routed = _Unrotated(operator.config)
         self.sums: Tensor | None = None
         self.counts: Tensor | None = None
 
@@ -45,6 +69,7 @@ class CoarseDecoder(Decoder):
         """Attends a prompt and keeps the sums of its nodes."""
         _check_prefill(inputs)
         self.sums = self.counts = None
+        self.routed = _Unrotated(self.operator.config)
         self._add(inputs)
         if inputs.key.shape[2] < self.operator.config.leaves:
             return self.operator.reference(inputs, self.parameters)
@@ -53,11 +78,11 @@ class CoarseDecoder(Decoder):
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Adds the token to the nodes of its path, then reads those of the query's."""
         inputs = AttentionInputs(query, key, value, 1.0, CAUSAL).validated()
-        trees = self._add(inputs)
+        trees, routed = self._add(inputs)
         if self.sums is None or self.counts is None or trees.level_weights is None:
             raise ValueError("tc_attention has weights of the levels among its parameters; none were given")
         config, group = self.operator.config, inputs.group
-        leaf, _ = follow(query.to(self.sums.dtype), trees.query_planes, trees.query_offsets)
+        leaf, _ = follow(routed, trees.query_planes, trees.query_offsets)
         sums, counts = (x.repeat_interleave(group, 1) for x in (self.sums, self.counts))
         out = self.sums.new_zeros(*query.shape[:3], value.shape[3])
         levels = [(1 << level) - 1 + (leaf >> (config.height - level)) for level in range(config.height + 1)]
@@ -78,7 +103,8 @@ class CoarseDecoder(Decoder):
         """Rows of sums."""
         return 0 if self.sums is None else self.sums.shape[2] * self.sums.shape[3]
 
-    def _add(self, inputs: AttentionInputs) -> Trees:
+    def _add(self, inputs: AttentionInputs) -> tuple[Trees, Tensor]:
+        """Files keys and values; the trees, and the queries as they are routed."""
         config, dtype = self.operator.config, routing_dtype(inputs)
         trees = Trees.of(config, inputs, self.parameters, dtype)
         batch, kv_heads, _, channels = inputs.value.shape
@@ -88,7 +114,8 @@ class CoarseDecoder(Decoder):
                 batch, kv_heads, config.n_trees, nodes, channels, dtype=dtype, device=inputs.value.device
             )
             self.counts = torch.zeros_like(self.sums[..., 0])
-        leaf, _ = follow(real_keys(inputs).to(dtype), trees.key_planes, trees.key_offsets)
+        query, key = self.routed.add(inputs, dtype)
+        leaf, _ = follow(key, trees.key_planes, trees.key_offsets)
         value = inputs.value.to(dtype)[:, :, None].expand(*leaf.shape, channels)
         one = torch.ones_like(leaf, dtype=dtype)
         if inputs.key_padding is not None:
@@ -98,7 +125,7 @@ class CoarseDecoder(Decoder):
             at = (1 << level) - 1 + (leaf >> (config.height - level))
             self.sums.scatter_add_(3, at[..., None].expand_as(value), value)
             self.counts.scatter_add_(3, at, one)
-        return trees
+        return trees, query
 
 
 class _Rows:
@@ -149,6 +176,7 @@ class LeafDecoder(Decoder):
 
     def _clear(self) -> None:
         self.key, self.value, self.leaf, self.real = _Rows(2), _Rows(2), _Rows(3), _Rows(1)
+        self.routed = _Unrotated(self.operator.config)
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a prompt and keeps its keys, values and leaves."""
@@ -160,10 +188,10 @@ class LeafDecoder(Decoder):
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """Files the token under its leaf, then attends the query's."""
         inputs = AttentionInputs(query, key, value, self.scale, CAUSAL).validated()
-        trees = self._add(inputs)
+        trees, routed = self._add(inputs)
         config = self.operator.config
         query = query.to(routing_dtype(inputs))
-        leaf, scores = follow(query, trees.query_planes, trees.query_offsets)
+        leaf, scores = follow(routed, trees.query_planes, trees.query_offsets)
         if select("tf_attention decode", {"triton": self._obstacle}) == "triton":
             return self._step_by_triton(query, leaf, value)
         found, level = self._found(leaf)
@@ -219,7 +247,8 @@ class LeafDecoder(Decoder):
         """Rows of keys."""
         return self.key.length
 
-    def _add(self, inputs: AttentionInputs) -> Trees:
+    def _add(self, inputs: AttentionInputs) -> tuple[Trees, Tensor]:
+        """Files keys and values; the trees, and the queries as they are routed."""
         dtype = routing_dtype(inputs)
         trees = Trees.of(self.operator.config, inputs, self.parameters, dtype)
         real = inputs.key_padding
@@ -227,12 +256,12 @@ class LeafDecoder(Decoder):
             real = torch.ones(
                 inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool, device=inputs.key.device
             )
-        key = real_keys(inputs)
-        self.key.add(key)
+        query, key = self.routed.add(inputs, dtype)
+        self.key.add(real_keys(inputs))
         self.value.add(inputs.value.masked_fill(~real[:, None, :, None], 0))
-        self.leaf.add(follow(key.to(dtype), trees.key_planes, trees.key_offsets)[0])
+        self.leaf.add(follow(key, trees.key_planes, trees.key_offsets)[0])
         self.real.add(real)
-        return trees
+        return trees, query
 
     def _leaves(self) -> Tensor:
         """Leaves of the keys, once a query head: ``(b, h, t, m)``."""

@@ -156,7 +156,7 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
         """Sums and counts of the nodes: a state that does not grow with the sequence."""
-        return None if self.config.rotary_base else CoarseDecoder(self, parameters)
+        return CoarseDecoder(self, parameters)
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
         """Planes from the sample's keys, and weights of the levels by least squares against its softmax

@@ -170,7 +170,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
         """Keys by leaf, one token at a time; none with a capacity, which depends on the final length."""
-        if self.config.capacity or self.config.rotary_base:
+        if self.config.capacity:
             return None
         return LeafDecoder(self, scale, parameters)
 

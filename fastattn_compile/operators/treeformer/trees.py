@@ -129,8 +129,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def turns(config: TreeConfig, inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Turn, Turn]:
-    """What undoes the rotary embedding of queries and of keys."""
+def turns(
+    config: TreeConfig, inputs: AttentionInputs, dtype: torch.dtype, before: Tensor | None = None
+) -> tuple[Turn, Turn]:
+    """What undoes the rotary embedding of queries and of keys.
+
+    Args:
+        config: The configuration.
+        inputs: The tensors.
+        dtype: Type of the rotations.
+        before: ``(b,)`` real tokens that came before these, where a sequence is decoded.
+    """
     if not config.rotary_base:
         return Turn(), Turn()
     query_len, key_len, channels = inputs.query.shape[2], inputs.key.shape[2], inputs.query.shape[3]
@@ -139,6 +148,8 @@ def turns(config: TreeConfig, inputs: AttentionInputs, dtype: torch.dtype) -> tu
         place = (inputs.key_padding.long().cumsum(1) - 1).clamp(min=0)
     else:
         place = torch.arange(key_len, device=device)[None]
+    if before is not None:
+        place = place + before[:, None]
     half = torch.arange(0, channels, 2, dtype=torch.float64, device=device)
     angles = place[:, None, :, None] * config.rotary_base ** (-half / channels)
     keys = Turn(angles.cos().to(dtype), angles.sin().to(dtype))
