@@ -24,7 +24,11 @@ def make_inputs(
     key_len: int | None = None,
     seed: int = 0,
 ) -> AttentionInputs:
-    """Random tensors of one attention; padding is ragged, right in one sequence and left in the next."""
+    """Random tensors of one attention; padding is ragged, right in one sequence and left in the next.
+
+    A bias is named behind the mask: ``"causal + alibi"``, ``"none + bucketed"``.
+    """
+    mask, _, bias = mask.partition(" + ")
     generator = torch.Generator().manual_seed(seed)
     key_len = length if key_len is None else key_len
     value_dim = head_dim if value_dim is None else value_dim
@@ -46,7 +50,21 @@ def make_inputs(
     return AttentionInputs(
         draw(batch, heads, length, head_dim), draw(batch, kv_heads, key_len, head_dim),
         draw(batch, kv_heads, key_len, value_dim), 0.7 * head_dim**-0.5, structure, padding, segments,
+        _bias(bias, heads, key_len, generator, dtype),
     )  # fmt: skip
+
+
+def _bias(
+    kind: str, heads: int, length: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor | None:
+    """Slopes from gentle to steep, or a number for every distance, smooth and rough in parts."""
+    if not kind:
+        return None
+    if kind == "alibi":
+        return (2.0 ** -torch.arange(1, heads + 1, dtype=torch.float64)).to(dtype)
+    distance = torch.arange(1 - length, length, dtype=torch.float64)
+    rough = torch.randn(heads, 2 * length - 1, generator=generator, dtype=torch.float64)
+    return (0.3 * rough + torch.sin(distance / 9) - 0.02 * distance.abs()).to(dtype)
 
 
 def make_parameters(operator: Operator, inputs: AttentionInputs, noise: float = 0.3) -> tuple[Tensor, ...]:
@@ -64,15 +82,16 @@ def make_parameters(operator: Operator, inputs: AttentionInputs, noise: float = 
 def cast(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
     """The same numbers in another type."""
     return dataclasses.replace(
-        inputs, query=inputs.query.to(dtype), key=inputs.key.to(dtype), value=inputs.value.to(dtype)
-    )
+        inputs, query=inputs.query.to(dtype), key=inputs.key.to(dtype), value=inputs.value.to(dtype),
+        bias=None if inputs.bias is None else inputs.bias.to(dtype),
+    )  # fmt: skip
 
 
 def run(operator: Operator, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
     """The operator through its torch op, as users and compiled graphs call it."""
     out, log_sum_exp = attend(
         inputs.query, inputs.key, inputs.value, operator, scale=inputs.scale, mask=inputs.mask,
-        key_padding=inputs.key_padding, segments=inputs.segments, parameters=parameters,
+        key_padding=inputs.key_padding, segments=inputs.segments, bias=inputs.bias, parameters=parameters,
     )  # fmt: skip
     return AttentionOutput(out, log_sum_exp)
 
@@ -121,4 +140,8 @@ def leaves(
     """Copies that require gradients: inputs, parameters, and all of them in one tuple."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.query, inputs.key, inputs.value))
     made = tuple(p.detach().clone().requires_grad_() for p in parameters)
-    return dataclasses.replace(inputs, query=q, key=k, value=v), made, (q, k, v, *made)
+    given = dataclasses.replace(inputs, query=q, key=k, value=v)
+    if inputs.bias is None or inputs.bias.dim() == 1:
+        return given, made, (q, k, v, *made)
+    bias = inputs.bias.detach().clone().requires_grad_()
+    return dataclasses.replace(given, bias=bias), made, (q, k, v, *made, bias)

@@ -22,6 +22,7 @@ class CanonicalNodes:
         value: ``(batch, kv_heads, key_len, value_dim)``.
         key_padding: ``(batch, key_len)`` boolean, or ``None``.
         segments: ``(batch, key_len)`` integer, or ``None``.
+        bias: ``(heads,)`` slopes or ``(heads, 2 * key_len - 1)`` by distance, or ``None``.
         parameters: Learned parameters in the operator's order.
     """
 
@@ -30,6 +31,7 @@ class CanonicalNodes:
     value: torch.fx.Node
     key_padding: torch.fx.Node | None = None
     segments: torch.fx.Node | None = None
+    bias: torch.fx.Node | None = None
     parameters: tuple[torch.fx.Node, ...] = ()
 
 
@@ -49,7 +51,7 @@ def call_operator(
     result = graph.call_function(
         torch_op(operator.name),
         (
-            nodes.query, nodes.key, nodes.value, nodes.key_padding, nodes.segments, None, list(nodes.parameters),
+            nodes.query, nodes.key, nodes.value, nodes.key_padding, nodes.segments, nodes.bias, list(nodes.parameters),
             float(scale), str(mask), operator.token, site,
         ),
     )  # fmt: skip

@@ -85,6 +85,10 @@ class SiteSpec:
     weights_used: bool = False
 
 
+# Dimensions of the tensor of a bias to its kind.
+_BIAS_KINDS = {1: "alibi", 2: "bucketed"}
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """The tensors of one attention, in canonical layout.
@@ -97,7 +101,10 @@ class AttentionInputs:
         mask: Structure of the mask.
         key_padding: ``(batch, key_len)`` boolean, true where a token is real. Present exactly when ``mask.key_padding``.
         segments: ``(batch, key_len)`` integer. Present exactly when ``mask.segments``.
-        bias: Tensor of an additive bias; its meaning is the operator's (``SiteSpec.bias``).
+        bias: What is added to the scores by the distance of key and query. ``(heads,)`` slopes of ALiBi: ``-slope *
+            |key - query|``. ``(heads, 2 N - 1)`` with ``N >= key_len``: one number for each ``key - query`` from ``-(N -
+            1)`` to ``N - 1``. Or dense, ``(batch or 1, heads or 1, query_len, key_len)``, which reports know and no operator
+            serves. Finite.
     """
 
     query: Tensor
@@ -121,7 +128,7 @@ class AttentionInputs:
         return SiteSpec(
             batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, self.value.dtype, self.value.device.type,
             kind="self" if query_len == key_len else "cross", mask=self.mask,
-            bias="dense" if self.bias is not None else "none",
+            bias="none" if self.bias is None else _BIAS_KINDS.get(self.bias.dim(), "dense"),
         )  # fmt: skip
 
     def validated(self) -> AttentionInputs:
@@ -160,7 +167,45 @@ class AttentionInputs:
             raise TypeError(
                 f"key_padding must be boolean, true where a token is real; got {self.key_padding.dtype}"
             )
+        if self.bias is not None:
+            self._check_bias(self.bias)
         return self
+
+    def _check_bias(self, bias: Tensor) -> None:
+        heads, key_len = self.query.shape[1], self.key.shape[2]
+        if not bias.dtype.is_floating_point:
+            raise TypeError(f"bias must be of floating-point type, got {bias.dtype}")
+        fits = bias.dim() == 1 or (
+            bias.dim() == 2 and bias.shape[1] % 2 == 1 and bias.shape[1] >= 2 * key_len - 1
+        )
+        if not fits or bias.shape[0] != heads:
+            raise ValueError(
+                f"bias must be slopes of shape (heads,) = ({heads},) or a bias by distance of shape (heads, 2 N - 1) with "
+                f"N >= key_len, at least ({heads}, {2 * key_len - 1}); got {tuple(bias.shape)}"
+            )
+
+    def added(self, rows: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The bias on the scores, 0 without one.
+
+        Args:
+            rows: ``(r,)`` query positions.
+            keys: ``(c,)`` key positions; all keys when ``None``. A distance that the bias does not list has that of the
+                farthest one it lists.
+
+        Returns:
+            ``(batch or 1, heads or 1, r, c)``, the bias's type; ``(1, 1, 1, 1)`` without a bias.
+        """
+        if self.bias is None:
+            return self.query.new_zeros(1, 1, 1, 1)
+        if self.bias.dim() == 4:
+            return self.bias[:, :, rows] if keys is None else self.bias[:, :, rows][..., keys]
+        query_len, key_len = self.query.shape[2], self.key.shape[2]
+        at_key = torch.arange(key_len, device=rows.device) if keys is None else keys
+        distance = at_key - (rows + (key_len - query_len if self.mask.end_aligned else 0))[:, None]
+        if self.bias.dim() == 1:
+            return (-self.bias[:, None, None] * distance.abs())[None]
+        most = self.bias.shape[1] // 2
+        return self.bias[:, distance.clamp(-most, most) + most][None]
 
     def visible(self, rows: Tensor) -> Tensor:
         """Which keys the given query rows may see, all terms of the mask together.
@@ -205,12 +250,14 @@ class Gradients:
         key: Gradient of the keys.
         value: Gradient of the values.
         parameters: One for each learned parameter, in order.
+        bias: Gradient of a bias by distance; ``None`` for slopes, which get none, and without a bias.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     parameters: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def backward_documents(
         for x in (inputs.query, inputs.key, inputs.value)
     ]
     parameters: tuple[Tensor, ...] | None = None
+    of_bias: Tensor | None = None
     for layout in _layouts(_checked(inputs), unit):
         of_output = AttentionOutput(layout.gather(output.out), layout.gather(output.log_sum_exp))
         gone = ~layout.real[:, None]
@@ -173,12 +174,14 @@ def backward_documents(
         made = differentiate(_laid_out(inputs, layout), of_output, grad, of_lse)
         for target, found in zip(grads, (made.query, made.key, made.value)):
             layout.scatter(found, target)
+        if made.bias is not None:
+            of_bias = made.bias if of_bias is None else of_bias + made.bias
         if parameters is None:
             parameters = made.parameters
         else:
             parameters = tuple(a + b for a, b in zip(parameters, made.parameters))
     query, key, value = (x.transpose(1, 2).contiguous() for x in grads)
-    return Gradients(query, key, value, parameters or ())
+    return Gradients(query, key, value, parameters or (), of_bias)
 
 
 def _document(inputs: AttentionInputs, sequence: int, place: Tensor) -> AttentionInputs:

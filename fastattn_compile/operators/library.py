@@ -35,7 +35,7 @@ _INPUTS = (
 _FORWARD = f"({_INPUTS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     f"(Tensor grad_out, Tensor? grad_log_sum_exp, Tensor out, Tensor log_sum_exp, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor[])"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
@@ -116,33 +116,47 @@ def _backward(
     grad_out: Tensor, grad_log_sum_exp: Tensor | None, out: Tensor, log_sum_exp: Tensor,
     query: Tensor, key: Tensor, value: Tensor, key_padding: Tensor | None, segments: Tensor | None,
     bias: Tensor | None, parameters: list[Tensor], scale: float, mask: str, config: str, site: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     inputs = _inputs(query, key, value, key_padding, segments, bias, scale, mask)
     if _empty(inputs):
         grad_query, grad_key, grad_value = (
             torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
         )
-        return grad_query, grad_key, grad_value, [torch.zeros_like(p) for p in parameters]
+        none = (query if bias is None else bias).new_zeros(_bias_gradient_shape(bias))
+        return grad_query, grad_key, grad_value, none, [torch.zeros_like(p) for p in parameters]
     with torch.autocast(query.device.type, enabled=False):
         gradients = operator_from_token(config).backward(
             inputs, tuple(parameters), AttentionOutput(out, log_sum_exp), grad_out, grad_log_sum_exp
         )
-    return gradients.query, gradients.key, gradients.value, list(gradients.parameters)
+    of_bias = gradients.bias
+    if of_bias is None:
+        of_bias = (query if bias is None else bias).new_zeros(_bias_gradient_shape(bias))
+    return gradients.query, gradients.key, gradients.value, of_bias, list(gradients.parameters)
+
+
+def _bias_gradient_shape(bias: Tensor | None) -> tuple[int, ...]:
+    """A bias by distance gets a gradient; otherwise an empty tensor stands for it."""
+    return tuple(bias.shape) if bias is not None and bias.dim() == 2 else (0,)
 
 
 def _backward_fake(
     grad_out: Tensor, grad_log_sum_exp: Tensor | None, out: Tensor, log_sum_exp: Tensor,
     query: Tensor, key: Tensor, value: Tensor, key_padding: Tensor | None, segments: Tensor | None,
     bias: Tensor | None, parameters: list[Tensor], scale: float, mask: str, config: str, site: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     query_like, key_like, value_like = (x.new_empty(x.shape) for x in (query, key, value))
-    return query_like, key_like, value_like, [p.new_empty(p.shape) for p in parameters]
+    of_bias = (query if bias is None else bias).new_empty(_bias_gradient_shape(bias))
+    return query_like, key_like, value_like, of_bias, [p.new_empty(p.shape) for p in parameters]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, key_padding, segments, bias, parameters, ctx.scale, ctx.mask, ctx.config, ctx.site = (
         inputs
     )
+    if bias is not None and bias.dim() == 1 and ctx.needs_input_grad[5]:
+        raise ValueError(
+            "slopes of ALiBi get no gradient; a bias by distance, of shape (heads, 2 N - 1), gets one"
+        )
     ctx.save_for_backward(query, key, value, key_padding, segments, bias, *output, *parameters)
 
 
@@ -164,8 +178,21 @@ def _register(name: str) -> Any:
             grad_out.contiguous(), grad_log_sum_exp, out, log_sum_exp,
             query, key, value, key_padding, segments, bias, parameters, ctx.scale, ctx.mask, ctx.config, ctx.site,
         )  # fmt: skip
-        grad_query, grad_key, grad_value, grad_parameters = gradients
-        return grad_query, grad_key, grad_value, None, None, None, grad_parameters, None, None, None, None
+        grad_query, grad_key, grad_value, of_bias, grad_parameters = gradients
+        grad_bias = of_bias if bias is not None and bias.dim() == 2 else None
+        return (
+            grad_query,
+            grad_key,
+            grad_value,
+            None,
+            None,
+            grad_bias,
+            grad_parameters,
+            None,
+            None,
+            None,
+            None,
+        )
 
     forward.register_autograd(differentiate, setup_context=_setup_context)
     return forward
@@ -190,6 +217,7 @@ def attend(
     mask: MaskStructure | str = NO_MASK,
     key_padding: Tensor | None = None,
     segments: Tensor | None = None,
+    bias: Tensor | None = None,
     parameters: tuple[Tensor, ...] = (),
     site: str = "",
 ) -> tuple[Tensor, Tensor]:
@@ -204,6 +232,8 @@ def attend(
         mask: Structure of the mask, or its text (``"causal & window(128)"``).
         key_padding: ``(batch, n)`` boolean, true where a token is real; turns ``key_padding`` of the mask on.
         segments: ``(batch, n)`` integer document numbers; turns ``segments`` of the mask on.
+        bias: Added to the scores by distance: ``(heads,)`` slopes of ALiBi, ``-slope * |key - query|``, without a gradient;
+            or ``(heads, 2 N - 1)`` with ``N >= n``, for every ``key - query`` from ``-(N - 1)`` to ``N - 1``.
         parameters: The operator's learned parameters, in its order.
         site: Name for observers and error texts.
 
@@ -220,7 +250,7 @@ def attend(
         )
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    support = operator.supports(AttentionInputs(query, key, value, scale, structure).spec())
+    support = operator.supports(AttentionInputs(query, key, value, scale, structure, bias=bias).spec())
     if not support:
         raise ValueError(f"{operator.name} cannot serve this attention: {support.reason}")
     result: tuple[Tensor, Tensor] = torch_op(operator.name)(
@@ -229,7 +259,7 @@ def attend(
         value,
         key_padding,
         segments,
-        None,
+        bias,
         list(parameters),
         scale,
         str(structure),

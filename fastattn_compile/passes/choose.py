@@ -144,6 +144,11 @@ def choose_measured(
                 worthwhile.append(line.site)
         choices[line.name] = choice
     errors = measure(worthwhile, candidate) if worthwhile and measure is not None else {}
+    for site in worthwhile:
+        if site.name not in errors:
+            choices[site.name] = Choice(
+                choices[site.name].line, None, "exact attention could not be run beside it to measure the error"
+            )
     for name, error in errors.items():
         within = error <= tolerance
         verdict = f"measured error {error:.3g} is {'within' if within else 'above'} tolerance {tolerance:g}"

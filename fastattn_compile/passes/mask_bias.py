@@ -146,16 +146,20 @@ def indicator(x: Expression) -> Expression | None:
     return None
 
 
-def classify_bias(bias: Expression, offset: object) -> tuple[str, Expression, Expression | None]:
+def classify_bias(
+    bias: Expression, offset: object, causal: bool
+) -> tuple[str, Expression, Expression | None]:
     """Names the kind of a bias.
 
     Args:
         bias: The formula of what is added to the scores of visible keys, in batch, head, query and key.
         offset: Keys before the first query, ``key_len - query_len``; ``None`` when unknown.
+        causal: Whether no query sees a later key.
 
     Returns:
         ``"none"``, ``"alibi"``, ``"bucketed"`` or ``"dense"``; the bias without constants of a row, which
-        softmax ignores; and the slope of an ALiBi bias, a formula of the head.
+        softmax ignores; and the slope of a linear bias, a formula of the head: ``-slope * |key - query|`` when
+        ``"alibi"``, else ``slope * (key - query)``.
     """
     parts = [part for part in summands(bias) if not _constant_in_rows(part)]
     if not parts:
@@ -163,9 +167,13 @@ def classify_bias(bias: Expression, offset: object) -> tuple[str, Expression, Ex
     kept = parts[0]
     for part in parts[1:]:
         kept = add(kept, part)
-    if len(parts) == 1 and (slope := _slope(kept, offset)) is not None:
-        return "alibi", kept, slope
-    return ("bucketed" if _of_distance(kept) else "dense"), kept, None
+    if len(parts) == 1 and (found := _slope(kept, offset)) is not None:
+        slope, symmetric = found
+        if symmetric:
+            return "alibi", kept, mul(slope, constant(-1))
+        # All keys that a causal mask shows stand before the query. Without one, later keys get more.
+        return "alibi" if causal else "bucketed", kept, slope
+    return ("bucketed" if of_distance(kept) else "dense"), kept, None
 
 
 def summands(x: Expression) -> list[Expression]:
@@ -184,8 +192,8 @@ def _constant_in_rows(x: Expression) -> bool:
     return x.domain == "int" and all(isinstance(leaf, Load) for leaf in leaves(x))
 
 
-def _slope(x: Expression, offset: object) -> Expression | None:
-    """The factor of a bias ``slope(head) * (key - query)`` or ``slope(head) * |key - query|``."""
+def _slope(x: Expression, offset: object) -> tuple[Expression, bool] | None:
+    """The factor of a bias ``slope(head) * (key - query)`` or ``slope(head) * |key - query|``, and whether it is the second."""
     slope: Expression = constant(1)
     positions: list[Expression] = []
     for factor in _factors(x):
@@ -198,12 +206,12 @@ def _slope(x: Expression, offset: object) -> Expression | None:
     place = positions[0]
     if isinstance(place, Linear) and axes_of(place) <= {"query", "key"} and place.coefficient("key"):
         # Whatever it says of the query is constant in the row.
-        return mul(slope, constant(place.coefficient("key")))
+        return mul(slope, constant(place.coefficient("key"))), False
     if isinstance(place, Unary) and place.op == "abs" and isinstance(place.x, Linear):
         step, start = place.x.coefficient("key"), place.x.offset
         if step and place.x.coefficient("query") == -step and len(place.x.terms) == 2:
             aligned = start == 0 or (offset is not None and start == -step * offset)  # type: ignore[operator]
-            return mul(slope, constant(abs(step))) if aligned else None
+            return (mul(slope, constant(abs(step))), True) if aligned else None
     return None
 
 
@@ -215,8 +223,8 @@ def _factors(x: Expression) -> list[Expression]:
     return [x]
 
 
-def _of_distance(x: Expression) -> bool:
+def of_distance(x: Expression) -> bool:
     """Whether a formula knows of queries and keys only their distance, and nothing of the batch."""
     if isinstance(x, Linear):
         return x.coefficient("query") == -x.coefficient("key") and x.coefficient("batch") == 0
-    return not isinstance(x, Unknown) and all(_of_distance(child) for child in children(x))
+    return not isinstance(x, Unknown) and all(of_distance(child) for child in children(x))

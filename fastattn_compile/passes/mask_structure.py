@@ -93,11 +93,11 @@ class MaskAnalysis:
         structure: The mask. With ``opaque`` set the other fields say nothing.
         key_padding: Truth value of batch and key, true for a real token; set when ``structure.key_padding``.
         segments: Integer formula of batch and key, the document of a token; set when ``structure.segments``.
-        bias: ``"none"``; ``"alibi"``: ``slope * (key - query)`` or ``slope * |key - query|``, up to a
-            constant of each row; ``"bucketed"``: a function of head and ``key - query``; ``"dense"``:
-            anything else, data that may hide keys included.
+        bias: ``"none"``; ``"alibi"``: ``-slope * |key - query|`` for visible keys; ``"bucketed"``: a function of
+            head and ``key - query``; both up to a constant of each row; ``"dense"``: anything else, data that may
+            hide keys included.
         bias_expression: The bias on the scores of visible keys over the four axes, ``None`` without one.
-        slope: Of an ALiBi bias: a formula of head.
+        slope: Of a linear bias, a formula of head: that of ALiBi, or of a bucketed ``slope * (key - query)``.
         reason: What kept the mask or bias from being understood, empty when nothing did.
     """
 
@@ -184,7 +184,7 @@ def _analyse(
         named = [name_of(term.node) for term in terms]
         known = any(name in analysis.reason for name in named) or not named
         return analysis if known else _opaque(f"{analysis.reason}, in {', '.join(named)}")
-    kind, kept_bias, slope = classify_bias(bias, offset)
+    kind, kept_bias, slope = classify_bias(bias, offset, analysis.structure.causal)
     if kind == "none":
         return analysis
     reason = ""
@@ -428,7 +428,9 @@ def verify(
         slope = evaluate(analysis.slope, grids, values, symbols).double()
         distance = grids["key"] - grids["query"]
         starts = (0, sizes[3] - sizes[2])
-        shapes = [distance, *((distance - start).abs() for start in starts)]
+        shapes = [-(distance - start).abs() for start in starts]
+        if analysis.bias == "bucketed":
+            shapes = [distance]
         if not any(equal_in_rows(bias, slope * shape) for shape in shapes):
             return False
     return equal_in_rows(added, bias)

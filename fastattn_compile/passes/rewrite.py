@@ -11,6 +11,7 @@ import torch.fx
 
 from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator
 from fastattn_compile.operators.base import Operator
+from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.functionalize import erase_dead
@@ -70,7 +71,7 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
         nodes = CanonicalNodes(
             query, key, value,
             _fact(graph, layout, site, "key_padding", facts), _fact(graph, layout, site, "segments", facts),
-            replacement.parameters,
+            bias_node(graph, layout, site, facts), replacement.parameters,
         )  # fmt: skip
         result = call_operator(graph, replacement.operator, nodes, site.scale, site.mask.structure, site.name)
         result = layout.emit(

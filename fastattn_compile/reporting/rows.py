@@ -31,7 +31,7 @@ def score_chunks(inputs: AttentionInputs, rows: Tensor) -> Iterator[tuple[Tensor
         queries = inputs.query[:, :, part].to(wide).reshape(batch, kv_heads, -1, channels)
         scores = (queries @ keys * inputs.scale).reshape(batch, heads, part.numel(), key_len)
         if inputs.bias is not None:
-            scores = scores + inputs.bias.expand(batch, heads, -1, -1)[:, :, part].to(wide)
+            scores = scores + inputs.added(part).to(wide)
         yield part, scores
 
 

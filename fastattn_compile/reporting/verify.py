@@ -96,7 +96,7 @@ def site_influence(
         inputs,
         key_padding=None if inputs.key_padding is None else inputs.key_padding[:1],
         segments=None if inputs.segments is None else inputs.segments[:1],
-        bias=None if inputs.bias is None else inputs.bias[:1],
+        bias=inputs.bias if inputs.bias is None or inputs.bias.dim() < 4 else inputs.bias[:1],
     )
 
     def outputs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -56,6 +56,12 @@ MASKS = [
     "causal & segments",
     "causal & window(21) & segments",
     "key_padding & segments",
+    "causal + alibi",
+    "key_padding + alibi",
+    "causal & segments + alibi",
+    "none + bucketed",
+    "causal & window(21) + bucketed",
+    "causal & key_padding + bucketed",
 ]
 # Float64 is the judge's own type: the drawn shapes at the end compare there.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,30 +116,40 @@ def test_gradients_are_as_accurate_as_their_type(case, mask, dtype):
     formula = of(operator.reference, inputs, parameters)
     oracle = of(operator.reference, cast(inputs, torch.float64), tuple(p.double() for p in parameters))
     for name, g, f, o in zip(
-        ["query", "key", "value"] + ["parameter"] * len(parameters), got, formula, oracle
+        ["query", "key", "value"] + ["parameter"] * len(parameters) + ["bias"], got, formula, oracle
     ):
         assert g.dtype == dtype
         assert_as_good_as(g, oracle=o, formula=f, name=f"gradient of {name}")
 
 
 @each_operator
-@pytest.mark.parametrize("mask", ["none", "causal", "causal & window(9)"])
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "causal & window(9)", "causal + alibi", "none + alibi", "none + bucketed"]
+)
 def test_gradcheck(case, mask):
     inputs = make_inputs(mask, batch=1, heads=2, kv_heads=1, length=35, head_dim=3, dtype=torch.float64)
     operator = build(case, inputs)
     inputs, _, sources = leaves(inputs, make_parameters(operator, inputs))
 
-    def function(q, k, v, *params):
-        output = run(operator, dataclasses.replace(inputs, query=q, key=k, value=v), params)
+    def function(q, k, v, *others):
+        *params, bias = others if mask.endswith("bucketed") else (*others, inputs.bias)
+        given = dataclasses.replace(inputs, query=q, key=k, value=v, bias=bias)
+        output = run(operator, given, tuple(params))
         return output.out, output.log_sum_exp
 
     assert torch.autograd.gradcheck(function, sources, fast_mode=True)
 
 
 @each_operator
-@pytest.mark.parametrize("variant", ["plain", "transposed", "requires_grad", "bfloat16", "padded"])
+@pytest.mark.parametrize(
+    "variant",
+    ["plain", "transposed", "requires_grad", "bfloat16", "padded", "segments", "alibi", "bucketed"],
+)
 def test_opcheck(case, variant):
-    inputs = make_inputs("causal & key_padding" if variant == "padded" else "causal", length=21, batch=1)
+    mask = {"padded": "causal & key_padding", "segments": "causal & segments"}.get(variant, "causal")
+    inputs = make_inputs(
+        f"{mask} + {variant}" if variant in ("alibi", "bucketed") else mask, length=21, batch=1
+    )
     operator = build(case, inputs)
     parameters = list(make_parameters(operator, inputs))
     tensors = [inputs.query, inputs.key, inputs.value]
@@ -141,13 +157,15 @@ def test_opcheck(case, variant):
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     if variant == "bfloat16":
         tensors, parameters = [x.bfloat16() for x in tensors], [p.bfloat16() for p in parameters]
-    if variant == "requires_grad":
+    if variant in ("requires_grad", "bucketed", "alibi"):
         tensors, parameters = [x.requires_grad_() for x in tensors], [p.requires_grad_() for p in parameters]
+    if variant == "bucketed":
+        inputs.bias.requires_grad_()
     arguments = (
         *tensors,
         inputs.key_padding,
-        None,
-        None,
+        inputs.segments,
+        inputs.bias,
         parameters,
         0.3,
         str(inputs.mask),
@@ -216,7 +234,11 @@ def test_autocast_does_not_reach_into_the_kernels(case, mask):
 
 
 @each_operator
-@pytest.mark.parametrize("mask", ["causal", "causal & window(21)", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "mask",
+    ["causal", "causal & window(21)", "causal & key_padding", "causal & segments", "causal + alibi",
+     "causal + bucketed"],
+)  # fmt: skip
 def test_the_future_does_not_move_the_past(case, mask):
     inputs = make_inputs(mask)
     operator = build(case, inputs)
@@ -254,6 +276,7 @@ def test_batch_and_heads_are_independent(case, mask):
         dataclasses.replace(
             inputs, query=moved(inputs.query), key=moved(inputs.key), value=moved(inputs.value),
             key_padding=moved(inputs.key_padding), segments=moved(inputs.segments),
+            bias=None if inputs.bias is None else inputs.bias[heads],
         ),
         parameters,
     )  # fmt: skip
@@ -262,8 +285,9 @@ def test_batch_and_heads_are_independent(case, mask):
 
 
 @each_operator
-def test_query_groups_equal_repeated_keys(case):
-    inputs = make_inputs("causal", heads=6, kv_heads=2)
+@pytest.mark.parametrize("mask", ["causal", "none + alibi", "causal + bucketed"])
+def test_query_groups_equal_repeated_keys(case, mask):
+    inputs = make_inputs(mask, heads=6, kv_heads=2)
     operator = build(case, inputs)
     parameters = make_parameters(operator, inputs)
     repeated = dataclasses.replace(
@@ -277,7 +301,10 @@ def test_query_groups_equal_repeated_keys(case):
 
 
 @each_operator
-@pytest.mark.parametrize("mask", ["key_padding", "causal & key_padding", "causal & window(30) & key_padding"])
+@pytest.mark.parametrize(
+    "mask",
+    ["key_padding", "causal & key_padding", "causal & window(30) & key_padding", "key_padding + alibi"],
+)
 @pytest.mark.parametrize("garbage", [1e4, float("nan"), float("inf")])
 def test_padding_has_no_influence(case, mask, garbage):
     inputs = make_inputs(mask)
@@ -301,7 +328,9 @@ def test_padding_has_no_influence(case, mask, garbage):
 
 
 @each_operator
-@pytest.mark.parametrize("mask", ["key_padding", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "mask", ["key_padding", "causal & key_padding", "causal & key_padding + alibi", "key_padding + bucketed"]
+)
 @each_dtype
 def test_queries_without_keys(case, mask, dtype):
     inputs = make_inputs(mask, dtype=dtype)

@@ -117,8 +117,8 @@ class Buckets:
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         o, z, grad_o = (self._take(x, self.order) for x in (out, lse, grad_out))
         grad_z = None if grad_lse is None else self._take(grad_lse, self.order)
-        gradients = exact_aten.backward(q, k, v, scale, o, z, grad_o, grad_z, **self._mask())
-        return tuple(self._take(x, self.back) for x in gradients)
+        *gradients, _ = exact_aten.backward(q, k, v, scale, o, z, grad_o, grad_z, **self._mask())
+        return tuple(self._take(x, self.back) for x in gradients if x is not None)
 
     def evicted_count(self) -> Tensor:
         """Members of a token's cluster that fell out of its bucket, ``(b, n)``."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.score_bias import ScoreBias, score_bias
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
@@ -98,8 +99,18 @@ def _put(x: Tensor, tile: _Tile, group: int, part: Tensor) -> None:
     target.copy_(part.unflatten(1, (group, -1)))
 
 
-def _scores(query: Tensor, key: Tensor, tile: _Tile, group: int, scale: float) -> Tensor:
+def _distance(tile: _Tile, offset: int, device: torch.device) -> Tensor:
+    """Key less query position, ``(rows, keys)``."""
+    rows = torch.arange(tile.rows.start + offset, tile.rows.stop + offset, device=device)
+    return torch.arange(tile.keys.start, tile.keys.stop, device=device) - rows[:, None]
+
+
+def _scores(
+    query: Tensor, key: Tensor, tile: _Tile, group: int, scale: float, bias: ScoreBias | None, offset: int
+) -> Tensor:
     scores = torch.bmm(query * scale, key.mT)
+    if bias is not None:
+        scores.unflatten(1, (group, -1)).add_(bias.at(tile.heads, _distance(tile, offset, query.device)))
     if tile.visible is not None:
         scores.unflatten(1, (group, -1)).masked_fill_(~tile.visible, -torch.inf)
     return scores
@@ -112,6 +123,8 @@ def forward(
     scale: float,
     visible: Visible | None = None,
     span: Span | None = None,
+    bias: Tensor | None = None,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention.
 
@@ -123,6 +136,8 @@ def forward(
         scale: Factor on the scores.
         visible: The mask; ``None`` when every query sees every key.
         span: The keys that matter to a range of query rows; all of them when ``None``.
+        bias: Added by distance: ``(h,)`` slopes, ``(h, 2 N - 1)``, or ``None`` (``score_bias``).
+        offset: Position of the first query, for the bias.
 
     Returns:
         Output ``(b, h, n, e)``, the values' type, contiguous, 0 where a query sees no key; log-sum-exp ``(b,
@@ -135,6 +150,7 @@ def forward(
     out = value.new_empty(batch, heads, query_len, value.shape[3])
     log_sum_exp = value.new_empty(batch, heads, query_len, dtype=statistics_dtype(value))
     finite = all_finite(key, value)
+    added = score_bias(bias, kv_heads, dtype)
 
     def attend(_: None, part: _Part) -> None:
         for tile in _tiles(query, key, part, visible, span):
@@ -145,7 +161,7 @@ def forward(
                 tile_lse = q.new_full((*q.shape[:2], 1), -torch.inf)
             else:
                 clean_k, clean_v = (k, v) if finite else (without_nonfinite(k), without_nonfinite(v))
-                scores = _scores(q, clean_k, tile, group, scale)
+                scores = _scores(q, clean_k, tile, group, scale, added, offset)
                 weights = torch.empty_like(scores)
                 tile_lse = normalise(scores, weights)
                 tile_out = torch.bmm(weights, clean_v).masked_fill_(tile_lse == -torch.inf, 0)
@@ -176,7 +192,9 @@ def backward(
     grad_log_sum_exp: Tensor | None = None,
     visible: Visible | None = None,
     span: Span | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of ``forward``; with P the weights, ``dS = P * (dO . v - dO . o + dlse)``.
 
     Args:
@@ -190,9 +208,12 @@ def backward(
         grad_log_sum_exp: Gradient of the log-sum-exp, its shape; ``None`` is zero.
         visible: As in ``forward``.
         span: As in ``forward``.
+        bias: As in ``forward``.
+        offset: As in ``forward``.
 
     Returns:
-        Gradients of query, key and value, each of its input's shape and type, contiguous.
+        Gradients of query, key and value, each of its input's shape and type, contiguous; that of a bias by distance,
+        ``None`` for slopes and without a bias.
     """
     group = query.shape[1] // key.shape[1]
     dtype = work_dtype(query, key, value)
@@ -203,7 +224,12 @@ def backward(
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp
 
-    def differentiate(_: None, part: _Part) -> None:
+    added = score_bias(bias, key.shape[1], dtype)
+    of_bias = None if added is None else added.new_gradient(slice(None))
+
+    def differentiate(_: None, part: _Part) -> tuple[slice, Tensor | None]:
+        heads = slice(part.heads.start, part.heads.stop)
+        own = None if added is None else added.new_gradient(heads)
         for tile in _tiles(query, key, part, visible, span):
             k, v = (_keys(x, tile, dtype) for x in (key, value))
             if k.shape[1] == 0:
@@ -212,11 +238,23 @@ def backward(
                 k, v = without_nonfinite(k), without_nonfinite(v)
             q, grad_o = (_queries(x, tile, group, dtype) for x in (query, grad_out))
             lse, slopes = (_queries(x[..., None], tile, group, dtype) for x in (log_sum_exp, slope))
-            weights = probabilities_(_scores(q, k, tile, group, scale), lse)
+            weights = probabilities_(_scores(q, k, tile, group, scale, added, offset), lse)
             grad_value[tile.batch, tile.heads, tile.keys] += torch.bmm(weights.mT, grad_o)
             grad_scores = torch.bmm(grad_o, v.mT).sub_(slopes).mul_(weights)
+            if added is not None and own is not None:
+                columns = slice((tile.heads.start - heads.start) * group, (tile.heads.stop - heads.start) * group)
+                distance = _distance(tile, offset, query.device)
+                added.take(own[:, columns], grad_scores.unflatten(1, (group, -1)), distance)
             _put(grad_query, tile, group, torch.bmm(grad_scores, k).mul_(scale))
             grad_key[tile.batch, tile.heads, tile.keys] += torch.bmm(grad_scores.mT, q).mul_(scale)
+        return heads, own
 
-    run_parts(differentiate, _parts(query.shape[0], key.shape[1]), lambda: None, query.device)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+    def take(found: tuple[slice, Tensor | None]) -> None:
+        heads, own = found
+        if of_bias is not None and own is not None:
+            of_bias[:, heads.start * group : heads.stop * group] += own
+
+    run_parts(differentiate, _parts(query.shape[0], key.shape[1]), lambda: None, query.device, take)
+    if of_bias is not None and bias is not None:
+        of_bias = of_bias.T.contiguous().to(bias.dtype)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), of_bias

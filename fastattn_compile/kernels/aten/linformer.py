@@ -122,7 +122,7 @@ def backward(
     projected = _Projected(query, key, value, projections, real)
     given, lse, grad = (projected.heads(x.to(projected.dtype)) for x in (out, log_sum_exp, grad_out))
     grad_lse = None if grad_log_sum_exp is None else projected.heads(grad_log_sum_exp.to(projected.dtype))
-    grad_query, key_rows, value_rows = exact_aten.backward(
+    grad_query, key_rows, value_rows, _ = exact_aten.backward(
         projected.query, projected.key_rows, projected.value_rows, scale, given, lse, grad, grad_lse,
         **projected.mask,
     )  # fmt: skip

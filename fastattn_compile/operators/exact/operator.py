@@ -36,7 +36,7 @@ class ExactAttention(Operator[ExactConfig]):
             return no(
                 f"the mask is not understood as structure ({spec.mask.opaque}); leave the site as it is"
             )
-        return refuse_extras(spec)
+        return refuse_extras(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Dense softmax attention."""
@@ -55,7 +55,7 @@ class ExactAttention(Operator[ExactConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``."""
-        return Gradients(*exact_backward(inputs, output, grad_out, grad_log_sum_exp))
+        return exact_backward(inputs, output, grad_out, grad_log_sum_exp)
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
@@ -75,13 +75,13 @@ def exact_forward(inputs: AttentionInputs) -> AttentionOutput:
     if _plain(inputs) and flash_cpu.serves(q, k, v) and (not mask.causal or all_finite(k, v)):
         return AttentionOutput(*flash_cpu.forward(q, k, v, scale, mask.causal))
     visible, span = visibility(inputs)
-    return AttentionOutput(*exact_aten.forward(q, k, v, scale, visible, span))
+    return AttentionOutput(*exact_aten.forward(q, k, v, scale, visible, span, *_bias(inputs)))
 
 
 def exact_backward(
     inputs: AttentionInputs, output: AttentionOutput, grad_out: Tensor, grad_log_sum_exp: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``exact_forward`` with respect to query, key and value.
+) -> Gradients:
+    """Gradients of ``exact_forward``.
 
     Args:
         inputs: What ``exact_forward`` was given.
@@ -94,14 +94,27 @@ def exact_backward(
     plain = _plain(inputs) and flash_cpu.serves(q, k, v) and grad_out.dtype == v.dtype
     # Autograd hands over zeros for an output that nothing used; the flash kernel takes no such gradient.
     if plain and (grad_log_sum_exp is None or not bool(grad_log_sum_exp.any())) and all_finite(k, v):
-        return flash_cpu.backward(q, k, v, scale, inputs.mask.causal, out, lse, grad_out)
+        return Gradients(*flash_cpu.backward(q, k, v, scale, inputs.mask.causal, out, lse, grad_out))
     visible, span = visibility(inputs)
-    return exact_aten.backward(q, k, v, scale, out, lse, grad_out, grad_log_sum_exp, visible, span)
+    saved = out, lse, grad_out, grad_log_sum_exp
+    dq, dk, dv, of_bias = exact_aten.backward(q, k, v, scale, *saved, visible, span, *_bias(inputs))
+    return Gradients(dq, dk, dv, bias=of_bias)
 
 
-def refuse_extras(spec: SiteSpec) -> Support:
-    """Refuses what the kernels do not compute: bias, soft cap, sink logits, dropout, used weights."""
-    if spec.bias != "none":
+def _bias(inputs: AttentionInputs) -> tuple[Tensor | None, int]:
+    """The bias, and the place of the first query among the keys."""
+    offset = inputs.key.shape[2] - inputs.query.shape[2] if inputs.mask.end_aligned else 0
+    return inputs.bias, offset
+
+
+def refuse_extras(spec: SiteSpec, *biases: str) -> Support:
+    """Refuses what the kernels do not compute: bias, soft cap, sink logits, dropout, used weights.
+
+    Args:
+        spec: The site.
+        *biases: The kinds of bias that they do compute.
+    """
+    if spec.bias != "none" and spec.bias not in biases:
         return no(f"an additive bias on the scores ({spec.bias}) is not supported")
     if spec.softcap:
         return no(f"a soft cap ({spec.softcap:g}) on the scores is not supported")
@@ -118,9 +131,9 @@ def refuse_extras(spec: SiteSpec) -> Support:
 
 
 def _plain(inputs: AttentionInputs) -> bool:
-    """Whether the mask is none, or causal over equal lengths."""
+    """Whether there is no bias, and the mask is none or causal over equal lengths."""
     mask = inputs.mask
-    if mask.conflicts("right", "end_aligned"):
+    if mask.conflicts("right", "end_aligned") or inputs.bias is not None:
         return False
     return mask.right is None or (mask.right == 0 and inputs.query.shape[2] == inputs.key.shape[2])
 

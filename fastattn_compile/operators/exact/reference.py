@@ -39,6 +39,12 @@ def grouped(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return query, inputs.key.to(dtype).unsqueeze(2), inputs.value.to(dtype).unsqueeze(2)
 
 
+def grouped_bias(inputs: AttentionInputs, added: Tensor) -> Tensor:
+    """A bias ``(1, heads or 1, ...)`` as ``(1, g or 1, h // g or 1, ...)``, in the type to compute in."""
+    groups = (1, 1) if added.shape[1] == 1 else (inputs.key.shape[1], inputs.group)
+    return added.to(compute_dtype(inputs)).unflatten(1, groups)
+
+
 def ungrouped(inputs: AttentionInputs, out: Tensor, log_sum_exp: Tensor) -> AttentionOutput:
     """The results of grouped heads in the layout and types an operator returns."""
     wide = torch.float64 if inputs.value.dtype == torch.float64 else torch.float32
@@ -46,13 +52,14 @@ def ungrouped(inputs: AttentionInputs, out: Tensor, log_sum_exp: Tensor) -> Atte
 
 
 def exact_attention(inputs: AttentionInputs) -> AttentionOutput:
-    """``softmax(scale * q k^T + mask) v``, dense and differentiable (Vaswani et al. 2017, equation 1).
+    """``softmax(scale * q k^T + bias + mask) v``, dense and differentiable (Vaswani et al. 2017, equation 1).
 
     Keys hidden by the mask are set to 0 first, so that what stands there (NaN in padding) cannot matter.
     """
     query, key, value = grouped(inputs)
-    visible = inputs.visible(torch.arange(query.shape[3], device=query.device)).unsqueeze(2)
-    weights, log_sum_exp = masked_softmax(inputs.scale * (query @ key.mT), visible)
+    rows = torch.arange(query.shape[3], device=query.device)
+    scores = inputs.scale * (query @ key.mT) + grouped_bias(inputs, inputs.added(rows))
+    weights, log_sum_exp = masked_softmax(scores, inputs.visible(rows).unsqueeze(2))
     if inputs.key_padding is not None:
         value = value.masked_fill(~inputs.key_padding[:, None, None, :, None], 0)
     return ungrouped(inputs, weights @ value, log_sum_exp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -106,7 +107,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return backward_documents(lambda one, *saved: self.backward(one, parameters, *saved), *packed)
         if self._levels(inputs) == 0:
             grads = exact_backward(inputs, output, grad_out, grad_log_sum_exp)
-            return Gradients(*grads, tuple(torch.zeros_like(p) for p in parameters))
+            return dataclasses.replace(grads, parameters=tuple(torch.zeros_like(p) for p in parameters))
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         out, lse = output.out, output.log_sum_exp
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)

@@ -72,6 +72,8 @@ def can_replace(replacement: Replacement, opset: int) -> Support:
     spec = replacement.body_spec(opset)
     if spec is None:
         return no(f"heads and channels must be numbers, and the type a real one: {site.spec}")
+    if site.spec.bias != "none":
+        return no(f"the ONNX bodies add no bias to the scores ({site.spec.bias})")
     support = replacement.operator.supports(site.spec)
     return supported(replacement.operator, spec) if support else support
 

@@ -1,0 +1,101 @@
+"""Biases on the scores that depend on the head and on the distance of key and query, as kernels read them.
+
+Sizes: ``h`` query heads, ``g`` key heads, ``r = h // g`` query heads of a key head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class ScoreBias(ABC):
+    """A bias by distance, split into key heads and the query heads that share one."""
+
+    @abstractmethod
+    def at(self, heads: slice, distance: Tensor) -> Tensor:
+        """What is added for some key heads.
+
+        Args:
+            heads: The key heads.
+            distance: Integer, any shape: position of the key less that of the query.
+
+        Returns:
+            ``(heads, r, *distance.shape)``, the work type.
+        """
+
+    def new_gradient(self, heads: slice) -> Tensor | None:
+        """A place to add up gradients for some key heads; ``None`` when the bias gets no gradient."""
+        return None
+
+    def take(self, gradient: Tensor | None, grad_scores: Tensor, distance: Tensor) -> None:
+        """Adds the gradients of scores to that of the bias.
+
+        Args:
+            gradient: From ``new_gradient``.
+            grad_scores: ``(heads, r, *distance.shape)``.
+            distance: As for ``at``.
+        """
+
+
+class Slopes(ScoreBias):
+    """ALiBi: ``-slope * |key - query|`` (Press, Smith, Lewis 2022). Its slopes get no gradient.
+
+    Args:
+        slopes: ``(g, r)``.
+    """
+
+    def __init__(self, slopes: Tensor) -> None:
+        self.slopes = slopes
+
+    def at(self, heads: slice, distance: Tensor) -> Tensor:
+        """What is added for some key heads."""
+        slopes = self.slopes[heads].view(-1, self.slopes.shape[1], *[1] * distance.dim())
+        return -slopes * distance.abs()
+
+
+class Distances(ScoreBias):
+    """One number for every distance; those beyond the list have that of the farthest one.
+
+    Args:
+        table: ``(g, r, 2 N - 1)``, for ``key - query`` from ``-(N - 1)`` to ``N - 1``.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table, self.most = table, table.shape[2] // 2
+
+    def place(self, distance: Tensor) -> Tensor:
+        """Where distances stand in the table."""
+        return distance.clamp(-self.most, self.most) + self.most
+
+    def at(self, heads: slice, distance: Tensor) -> Tensor:
+        """What is added for some key heads."""
+        found = self.table[heads].index_select(2, self.place(distance).flatten())
+        return found.unflatten(2, distance.shape)
+
+    def new_gradient(self, heads: slice) -> Tensor:
+        """Zeros, ``(2 N - 1, heads * r)``: rows of heads are added faster than single numbers."""
+        part = self.table[heads]
+        return part.new_zeros(part.shape[2], part.shape[0] * part.shape[1])
+
+    def take(self, gradient: Tensor | None, grad_scores: Tensor, distance: Tensor) -> None:
+        """Adds the gradients of scores to that of the bias, in a fixed order."""
+        if gradient is not None:
+            rows = grad_scores.flatten(2).flatten(0, 1).T
+            gradient.index_add_(0, self.place(distance).flatten(), rows)
+
+
+def score_bias(bias: Tensor | None, kv_heads: int, dtype: torch.dtype) -> ScoreBias | None:
+    """The bias that a tensor describes.
+
+    Args:
+        bias: ``(h,)`` slopes, ``(h, 2 N - 1)`` by distance, or ``None``.
+        kv_heads: Key heads.
+        dtype: The work type.
+    """
+    if bias is None:
+        return None
+    split = bias.to(dtype).unflatten(0, (kv_heads, -1))
+    return Slopes(split) if bias.dim() == 1 else Distances(split)
