@@ -69,6 +69,82 @@ def test_gradients_of_packed_documents_through_the_compiler() -> None:
         assert relative_error(traced, eager) < 1e-12
 
 
+class Biased(nn.Module):
+    """One attention whose scores get something by distance.
+
+    Args:
+        kind: ``alibi``: fixed slopes; ``symmetric``: to both sides; ``trained``: slopes that are learned;
+            ``buckets``: a learned number for every bucket of distances; ``later``: a slope without a causal mask.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.into, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        slopes = 2.0 ** -torch.arange(1, 5)
+        if kind == "trained":
+            self.slopes = nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes)
+        self.table = nn.Embedding(8, 4)
+
+    def bias(self, distance: torch.Tensor) -> torch.Tensor:
+        if self.kind == "buckets":
+            near = distance.abs().clamp(max=3) + 4 * (distance > 0)
+            return self.table(near).permute(2, 0, 1)
+        if self.kind == "symmetric":
+            return -self.slopes[:, None, None] * distance.abs()
+        return self.slopes[:, None, None] * distance
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.into(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        distance = place - place[:, None]
+        scores = q @ k.mT / 8**0.5 + self.bias(distance)
+        if self.kind in ("alibi", "trained"):
+            scores = scores.masked_fill(distance > 0, -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+KINDS = {
+    "alibi": ("causal", "alibi"),
+    "symmetric": ("none", "alibi"),
+    "trained": ("causal", "alibi"),
+    "buckets": ("none", "bucketed"),
+    "later": ("none", "bucketed"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_reaches_the_operator(kind: str, dynamic: bool) -> None:
+    model = Biased(kind).double()
+    fast = compiled(model, dynamic=dynamic, operator="exact", strict=True, compiler="aot_eager")
+    for n in (20, 33):
+        x = torch.randn(2, n, 32, dtype=torch.float64)
+        results = []
+        for function in (model, fast):
+            out = function(x)
+            results.append(
+                (out, *torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True))
+            )
+        for wanted, got in zip(*results):
+            assert (wanted is None) == (got is None)
+            assert wanted is None or relative_error(got, wanted) < 1e-12
+    (made,) = {(d.softmax.mask, d.softmax.site.mask.bias, d.reason) for d in backend.decisions()}
+    assert made == (*KINDS[kind], "named by the user")
+
+
+def test_a_bias_that_is_data_keeps_the_site() -> None:
+    class Dense(Biased):
+        def bias(self, distance: torch.Tensor) -> torch.Tensor:
+            return torch.randn(4, *distance.shape).double()
+
+    compiled(Dense("symmetric").double(), operator="exact")(torch.randn(1, 20, 32).double())
+    (made,) = backend.decisions()
+    assert made.operator == "exact" and "dense" in made.reason
+
+
 transformers = pytest.importorskip("transformers")
 
 
