@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import cast as aten
-from fastattn_compile.kernels.aten.cast import exact_keys
+from fastattn_compile.kernels.aten.cast import exact_keys, members
 from fastattn_compile.kernels.aten.cast_affinity import Rule, Weights
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 
-__all__ = ["backward", "exact_keys", "forward"]
+__all__ = ["backward", "exact_keys", "forward", "members"]
 
 
 def _by_triton(kernel: str, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> bool:

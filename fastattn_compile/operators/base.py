@@ -428,6 +428,18 @@ class Operator(ABC, Generic[ConfigT]):
     def cost(self, spec: SiteSpec) -> Cost:
         """Work of the forward pass on a site."""
 
+    def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
+        """What the operator itself knows of its loss or its balance on some tensors, for reports. Empty for most.
+
+        Args:
+            inputs: The tensors of a site.
+            parameters: Learned parameters, in order.
+
+        Returns:
+            Named numbers, means over rows and heads where not said otherwise.
+        """
+        return {}
+
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
         """State for causal decoding token by token; ``None`` when the operator has no form of it.
 

@@ -45,6 +45,7 @@ class SiteReport:
         attention_ms: Time of the operator's forward on the site's tensors.
         attention_ms_exact: Time of exact attention on the same tensors.
         options: The operator's configuration.
+        diagnostics: What the operator knows of its own loss or balance (``Operator.diagnostics``).
     """
 
     name: str
@@ -62,6 +63,7 @@ class SiteReport:
     attention_ms: float | None = None
     attention_ms_exact: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def replaced(self) -> bool:

@@ -163,7 +163,20 @@ def _print_sites(out: Console, sites: Sequence[SiteReport], full: bool) -> None:
     out.print(table)
     if columns:
         out.print(_LEGEND, style="dim")
+    _print_diagnostics(out, sites)
     _print_reasons(out, reasons)
+
+
+def _print_diagnostics(out: Console, sites: Sequence[SiteReport]) -> None:
+    """What operators say of themselves: the mean over their sites, and the site with the most."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for site in sites:
+        for name, value in site.diagnostics.items():
+            found.setdefault((site.operator, name), []).append((value, site.name))
+    for (operator, name), values in found.items():
+        mean, (most, where) = sum(value for value, _ in values) / len(values), max(values)
+        words = f"{operator}: {name.replace('_', ' ')} {number(mean)} in the mean of its sites"
+        out.print(escape(f"{words}, most {number(most)} ({where})"))
 
 
 def _print_model(out: Console, report: Report) -> None:

@@ -34,6 +34,7 @@ class SiteRecord:
         own: Relative error of the operator on the exact tensors.
         recall: Softmax mass on the operator's exact keys.
         controls: Relative error of each control.
+        diagnostics: ``Operator.diagnostics`` on the exact tensors.
         ms: Time of the operator.
         ms_exact: Time of exact attention.
     """
@@ -45,6 +46,7 @@ class SiteRecord:
     own: list[Tensor] = field(default_factory=list)
     recall: list[Tensor] = field(default_factory=list)
     controls: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    diagnostics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     ms: float = 0.0
     ms_exact: float = 0.0
 
@@ -74,6 +76,7 @@ class SiteRecord:
             attention_ms=self.ms,
             attention_ms_exact=self.ms_exact,
             options=self.operator.config.to_dict(),
+            diagnostics={name: sum(found) / len(found) for name, found in self.diagnostics.items()},
         )
 
 
@@ -182,6 +185,8 @@ class ExactPass:
         record.recall.append(probe.mass_recall)
         for control, error in probe.controls.items():
             record.controls[control].append(error)
+        for name, value in operator.diagnostics(inputs, parameters).items():
+            record.diagnostics[name].append(value)
 
 
 def check_finite(site: str, operator: Operator, inputs: AttentionInputs, out: Tensor) -> None:

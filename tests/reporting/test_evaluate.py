@@ -138,6 +138,22 @@ def test_an_operator_that_meets_every_key_costs_nothing():
     assert report.model.top1 == 1.0
 
 
+def test_a_site_tells_what_its_operator_knows_of_itself():
+    model = Language()
+    ids = torch.randint(50, (1, N), generator=torch.Generator().manual_seed(3))
+    report = evaluate(
+        model,
+        {"input_ids": ids},
+        operator="barnes_hut",
+        options={"block": 8, "open": 3},
+        compiler="eager",
+        repeats=1,
+    )
+    for site in report.sites:
+        assert 0 < site.diagnostics["unopened_mass"] < 1
+    assert Report.from_json(report.to_json()) == report
+
+
 def test_a_plan_serves_the_sites_it_names():
     model = Language()
     names = [site.name for site in run(model, {"input_ids": ids()}).sites]

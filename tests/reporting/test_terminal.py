@@ -178,3 +178,12 @@ def test_the_package_is_the_function():
 
     with pytest.raises(ReportError, match="run it once"):
         fa.report(torch.nn.Linear(2, 2))
+
+
+def test_operators_tell_of_themselves_in_one_line():
+    sites = tuple(
+        SiteReport(f"layers.{i}", "barnes_hut", own_error=0.1, diagnostics={"unopened_mass": 0.02 * i})
+        for i in range(3)
+    )
+    text = printed(print_report, Report(sites))
+    assert "barnes_hut: unopened mass 0.0200 in the mean of its sites, most 0.0400 (layers.2)" in text

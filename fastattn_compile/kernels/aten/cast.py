@@ -318,6 +318,33 @@ def backward(
     return *tokens.gradients(grad_query, grad_key, grad_value, like=(query, key, value)), learned
 
 
+def members(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
+    real: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Which tokens are in which cluster.
+
+    Args:
+        query: As in ``forward``.
+        key: As in ``forward``.
+        value: As in ``forward``.
+        scale: As in ``forward``.
+        rule: As in ``forward``.
+        weights: As in ``forward``.
+        real: As in ``forward``.
+
+    Returns:
+        ``(b, c, n)`` boolean.
+    """
+    tokens = Tokens.of(query, key, value, real)
+    table = cluster(Affinities(tokens, weights.to(work_dtype(query, key, value)), rule, scale))
+    batch, clusters, _ = table.shape
+    length = query.shape[2]
+    # Empty slots mark one token past the end, which is cut off.
+    member = torch.zeros(batch, clusters, length + 1, dtype=torch.bool, device=query.device)
+    return member.scatter_(2, table.masked_fill(table < 0, length), True)[..., :-1]
+
+
 def exact_keys(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights, rows: Tensor,
     real: Tensor | None = None,
@@ -337,12 +364,5 @@ def exact_keys(
     Returns:
         ``(b, 1, r, n)`` boolean.
     """
-    tokens = Tokens.of(query, key, value, real)
-    table = cluster(Affinities(tokens, weights.to(work_dtype(query, key, value)), rule, scale))
-    batch, clusters, _ = table.shape
-    length = query.shape[2]
-    # Empty slots mark one token past the end, which is cut off.
-    member = torch.zeros(batch, clusters, length + 1, device=query.device)
-    member.scatter_(2, table.masked_fill(table < 0, length), 1)
-    member = member[..., :-1]
+    member = members(query, key, value, scale, rule, weights, real).float()
     return ((member[..., rows].mT @ member) > 0)[:, None]

@@ -229,6 +229,16 @@ def backward(
     return *tokens.gradients(grad_query, grad_key, grad_value, like=(query, key, value)), learned
 
 
+def members(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
+    real: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``cast.members`` under token choice."""
+    tokens = Tokens.of(query, key, value, real)
+    assigned = choose(Affinities(tokens, weights.to(work_dtype(query, key, value)), rule, scale))
+    return assigned[:, None] == torch.arange(rule.clusters, device=assigned.device)[:, None]
+
+
 def exact_keys(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights, rows: Tensor,
     real: Tensor | None = None,

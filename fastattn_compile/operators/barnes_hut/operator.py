@@ -169,6 +169,14 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         met = dropped.forward(inputs).log_sum_exp.to(mass.dtype)
         return torch.where(mass == -torch.inf, 0.0, torch.sigmoid(mass - met))
 
+    def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
+        """``unopened_mass``: the estimated share of a row's softmax mass on keys that were not opened."""
+        share = self.unopened_mass(inputs)
+        seen = torch.ones_like(share, dtype=torch.bool)
+        if inputs.key_padding is not None:
+            seen = inputs.key_padding[:, None].expand_as(share)
+        return {"unopened_mass": float(share[seen].double().mean())}
+
     def cost(self, spec: SiteSpec) -> Cost:
         """Keys met, pooled rows met, the products of the choice and the tree; ``keys_per_query`` leaves out
         the choice."""

@@ -140,6 +140,30 @@ class CastAttention(Operator[CastConfig]):
             unpacked(self.config, parameters, inputs.query.shape[1]), rows, inputs.key_padding,
         )  # fmt: skip
 
+    def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
+        """How tokens fall into clusters (specification 4).
+
+        ``in_no_cluster``: share of tokens that only their own summaries' readers would have met, so nobody.
+        ``clusters_per_token``: their mean number. ``imbalance``: pairs inside the clusters over those of even
+        ones; 1 is even.
+        """
+        check(self.config, parameters, inputs)
+        members = cast_causal.members if self.config.causal else cast_kernel.members
+        member = members(
+            inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
+            unpacked(self.config, parameters, inputs.query.shape[1]), inputs.key_padding,
+        )  # fmt: skip
+        real = inputs.key_padding
+        if real is None:
+            real = torch.ones_like(member[:, 0])
+        count, filled = member.sum(1)[real].double(), member.sum(-1).double()
+        even = filled.sum(-1, keepdim=True).square() / self.config.clusters
+        return {
+            "in_no_cluster": float((count == 0).double().mean()),
+            "clusters_per_token": float(count.mean()),
+            "imbalance": float((filled.square().sum(-1, keepdim=True) / even.clamp(min=1)).mean()),
+        }
+
     def cost(self, spec: SiteSpec) -> Cost:
         """Counted from the definition; ``keys_per_query`` is pairs inside clusters and one a summary."""
         return cast_cost(self.config, spec)

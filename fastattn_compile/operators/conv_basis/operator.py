@@ -37,6 +37,7 @@ from fastattn_compile.operators.exact.cost import parameter_bytes
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.mask import MaskStructure
 
+_DIAGNOSED_ROWS = 32
 _REFUSED = {
     "chunk": "chunked attention is not a band of the diagonal",
     "prefix": "a bidirectional prefix is not a band of the diagonal",
@@ -249,6 +250,19 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             )
             value = torch.where(inputs.key_padding[:, None, :, None], value, value.gather(2, real))
         return error_bound(score, value, rows is None)
+
+    def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
+        """Of sampled rows, means over heads: ``score_error``, the largest error of a score, and ``error_bound``,
+        what it allows for the output relative to ``max |V|`` (section 6).
+        """
+        n = inputs.key.shape[2]
+        rows = torch.linspace(0, n - 1, min(_DIAGNOSED_ROWS, n), device=inputs.query.device).round().long()
+        bound = self.error_bound(inputs, parameters, rows)
+        relative = 2 * (bound.score_error / 2).tanh()
+        return {
+            "score_error": float(bound.score_error.mean()),
+            "error_bound": float(relative.mean()),
+        }
 
     def choose_terms(
         self,

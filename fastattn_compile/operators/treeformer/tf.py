@@ -5,6 +5,7 @@ A patent application covers the mechanism; see the notice in ``fastattn_compile.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -192,6 +193,10 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         return RoutingStatistics(
             found / even, float(torch.stack(climbed).double().mean()), 1 - kept / found if found else 0.0
         )
+
+    def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
+        """The numbers of ``routing_statistics``."""
+        return dataclasses.asdict(self.routing_statistics(inputs, parameters))
 
     def _trees(self, inputs: AttentionInputs, parameters: Sequence[Tensor]) -> Trees:
         return Trees.of(self.config, inputs, parameters, routing_dtype(inputs))
