@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from fastattn_compile.reporting.of_model import report
     from fastattn_compile.retrofitting.attach import attach, detach
     from fastattn_compile.retrofitting.base_weights import BaseWeights
+    from fastattn_compile.retrofitting.bootstrap import BootstrapSchedule
     from fastattn_compile.retrofitting.checkpoint import from_pretrained, save_pretrained
+    from fastattn_compile.retrofitting.distil import distil
+    from fastattn_compile.retrofitting.stages import DistilStage
     from fastattn_compile.scanning import Scan, scan
 
 _HOMES = {
     "BaseWeights": "retrofitting.base_weights",
+    "BootstrapSchedule": "retrofitting.bootstrap",
+    "DistilStage": "retrofitting.stages",
     "MaskStructure": "operators.mask",
     "Plan": "plans",
     "PlannedSite": "plans",
@@ -41,6 +46,7 @@ _HOMES = {
     "attach": "retrofitting.attach",
     "convert": "converting.convert",
     "detach": "retrofitting.attach",
+    "distil": "retrofitting.distil",
     "attend": "operators.library",
     "evaluate": "reporting.evaluate",
     "fastattn": "backend",
@@ -52,8 +58,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "BaseWeights", "MaskStructure", "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend",
-    "convert", "detach", "evaluate", "fastattn", "from_pretrained", "make_operator", "report", "save_pretrained", "scan",
+    "BaseWeights", "BootstrapSchedule", "DistilStage", "MaskStructure", "Plan", "PlannedSite", "Report",
+    "Scan", "__version__", "attach", "attend", "convert", "detach", "distil", "evaluate", "fastattn",
+    "from_pretrained", "make_operator", "report", "save_pretrained", "scan",
 ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def fastattn(
     """
     parsed = parse_options(options, mode)
     modules = module_ids(gm)
-    analyses = analyse(gm)
+    analyses = analyse(gm, parsed.within)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
     learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
     choices = _choose(gm, example_inputs, [line for a in analyses for line in a.softmaxes], parsed, learned)

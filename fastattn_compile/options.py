@@ -33,6 +33,8 @@ class Options:
         inductor: Configuration patches for Inductor.
         inductor_mode: A torch.compile mode (``max-autotune``, ...), which cannot be given beside ``options`` otherwise.
         quiet: Do not print the line that says what was done.
+        within: Path of the compiled module inside the model, when its blocks are compiled one by one (as under FSDP):
+            sites are then named as in the whole model, which is how plans and learned parameters know them.
         operator_options: Fields of the named operator's configuration.
     """
 
@@ -45,6 +47,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     inductor_mode: str | None = None
     quiet: bool = False
+    within: str = ""
     operator_options: Mapping[str, Any] = field(default_factory=dict)
 
     def build_operator(self) -> Operator | None:
@@ -98,6 +101,7 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
         "monitor": (lambda v: _is_number(v) and 0 <= v <= 1, "a share between 0 and 1"),
         "compiler": (lambda v: v in COMPILERS, f"one of {', '.join(COMPILERS)}"),
         "inductor": (lambda v: isinstance(v, Mapping), "a mapping of Inductor settings"),
+        "within": (lambda v: isinstance(v, str), "the path of a module"),
         "inductor_mode": (lambda v: v is None or isinstance(v, str), "the name of a torch.compile mode"),
     }
     for key, (right, wanted) in checks.items():

@@ -39,12 +39,13 @@ def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
             yield module
 
 
-def analyse(gm: torch.fx.GraphModule) -> list[Analysis]:
+def analyse(gm: torch.fx.GraphModule, within: str = "") -> list[Analysis]:
     """Finds every softmax in a graph and the graphs inside it.
 
     Args:
         gm: A graph as Dynamo or ``torch.export`` captures it. In-place operators on fresh tensors are made functional and
             opaque attention calls are expanded, in place; what the graph computes does not change.
+        within: Path, inside the whole model, of the module that was captured; sites are named from the model's root.
     """
     found = []
     for body in bodies(gm):
@@ -54,11 +55,18 @@ def analyse(gm: torch.fx.GraphModule) -> list[Analysis]:
         if _specialise(body, normalised):
             normalised = view(body, tainted)
         found.append((body, normalised, find(normalised)))
-    names = iter(unique_names([line.name for _, _, lines in found for line in lines]))
+    names = iter(unique_names([_from_root(line.name, within) for _, _, lines in found for line in lines]))
     return [
         Analysis(body, normalised, [_named(line, next(names)) for line in lines])
         for body, normalised, lines in found
     ]
+
+
+def _from_root(name: str, within: str) -> str:
+    if not within:
+        return name
+    # What stands in the captured module itself has no path there and is named by its source line.
+    return within if ":" in name else f"{within}.{name}"
 
 
 def named(lines: Sequence[Softmax]) -> list[Softmax]:

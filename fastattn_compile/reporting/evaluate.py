@@ -122,7 +122,7 @@ def evaluate(
         say("compare the outputs", 0, 0)
         known = labels if labels is not None else _own_labels(inputs, watch_exact)
         if before is not None:
-            with _evaluating(before):
+            with evaluating(before):
                 exact = _predict(before, inputs, labels)
         delta = compare_outputs(exact, replaced, known, _real_tokens(inputs), seed)
         checks: dict[str, Any] = {}
@@ -199,14 +199,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, nothing compiled before or left behind."""
     torch.compiler.reset()
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         torch.compiler.reset()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; the mode of every module as it was after it."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
