@@ -304,7 +304,6 @@ def test_options_of_a_wrong_type_are_refused():
         ({"cluster_size": 41}, "none", 40, "larger than the sequence"),
         ({}, "left(3) & right(3)", 40, "left"),
         ({}, "chunk(8)", 40, "chunk"),
-        ({}, "segments", 40, "segments"),
         ({}, "none", 1, "single query"),
     ],
 )

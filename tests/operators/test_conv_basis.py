@@ -428,7 +428,6 @@ def test_bad_options_are_refused_at_construction(options, text):
     ("change", "text"),
     [
         ({"mask": MaskStructure(right=0, prefix=4)}, "prefix"),
-        ({"mask": MaskStructure(right=0, segments=True)}, "batch row of its own"),
         ({"mask": MaskStructure(chunk=16)}, "chunked"),
         ({"kind": "cross"}, "cross"),
         ({"query_len": 1}, "1 queries against"),

@@ -274,6 +274,13 @@ def test_no_wrap_around_at_the_shortest_transform():
         assert compare(make_operator("conv_basis", k=k, anchors="strided", form="fft"), inputs) < 1e-11
 
 
+@pytest.mark.parametrize("anchors", ANCHORS)
+def test_a_sequence_of_nan_gives_nan(anchors):
+    inputs = make_inputs("causal", length=30)
+    inputs.query[:], inputs.key[:] = torch.nan, torch.nan
+    assert run(make_operator("conv_basis", k=8, anchors=anchors, probe=4), inputs).out.isnan().all()
+
+
 def test_fast_lengths_have_small_factors_and_are_the_smallest():
     small = sorted(2**a * 3**b * 5**c for a in range(11) for b in range(7) for c in range(5))
     for least in (1, 2, 7, 11, 121, 487, 1025):

@@ -196,6 +196,8 @@ def column_jumps(
         total[..., 1 : n - offset] += (scores[..., 1:] - scores[..., :-1]).abs() * usable
         compared[..., 1 : n - offset] += usable
     jump = total / compared.clamp(min=1)
+    # NaN would stand above the infinity of the columns that are anchors in any case.
+    jump = torch.where(torch.isfinite(jump), jump, 0)
     if share:
         jump = jump.mean(2, keepdim=True)
     always = min(max(1, sinks), count)

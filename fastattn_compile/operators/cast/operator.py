@@ -32,6 +32,12 @@ from fastattn_compile.operators.cast.parameters import (
     unpacked,
 )
 from fastattn_compile.operators.cast.reference import cast_attention
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    exact_keys_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.operator import refuse_extras
 
 
@@ -54,7 +60,7 @@ class CastAttention(Operator[CastConfig]):
         extras = refuse_extras(spec)
         if not extras:
             return extras
-        for term in mask.conflicts("right", "end_aligned", "key_padding"):
+        for term in mask.conflicts("right", "end_aligned", "key_padding", "segments"):
             return no(f"the mask term {term} is not supported: clusters span what it separates ({mask})")
         if spec.kind != "self":
             return no("cross attention is not supported: a token's cluster comes from its query and its key")
@@ -91,11 +97,15 @@ class CastAttention(Operator[CastConfig]):
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
+        if inputs.segments is not None:
+            return reference_documents(lambda one: self.reference(one, parameters), inputs)
         check(self.config, parameters, inputs)
         return cast_attention(self.config, inputs, parameters)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Clusters gathered into tiles, or chunks of a causal scan."""
+        if inputs.segments is not None:
+            return forward_documents(lambda one: self.forward(one, parameters), inputs, self._unit)
         check(self.config, parameters, inputs)
         kernel = cast_causal if self.config.causal else cast_kernel
         return AttentionOutput(
@@ -114,6 +124,9 @@ class CastAttention(Operator[CastConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """Gradients of ``forward``, computed anew; none passes the choice of clusters (specification 1.7)."""
+        if inputs.segments is not None:
+            packed = inputs, output, grad_out, grad_log_sum_exp, self._unit
+            return backward_documents(lambda one, *saved: self.backward(one, parameters, *saved), *packed)
         kernel = cast_causal if self.config.causal else cast_kernel
         query, key, value, learned = kernel.backward(
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
@@ -130,6 +143,10 @@ class CastAttention(Operator[CastConfig]):
         Clusters depend on learned parameters. Without them all that is known is that a token meets itself,
         and under ``topk``, where it may be in no cluster, not even that.
         """
+        if inputs.segments is not None:
+            return exact_keys_documents(
+                lambda one, some: self.exact_keys(one, some, parameters), inputs, rows
+            )
         seen = inputs.visible(rows)
         if not parameters:
             itself = rows[:, None] == torch.arange(inputs.key.shape[2], device=rows.device)
@@ -186,6 +203,11 @@ class CastAttention(Operator[CastConfig]):
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
         """Surrogates at the centroids of the sample's keys, random without a sample; a gate of 0."""
         return initial(self.config, spec, sample)
+
+    @property
+    def _unit(self) -> int | None:
+        """Documents of one length go together where it decides the size of a cluster; else padding moves nothing."""
+        return 1 if self.config.cluster_size is not None else None
 
     def rule(self, length: int) -> Rule:
         """The configuration as the kernels read it, for a sequence of ``length`` tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,7 @@ from fastattn_compile.kernels.aten.conv_anchors import anchor_offsets
 from fastattn_compile.kernels.tiles import work_dtype
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.conv_basis.biases import offset_biases
+from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class ConvBasisDecoder(Decoder):
         Raises:
             ValueError: The mask is not causal, or tokens were attended before.
         """
+        refuse_decoding(inputs)
         if inputs.mask.right != 0 or inputs.query.shape[2] != inputs.key.shape[2]:
             raise ValueError(
                 f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "
@@ -53,8 +54,7 @@ class ConvBasisDecoder(Decoder):
         batch, kv_heads, length, channels = inputs.key.shape
         config, device = self.operator.config, inputs.key.device
         # A prompt shorter than k has an anchor at every place that a longer one has it.
-        shorter = type(self.operator)(dataclasses.replace(config, k=min(config.k, length)))
-        output = shorter.forward(inputs, self.parameters)
+        output = self.operator.shortened(length).forward(inputs, self.parameters)
         dtype = work_dtype(inputs.query, inputs.key, inputs.value)
         hidden = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if inputs.key_padding is not None:

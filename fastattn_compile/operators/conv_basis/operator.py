@@ -33,6 +33,12 @@ from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.conv_basis.cost import conv_cost, low_rank_cost
 from fastattn_compile.operators.conv_basis.decode import ConvBasisDecoder
 from fastattn_compile.operators.conv_basis.reference import conv_attention
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    exact_keys_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.cost import parameter_bytes
 from fastattn_compile.operators.exact.operator import refuse_extras
 from fastattn_compile.operators.mask import MaskStructure
@@ -41,7 +47,6 @@ _DIAGNOSED_ROWS = 32
 _REFUSED = {
     "chunk": "chunked attention is not a band of the diagonal",
     "prefix": "a bidirectional prefix is not a band of the diagonal",
-    "segments": "packed documents are not a band of the diagonal; give every document a batch row of its own",
 }
 
 
@@ -50,7 +55,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
 
     Exact where the scores are piecewise Toeplitz (positions only, repeated content); on rotary language
     models it is a poor replacement without training. Serves self-attention: causal, windowed, banded,
-    bidirectional, with key padding.
+    bidirectional, with key padding, and packed documents: each a sequence of its own, exact up to ``k`` tokens.
     """
 
     name = "conv_basis"
@@ -66,8 +71,12 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             if low_rank.refusal(mask):
                 return no(low_rank.refusal(mask))
         else:
-            for term in mask.conflicts("left", "right", "end_aligned", "key_padding"):
+            for term in mask.conflicts("left", "right", "end_aligned", "key_padding", "segments"):
                 return no(f"{_REFUSED[term]} ({mask})")
+            if mask.segments and self.config.key_bias:
+                return no(
+                    "a bias by key has one place for every token of a sequence, packed documents have several"
+                )
         if spec.kind != "self":
             return no("cross attention has no diagonal for scores to follow; only self-attention is served")
         if spec.query_len != spec.key_len:
@@ -87,6 +96,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition; its gradient is the one the configuration names."""
+        if self._packed(inputs):
+            return reference_documents(
+                lambda one: self.shortened(one.key.shape[2]).reference(one, parameters), inputs
+            )
         offset_bias, key_bias = biases(self.config, inputs, parameters)
         if self._low_rank:
             return low_rank.low_rank_attention(self.config.degree, inputs, key_bias)
@@ -98,6 +111,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         Raises:
             NumericError: The configuration names a form that the range of the scores does not allow.
         """
+        if self._packed(inputs):
+            return forward_documents(
+                lambda one: self.shortened(one.key.shape[2]).forward(one, parameters), inputs, 1
+            )
         if self._low_rank:
             return low_rank.forward(self.config, inputs, biases(self.config, inputs, parameters)[1])
         try:
@@ -114,6 +131,12 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         grad_log_sum_exp: Tensor | None,
     ) -> Gradients:
         """The gradient the configuration names (specification section 7), places of anchors held constant."""
+        if self._packed(inputs):
+            packed = inputs, output, grad_out, grad_log_sum_exp, 1
+            return backward_documents(
+                lambda one, *saved: self.shortened(one.key.shape[2]).backward(one, parameters, *saved),
+                *packed,
+            )
         given = inputs, parameters, output, grad_out, grad_log_sum_exp
         found = self._low_rank_backward(*given) if self._low_rank else self._conv_backward(*given)
         dq, dk, dv, d_offset, d_key = found
@@ -158,6 +181,10 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """The anchor columns: their scores are the exact ones. None in the low-rank approximation."""
+        if self._packed(inputs):
+            return exact_keys_documents(
+                lambda one, some: self.shortened(one.key.shape[2]).exact_keys(one, some), inputs, rows
+            )
         if self._low_rank:
             return torch.zeros(1, 1, len(rows), inputs.key.shape[2], dtype=torch.bool, device=rows.device)
         batch, n = inputs.key.shape[0], inputs.key.shape[2]
@@ -195,6 +222,16 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         if not config.stride or config.key_bias or self._low_rank:
             return None
         return ConvBasisDecoder(self, scale, parameters)
+
+    def shortened(self, length: int) -> ConvBasisAttention:
+        """The same operator for a sequence that may have fewer tokens than terms: each column is then its own anchor."""
+        if length >= self.config.k:
+            return self
+        return type(self)(dataclasses.replace(self.config, k=max(1, length)))
+
+    def _packed(self, inputs: AttentionInputs) -> bool:
+        """Whether documents are attended one by one; the low-rank form has a mask for them."""
+        return inputs.segments is not None and not self._low_rank
 
     @property
     def _low_rank(self) -> bool:
