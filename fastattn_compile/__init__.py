@@ -19,6 +19,8 @@ from fastattn_compile.version import __version__
 if TYPE_CHECKING:
     from fastattn_compile.backend import fastattn
     from fastattn_compile.converting.convert import convert
+    from fastattn_compile.integrations.hugging_face.cache import DecodingCache
+    from fastattn_compile.integrations.hugging_face.route import register_transformers, route, unroute
     from fastattn_compile.operators.library import attend
     from fastattn_compile.operators.mask import MaskStructure
     from fastattn_compile.operators.registry import make_operator
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BaseWeights": "retrofitting.base_weights",
     "BootstrapSchedule": "retrofitting.bootstrap",
+    "DecodingCache": "integrations.hugging_face.cache",
     "DistilStage": "retrofitting.stages",
     "MaskStructure": "operators.mask",
     "Plan": "plans",
@@ -52,15 +55,18 @@ _HOMES = {
     "fastattn": "backend",
     "from_pretrained": "retrofitting.checkpoint",
     "make_operator": "operators.registry",
+    "register_transformers": "integrations.hugging_face.route",
     "report": "reporting.of_model",
+    "route": "integrations.hugging_face.route",
     "save_pretrained": "retrofitting.checkpoint",
     "scan": "scanning",
+    "unroute": "integrations.hugging_face.route",
 }
 
 __all__ = [
-    "BaseWeights", "BootstrapSchedule", "DistilStage", "MaskStructure", "Plan", "PlannedSite", "Report",
-    "Scan", "__version__", "attach", "attend", "convert", "detach", "distil", "evaluate", "fastattn",
-    "from_pretrained", "make_operator", "report", "save_pretrained", "scan",
+    "BaseWeights", "BootstrapSchedule", "DecodingCache", "DistilStage", "MaskStructure", "Plan", "PlannedSite", "Report",
+    "Scan", "__version__", "attach", "attend", "convert", "detach", "distil", "evaluate", "fastattn", "from_pretrained",
+    "make_operator", "register_transformers", "report", "route", "save_pretrained", "scan", "unroute",
 ]  # fmt: skip
 
 

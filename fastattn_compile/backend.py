@@ -61,6 +61,11 @@ class CompiledGraph:
     monitor: measure.Monitor | None = None
     stop: Callable[[], None] = field(default=lambda: None, repr=False)
 
+    def watch(self, share: float, names: set[str]) -> None:
+        """Samples the errors of some sites from now on, on a share of the calls."""
+        self.monitor = measure.Monitor(share)
+        self.stop = self.monitor.watch(names)
+
 
 _compiled: list[CompiledGraph] = []
 
@@ -98,15 +103,27 @@ def fastattn(
         c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"
     }
     if parsed.monitor and replaced:
-        record.monitor = measure.Monitor(parsed.monitor)
-        record.stop = record.monitor.watch(replaced)
+        record.watch(parsed.monitor, replaced)
+    remember(record)
+    if choices and not parsed.quiet:
+        print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
+    return _compile(gm, example_inputs, parsed)
+
+
+def remember(record: CompiledGraph) -> None:
+    """Keeps what was done with a graph, or by another way into a model, for reports."""
+    if any(record is known for known in _compiled):
+        return
     _compiled.append(record)
     for forgotten in _compiled[:-_KEPT_RECORDS]:
         forgotten.stop()
     del _compiled[:-_KEPT_RECORDS]
-    if choices and not parsed.quiet:
-        print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
-    return _compile(gm, example_inputs, parsed)
+
+
+def forget(record: CompiledGraph) -> None:
+    """Drops what ``remember`` keeps, when its model is gone: identities of its modules will be those of others."""
+    record.stop()
+    _compiled[:] = [known for known in _compiled if known is not record]
 
 
 def reset() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from fastattn_compile.errors import ModelLoadError
+from fastattn_compile.integrations.hugging_face.plain import plain_attention
 from fastattn_compile.operators.registry import make_operator, operator_names
 from fastattn_compile.passes.analyse import analyse
 from fastattn_compile.passes.choose import symbolic_spec
@@ -135,7 +136,7 @@ def _renamed(line: Softmax, name: str) -> Softmax:
 def _untouched(model: Any) -> Iterator[None]:
     """Puts buffers (running statistics, caches) and the random state back as they were."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), plain_attention(model):
         try:
             yield
         finally:

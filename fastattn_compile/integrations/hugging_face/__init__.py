@@ -1,0 +1,1 @@
+"""``attn_implementation="fastattn"`` in transformers: masks as structure, routes per attention module, decoding state."""
