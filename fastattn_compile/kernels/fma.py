@@ -24,19 +24,22 @@ def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern)
     return on_gpu.obstacle(query, key, value, pattern)
 
 
-def _offered(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Callable[[], str]]:
-    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern)}
+def _offered(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, bias: Tensor | None
+) -> dict[str, Callable[[], str]]:
+    biased = "it adds no bias by distance to the scores" if bias is not None else ""
+    offered = {"triton": lambda: biased or triton_obstacle(query, key, value, pattern)}
     if query.device.type == "cpu":
-        offered["cpp"] = lambda: on_cpu.why_not(query, key, value, pattern)
+        offered["cpp"] = lambda: biased or on_cpu.why_not(query, key, value, pattern)
     return offered
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, key_padding: Tensor | None = None,
-    weights: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (), bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``kernels.aten.fma.forward``, by the fastest implementation that serves the call."""
-    name = select("fma forward", _offered(query, key, value, pattern))
+    name = select("fma forward", _offered(query, key, value, pattern, bias))
     if name == "triton":
         from fastattn_compile.kernels.gpu import fma as on_gpu
 
@@ -46,24 +49,24 @@ def forward(
         if made is not None:
             return made
         give_way("fma forward", name, NOT_FINITE)
-    return on_aten.forward(query, key, value, scale, pattern, key_padding, weights)
+    return on_aten.forward(query, key, value, scale, pattern, key_padding, weights, bias)
 
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, out: Tensor, log_sum_exp: Tensor,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
-    weights: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    weights: Sequence[Tensor] = (), bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:  # fmt: skip
     """As ``kernels.aten.fma.backward``, by the fastest implementation that serves the call."""
     saved = out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
-    name = select("fma backward", _offered(query, key, value, pattern))
+    name = select("fma backward", _offered(query, key, value, pattern, bias))
     if name == "triton":
         from fastattn_compile.kernels.gpu import fma as on_gpu
 
-        return on_gpu.backward(query, key, value, scale, pattern, *saved, weights)
+        return *on_gpu.backward(query, key, value, scale, pattern, *saved, weights), None
     if name == "cpp":
         made = on_cpu.backward(query, key, value, scale, pattern, *saved)
         if made is not None:
-            return *made, ()
+            return *made, (), None
         give_way("fma backward", name, NOT_FINITE)
-    return on_aten.backward(query, key, value, scale, pattern, *saved, weights)
+    return on_aten.backward(query, key, value, scale, pattern, *saved, weights, bias)

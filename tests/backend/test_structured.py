@@ -9,6 +9,9 @@ from oracle import relative_error
 from torch import nn
 
 import fastattn_compile.backend as backend
+from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator
+from fastattn_compile.operators.exact.reference import exact_attention
+from fastattn_compile.operators.observe import observing
 
 FMA = {"operator": "fma", "block": 8, "rank": 2, "sinks": 2, "strict": True}
 OPERATORS = {
@@ -135,6 +138,48 @@ def test_a_bias_reaches_the_operator(kind: str, dynamic: bool) -> None:
     assert made == (*KINDS[kind], "named by the user")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fma_adds_the_bias_near_and_far(kind: str) -> None:
+    """What the operator is given is what the model adds, and what it gives is its definition of that."""
+    model = Biased(kind).double()
+    x = torch.randn(2, 90, 32, dtype=torch.float64)
+    seen: list[float] = []
+
+    def observe(_: str, operator: Operator, inputs: AttentionInputs, output: AttentionOutput) -> None:
+        seen.append(relative_error(output.out, operator.reference(inputs).out))
+        seen.append(relative_error(exact_attention(inputs).out, merged(inputs)))
+
+    def merged(inputs: AttentionInputs) -> torch.Tensor:
+        place = torch.arange(90)
+        scores = inputs.scale * inputs.query @ inputs.key.mT + model.bias(place - place[:, None])
+        scores = scores.masked_fill(~inputs.visible(place), -torch.inf)
+        return scores.softmax(-1) @ inputs.value
+
+    with observing(observe), torch.no_grad():
+        compiled(model, **FMA)(x)
+    assert len(seen) == 2 and max(seen) < 1e-12
+    assert set(operators_used().values()) == {"fma"}
+
+
+def test_training_of_a_bias_through_fma() -> None:
+    """Buckets and slopes that are learned get the gradients that the definition gives them."""
+    for kind in ("buckets", "trained"):
+        model = Biased(kind).double()
+        x = torch.randn(1, 60, 32, dtype=torch.float64)
+        learned = model.table.weight if kind == "buckets" else model.slopes
+        fast = compiled(model, compiler="aot_eager", **FMA)
+        (got,) = torch.autograd.grad(fast(x).square().sum(), learned)
+        step = torch.zeros_like(learned)
+        step.view(-1)[1] = 1e-5
+        with torch.no_grad():
+            losses = []
+            for sign in (1, -1):
+                learned += sign * step
+                losses.append(fast(x).square().sum())
+                learned -= sign * step
+        assert float(got.view(-1)[1]) == pytest.approx(float(losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
 def test_a_bias_that_is_data_keeps_the_site() -> None:
     class Dense(Biased):
         def bias(self, distance: torch.Tensor) -> torch.Tensor:
@@ -146,6 +191,78 @@ def test_a_bias_that_is_data_keeps_the_site() -> None:
 
 
 transformers = pytest.importorskip("transformers")
+
+
+class LastHidden(nn.Module):
+    """A transformers model as a function of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def biased_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    configurations = {
+        "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "use_cache": False},
+        "Mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "use_cache": False},
+        "Falcon": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "bias": True,
+            "multi_query": False, "new_decoder_architecture": False, "use_cache": False,
+        },
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(vocab_size=99, **configurations[name])
+    model = getattr(transformers, "T5EncoderModel" if name == "T5" else f"{name}Model")(config)
+    return LastHidden(model.eval().double())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Bloom", "Mpt", "Falcon", "T5"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_biased_models_are_served_by_fma(name: str, dynamic: bool) -> None:
+    model = biased_model(name)
+    ids = torch.randint(99, (2, 100))
+    seen: list[float] = []
+
+    def observe(_: str, operator: Operator, inputs: AttentionInputs, output: AttentionOutput) -> None:
+        assert inputs.spec().bias == ("bucketed" if name == "T5" else "alibi")
+        seen.append(relative_error(output.out, operator.reference(inputs).out))
+
+    with torch.no_grad(), observing(observe):
+        exact = model(ids)
+        # All tokens near: nothing is approximated. The models make their biases in float32.
+        whole = compiled(model, dynamic=dynamic, operator="fma", block=64, strict=True)(ids)
+        assert relative_error(whole, exact) < 1e-6
+        fast = compiled(model, dynamic=dynamic, **FMA)(ids)
+        assert set(operators_used().values()) == {"fma"}
+        assert relative_error(fast, exact) > 1e-6
+    assert len(seen) == 4 and max(seen) < 1e-10
+
+
+@pytest.mark.slow
+def test_padding_makes_the_bias_of_bloom_data() -> None:
+    model, ids = biased_model("Bloom"), torch.randint(99, (2, 40))
+    real = torch.ones(2, 40, dtype=torch.int64)
+    real[0, 30:] = 0
+    compiled(model, operator="fma", block=8)(ids, real)
+    assert set(operators_used().values()) == {"exact"}
+    assert all("(dense)" in d.reason for d in backend.decisions())
+
+
+@pytest.mark.slow
+def test_training_of_t5_through_fma() -> None:
+    """The table of buckets is learned: its gradient is there, and near the exact one when all tokens are near."""
+    model, ids = biased_model("T5"), torch.randint(99, (1, 40))
+    table = model.model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    grads = []
+    for function in (model, compiled(model, operator="fma", block=32, strict=True, compiler="aot_eager")):
+        (grad,) = torch.autograd.grad(function(ids).square().sum(), table)
+        grads.append(grad)
+    assert relative_error(grads[1], grads[0]) < 1e-6
 
 
 @pytest.mark.slow

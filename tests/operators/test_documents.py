@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 from oracle import gradients, leaves, make_inputs, make_parameters, relative_error, run
+from packed import LENGTHS, alone, packed
 
 from fastattn_compile.kernels.dispatch import recorded_kernels
-from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.registry import make_operator
 
@@ -32,24 +32,6 @@ OPERATORS = {
     "cast-paper": ("cast", {"clusters": 3, "clustering": "token_choice", "cluster_size": 6}),
     "cast-sa": ("cast", {"clusters": 3, "clustering": "sa_topk", "combine": "lse"}),
 }
-# Shorter than a block, of two blocks, of three levels; one length twice.
-LENGTHS = [[5, 71, 16, 33, 16, 1], [142], [1, 1, 120, 20]]
-
-
-def packed(mask: str, dtype: torch.dtype = torch.float64) -> AttentionInputs:
-    inputs = make_inputs(f"{mask} & segments", batch=3, length=142, dtype=dtype)
-    segments = torch.stack(
-        [torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) * 7 % 11 for lengths in LENGTHS]
-    )
-    return dataclasses.replace(inputs, segments=segments)
-
-
-def alone(inputs: AttentionInputs, sequence: int, span: slice) -> AttentionInputs:
-    one = slice(sequence, sequence + 1)
-    q, k, v = (x[one, :, span] for x in (inputs.query, inputs.key, inputs.value))
-    padding = None if inputs.key_padding is None else inputs.key_padding[one, span]
-    mask = dataclasses.replace(inputs.mask, segments=False)
-    return dataclasses.replace(inputs, query=q, key=k, value=v, mask=mask, key_padding=padding, segments=None)
 
 
 @pytest.mark.parametrize("mask", ["causal", "none", "causal & window(19)", "left(9)", "causal & key_padding"])

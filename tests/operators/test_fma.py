@@ -291,7 +291,6 @@ def test_any_block_size_serves(block):
         ({"mask": MaskStructure.parse("causal & prefix(8)")}, "prefix"),
         ({"mask": MaskStructure.parse("right(-2)")}, "shifted by -2"),
         ({"mask": MaskStructure.parse("left(-2)")}, "own position"),
-        ({"bias": "alibi"}, "alibi"),
     ],
 )
 def test_sites_it_refuses(change, words):

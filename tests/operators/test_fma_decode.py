@@ -22,7 +22,11 @@ def prefix(inputs: AttentionInputs, length: int) -> AttentionInputs:
 @pytest.mark.parametrize(
     "options", [{}, {"sinks": 0}, {"scale_attn": False}, {"rank": 8}, {"basis": "depthwise"}], ids=str
 )
-@pytest.mark.parametrize("mask", ["causal", "causal & window(50)", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "mask",
+    ["causal", "causal & window(50)", "causal & key_padding", "causal + alibi", "causal & key_padding + alibi",
+     "causal & window(50) + bucketed"],
+)  # fmt: skip
 @pytest.mark.parametrize("prefilled", [1, 16, 37, 96])
 def test_decoding_equals_one_pass(prefilled: int, mask: str, options: dict[str, object]) -> None:
     operator = make_operator("fma", **{"block": 8, "rank": 2, "sinks": 3, **options})
@@ -48,6 +52,15 @@ def test_the_state_grows_with_the_logarithm_of_the_length() -> None:
         rows.append(decoder.stored_rows())
     assert [b - a for a, b in pairwise(rows)] == [8, 8, 8]
     assert rows[0] < 64
+
+
+def test_a_bias_that_ends_before_the_sequence() -> None:
+    operator = make_operator("fma", block=8, rank=2)
+    inputs = make_inputs("causal + bucketed", length=32)
+    decoder = operator.decoder(1.0)
+    decoder.prefill(inputs)
+    with pytest.raises(ValueError, match="distances of 32 tokens"):
+        decoder.step(*(x[:, :, :1] for x in (inputs.query, inputs.key, inputs.value)))
 
 
 def test_what_cannot_be_decoded_is_refused() -> None:

@@ -236,8 +236,7 @@ def test_autocast_does_not_reach_into_the_kernels(case, mask):
 @each_operator
 @pytest.mark.parametrize(
     "mask",
-    ["causal", "causal & window(21)", "causal & key_padding", "causal & segments", "causal + alibi",
-     "causal + bucketed"],
+    ["causal", "causal & window(21)", "causal & key_padding", "causal + alibi", "causal + bucketed"],
 )  # fmt: skip
 def test_the_future_does_not_move_the_past(case, mask):
     inputs = make_inputs(mask)

@@ -12,10 +12,12 @@ of value. The query heads that share a key head stand as further rows of one til
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.fma_bias import Decay, FarBias, level_tables_backward, row_cover
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.aten.fma_pool import combine_levels_backward, spread_levels
 from fastattn_compile.kernels.aten.fma_tiles import Blocks, Part, Tile, Tiling, Workspace
@@ -26,6 +28,7 @@ from fastattn_compile.kernels.tiles import (
     probabilities_,
     statistics_dtype,
     without_nonfinite,
+    work_dtype,
 )
 
 
@@ -45,6 +48,7 @@ def forward(
     pattern: Pattern,
     key_padding: Tensor | None = None,
     weights: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fast multipole attention.
 
@@ -58,20 +62,24 @@ def forward(
         key_padding: ``(b, n)`` boolean, true where a token is real.
         weights: For a learned pattern, for every level key weight ``(d, rank, width)``, key bias ``(d,
             rank)``, value weight ``(e, rank, width)``, value bias ``(e, rank)``; further levels are not read.
+        bias: Added by distance: ``(h,)`` slopes of ALiBi (not with a learned pattern), ``(h, 2 N - 1)`` numbers with
+            ``N >= n``, or ``None``.
 
     Returns:
         Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
         float32 (float64 for float64 values), -inf where a query sees no key.
     """
-    tiling = Tiling(query, key, value, pattern, key_padding)
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(*query.shape[:3], 1, dtype=statistics_dtype(value))
+    key, value, pattern = _for_slopes(query, key, value, pattern, bias)
+    tiling = Tiling(query, key, value, pattern, key_padding, bias)
     # Without padding and window every query meets itself at least.
     may_be_empty = key_padding is not None or pattern.banded
 
     def attend(space: Workspace, part: Part) -> None:
-        keys = space.rows(key, part, _of_keys(weights), "keys")
-        values = space.rows(value, part, _of_values(weights), "values")
+        bias_of = tiling.far_bias(part)
+        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys")
+        values = space.rows(value, part, _of_values(weights), bias_of, "values")
         queries, outs, lses = (Blocks(x, part, tiling) for x in (query, out, log_sum_exp))
         for blocks in tiling.passes():
             tile = space.tile(part, blocks)
@@ -80,7 +88,7 @@ def forward(
             k, v = tile.key, tile.value
             if not tiling.finite:
                 k, v = without_nonfinite(k), without_nonfinite(v)
-            visible = tile.score(k, scale, part, blocks)
+            visible = tile.score(k, scale, part, blocks, bias_of)
             lse = normalise(tile.scores, tile.attention, (tile.own_scores, tile.own_attention))
             torch.bmm(tile.attention, v, out=tile.out)
             if may_be_empty:
@@ -106,7 +114,8 @@ def backward(
     grad_log_sum_exp: Tensor | None = None,
     key_padding: Tensor | None = None,
     weights: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
     """Gradients of ``forward``: ``dS = P * (dO . v - dO . o + dlse)`` with P the weights (specification 1.6).
 
     Args:
@@ -121,11 +130,15 @@ def backward(
         grad_log_sum_exp: Gradient of the log-sum-exp; ``None`` is zero.
         key_padding: As in ``forward``.
         weights: As in ``forward``.
+        bias: As in ``forward``.
 
     Returns:
-        Gradients of query, key, value and each of ``weights``, each of its input's shape and type.
+        Gradients of query, key, value and each of ``weights``, each of its input's shape and type; that of a bias by
+        distance, ``None`` for slopes and without a bias.
     """
-    tiling = Tiling(query, key, value, pattern, key_padding)
+    given = key, value
+    key, value, pattern = _for_slopes(query, key, value, pattern, bias)
+    tiling = Tiling(query, key, value, pattern, key_padding, bias)
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
@@ -134,13 +147,14 @@ def backward(
         slope = slope - grad_log_sum_exp
     statistics = torch.stack([log_sum_exp.to(tiling.dtype), slope], -1)
 
-    def differentiate(space: Workspace, part: Part) -> list[Tensor]:
-        keys = space.rows(key, part, _of_keys(weights), "keys")
-        values = space.rows(value, part, _of_values(weights), "values")
+    def differentiate(space: Workspace, part: Part) -> tuple[list[Tensor], slice, Tensor | None]:
+        bias_of = tiling.far_bias(part)
+        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys")
+        values = space.rows(value, part, _of_values(weights), bias_of, "values")
         if not tiling.finite:
             keys, values = without_nonfinite(keys), without_nonfinite(values)
-        to_keys = _Scatter(space, part, keys, "key gradients")
-        to_values = _Scatter(space, part, values, "value gradients")
+        to_keys = _Scatter(space, part, keys, bias_of, "key gradients")
+        to_values = _Scatter(space, part, values, bias_of, "value gradients")
         queries, grad_outs, stats = (Blocks(x, part, tiling) for x in (query, grad_out, statistics))
         grad_queries = Blocks(grad_query, part, tiling)
         for blocks in tiling.passes():
@@ -150,12 +164,15 @@ def backward(
             grad_outs.load(blocks, tile.out_blocks)
             stats.load(blocks, tile.statistics_blocks)
             tile.gather(keys, values, part, blocks)
-            tile.score(tile.key, scale, part, blocks)
+            tile.score(tile.key, scale, part, blocks, bias_of)
             attention = probabilities_(tile.scores, tile.lse)
             torch.bmm(attention.mT, tile.out, out=tile.grad_value)
             to_values.add(tile.grad_value, blocks)
             grad_scores = torch.bmm(tile.out, tile.value.mT, out=tile.attention)
-            grad_scores.sub_(tile.slope).mul_(attention).mul_(scale)
+            grad_scores.sub_(tile.slope).mul_(attention)
+            if bias_of is not None:
+                bias_of.take(grad_scores.view(*tile.blocked, -1).transpose(1, 2), blocks)
+            grad_scores.mul_(scale)
             torch.bmm(grad_scores.mT, tile.query, out=tile.grad_key)
             to_keys.add(tile.grad_key, blocks)
             torch.bmm(grad_scores, tile.key, out=tile.grad_query)
@@ -163,17 +180,48 @@ def backward(
         grads = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
         grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grads))
         grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grads))
-        return grads
+        return grads, part.heads, None if bias_of is None else bias_of.gradient()
 
-    # Weights are shared by all heads: their gradients are added in the order of the parts.
+    # Weights are shared by all heads, biases by all sequences: their gradients are added in the order of the parts.
     grad_weights = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
 
-    def add(grads: list[Tensor]) -> None:
+    of_tables = None if tiling.tables is None else torch.zeros_like(tiling.tables)
+
+    def add(found: tuple[list[Tensor], slice, Tensor | None]) -> None:
+        grads, heads, of_bias = found
         for total, grad in zip(grad_weights, grads):
             total += grad
+        if of_tables is not None and of_bias is not None:
+            of_tables[heads.start * tiling.group : heads.stop * tiling.group] += of_bias.T
 
     run_parts(differentiate, tiling.parts(), lambda: Workspace(tiling, _GradientTile), query.device, add)
-    return grad_query, grad_key, grad_value, tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
+    grad_bias = None
+    if of_tables is not None and tiling.tables is not None and bias is not None:
+        grad_bias = level_tables_backward(tiling.tables, of_tables, row_cover(pattern), tiling.plan.levels)
+        grad_bias = grad_bias.to(bias.dtype)
+    grad_key, grad_value = (
+        # Heads that were given keys of their own hand their gradients back to the ones they share.
+        grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
+        for grad, x in zip((grad_key, grad_value), given)
+    )
+    grads = tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
+    return grad_query, grad_key, grad_value, grads, grad_bias
+
+
+def _for_slopes(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Pattern]:
+    """With slopes every query head pools keys and values its own way, and both sides of a query theirs."""
+    if bias is None or bias.dim() == 2:
+        return key, value, pattern
+    if pattern.learned:
+        raise ValueError("a learned pattern takes a bias by distance, not slopes")
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        dtype = work_dtype(query, key, value)
+        # In the work type, so that their gradients are not rounded before they are added.
+        key, value = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
+    return key, value, replace(pattern, sides=1 if pattern.causal else 2)
 
 
 class _GradientTile(Tile):
@@ -194,11 +242,14 @@ class _Scatter:
         space: Of this thread.
         part: The part whose keys or values these are.
         array: Its array of rows, ``(u, plan.rows, c)``.
+        bias: Of the part.
         name: Name of the buffers.
     """
 
-    def __init__(self, space: Workspace, part: Part, array: Tensor, name: str) -> None:
-        self.tiling, self.part, self.array = space.tiling, part, array
+    def __init__(
+        self, space: Workspace, part: Part, array: Tensor, bias: FarBias | None, name: str
+    ) -> None:
+        self.tiling, self.part, self.array, self.bias = space.tiling, part, array, bias
         units, _, channels = array.shape
         plan, pattern = self.tiling.plan, self.tiling.pattern
         self.grads = space.array(name, *array.shape).zero_()
@@ -231,6 +282,8 @@ class _Scatter:
             combine_levels_backward(
                 taken, pooled, tiling.gain(self.part), weights, tokens, grad_weights, plan, pattern
             )
+        elif isinstance(self.bias, Decay):
+            self.bias.spread(pooled, tokens)
         else:
             pooled.div_(lists.counts.clamp(min=1)[:, None])
             spread_levels(pooled, tokens, plan, pattern)
@@ -244,11 +297,14 @@ class _Scatter:
         plan, pattern = self.tiling.plan, self.tiling.pattern
         slots = 2 * pattern.rank
         begin = 0
+        of_later = plan.offsets[-1] * (plan.sides - 1)
         for level in range(plan.levels):
             below = self.far.unflatten(1, (plan.parents(level), -1))
-            rows = pooled[:, plan.offsets[level] : plan.offsets[level + 1]].unflatten(1, (-1, slots))
+            first, last = plan.offsets[level : level + 2]
+            rows = pooled[:, first:last].unflatten(1, (-1, slots))
             rows[:, :-1] += below[:, 1:, :, begin : begin + slots].sum(2)
             begin += slots
             if not pattern.causal:
+                rows = pooled[:, first + of_later : last + of_later].unflatten(1, (-1, slots))
                 rows[:, 1:] += below[:, :-1, :, begin : begin + slots].sum(2)
                 begin += slots

@@ -63,7 +63,7 @@ def make_lists(plan: Plan, pattern: Pattern, padding: Tensor | None, dtype: torc
     taken[sinks] = 0
     counts = row_counts(taken, plan, pattern)
     mass = counts if pattern.weighted else (counts > 0).to(dtype)
-    bias = torch.where(met, torch.cat([fine, mass.log()])[index], -torch.inf)
+    bias = torch.where(met, torch.cat([fine, mass.log().repeat(pattern.sides)])[index], -torch.inf)
     return Lists(index, bias, first, last, counts, sinks, padding)
 
 

@@ -29,6 +29,7 @@ class Pattern:
         right: Largest distance ahead that is visible, ``None`` for any; 0 when ``causal``.
         weighted: A pooled row counts as many keys as it stands for.
         learned: Every pooled row covers its whole group, else its part of the group.
+        sides: Sets of pooled rows: 2 when the queries after a group and those before it meet rows of their own.
     """
 
     block: int
@@ -39,6 +40,7 @@ class Pattern:
     right: int | None = None
     weighted: bool = True
     learned: bool = False
+    sides: int = 1
 
     @property
     def near(self) -> int:
@@ -65,6 +67,7 @@ class Plan:
         met: ``(blocks, slots)`` boolean, whether a slot is used.
         first: ``(blocks, slots)`` int32, first position a slot covers.
         last: ``(blocks, slots)`` int32, last position a slot covers.
+        sides: Sets of pooled rows, one after the other.
     """
 
     length: int
@@ -76,11 +79,12 @@ class Plan:
     met: Tensor
     first: Tensor
     last: Tensor
+    sides: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of the whole array."""
-        return self.fine_rows + self.offsets[-1]
+        return self.fine_rows + self.sides * self.offsets[-1]
 
     def parents(self, level: int) -> int:
         """Parents of the groups of a level (counted from 0), in the array."""
@@ -131,12 +135,13 @@ def make_plan(length: int, pattern: Pattern, device: torch.device) -> Plan:
     ]
     for level in range(levels):
         for side in (-1,) if pattern.causal else (-1, 1):
-            columns.append(_level_columns(block, level, side, fine_rows + offsets[level], length, pattern))
+            begin = fine_rows + offsets[level] + (offsets[-1] if side > 0 and pattern.sides > 1 else 0)
+            columns.append(_level_columns(block, level, side, begin, length, pattern))
     index, met, first, last = (torch.cat(parts, 1) for parts in zip(*columns))
     # A slot that is not met may point anywhere: let it point at padding, which is always there.
     index = torch.where(met, index, 0)
     index, first, last = (x.to(torch.int32) for x in (index, first, last))
-    return Plan(length, blocks, levels, fine_rows, tuple(offsets), index, met, first, last)
+    return Plan(length, blocks, levels, fine_rows, tuple(offsets), index, met, first, last, pattern.sides)
 
 
 def _level_columns(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.fma_bias import ByDistance, Decay, FarBias, level_tables, row_cover
 from fastattn_compile.kernels.aten.fma_lists import Lists, lists_without_padding, make_lists
 from fastattn_compile.kernels.aten.fma_plan import Pattern, make_plan
 from fastattn_compile.kernels.aten.fma_pool import combine_levels, sum_levels
@@ -42,11 +43,13 @@ class Tiling:
         value: ``(b, g, n, e)``.
         pattern: Who meets whom.
         key_padding: ``(b, n)`` boolean, true where a token is real.
+        bias: ``(h,)`` slopes, with as many key heads as query heads; ``(h, 2 N - 1)`` by distance; or ``None``.
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, key_padding: Tensor | None
-    ) -> None:
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, key_padding: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.pattern, self.key_padding, self.device = pattern, key_padding, query.device
         self.batch, self.kv_heads, self.group = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
         self.head_dim, self.value_dim = key.shape[3], value.shape[3]
@@ -59,6 +62,10 @@ class Tiling:
         # Short sequences are taken a few heads at a time, but every thread gets its share of them.
         share = -(-self.batch * self.kv_heads // torch.get_num_threads())
         self.heads_at_once = max(1, min(self.kv_heads, tiles // self.plan.blocks, share))
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.tables: Tensor | None = None
+        if self.bias is not None and self.bias.dim() == 2:
+            self.tables = level_tables(self.bias, row_cover(pattern), self.plan.levels)
         self.future = self.empty(pattern.block, pattern.block).fill_(-torch.inf).triu_(1)
 
     def empty(self, *shape: int) -> Tensor:
@@ -82,6 +89,15 @@ class Tiling:
         for start in range(0, self.plan.blocks, self.blocks_at_once):
             yield slice(start, min(start + self.blocks_at_once, self.plan.blocks))
 
+    def far_bias(self, part: Part) -> FarBias | None:
+        """The bias of a part."""
+        if self.tables is not None:
+            tables = self.tables.unflatten(0, (self.kv_heads, -1))[part.heads]
+            return ByDistance(tables, part.lists, self.plan, self.pattern)
+        if self.bias is not None:
+            return Decay(self.bias[part.heads], part.lists, self.plan, self.pattern)
+        return None
+
     def gain(self, part: Part) -> Tensor:
         """``(pooled rows,)``: tokens of a row's group over those of it that are pooled."""
         offsets = self.plan.offsets
@@ -94,7 +110,9 @@ class Tiling:
         """The tokens of an array of rows, up to a whole number of blocks: ``(u, blocks * block, c)``."""
         return array[:, self.pattern.block : self.plan.fine_rows - self.pattern.block]
 
-    def fill_rows(self, array: Tensor, x: Tensor, part: Part, weights: Sequence[Tensor]) -> None:
+    def fill_rows(
+        self, array: Tensor, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None
+    ) -> None:
         """Fills ``(u, plan.rows, c)`` with the keys or values of a part: tokens and pooled rows.
 
         Args:
@@ -102,6 +120,7 @@ class Tiling:
             x: Keys or values, ``(b, g, n, c)``.
             part: Which of them.
             weights: For a learned pattern, weight and bias of every level.
+            bias: Of the part.
         """
         plan, m = self.plan, self.pattern.block
         given = array[:, m : m + plan.length]
@@ -115,6 +134,8 @@ class Tiling:
         tokens[:, part.lists.sinks] = 0
         if self.pattern.learned:
             combine_levels(tokens, pooled, self.gain(part), weights, plan, self.pattern)
+        elif isinstance(bias, Decay):
+            bias.pool(tokens, pooled)
         else:
             sum_levels(tokens, pooled, plan, self.pattern)
             pooled.div_(part.lists.counts.clamp(min=1)[:, None])
@@ -208,7 +229,9 @@ class Tile:
         for array, found in ((keys, self.key), (values, self.value)):
             torch.index_select(array.flatten(0, 1), 0, index, out=found.view(-1, array.shape[2]))
 
-    def score(self, key: Tensor, scale: float, part: Part, blocks: slice) -> Tensor | None:
+    def score(
+        self, key: Tensor, scale: float, part: Part, blocks: slice, bias: FarBias | None
+    ) -> Tensor | None:
         """Fills the scores, with what the slots weigh, -inf where a query does not see a slot.
 
         Args:
@@ -216,12 +239,15 @@ class Tile:
             scale: Factor on the scores.
             part: Where they come from.
             blocks: Where they come from.
+            bias: Of the part.
 
         Returns:
             Where slots are seen, shape of the scores; ``None`` when all keys and values are finite.
         """
         tiling = self.tiling
         self.scores_blocks.copy_(part.lists.bias[blocks, None, None])
+        if bias is not None:
+            self.scores_blocks.add_(bias.at(blocks).transpose(1, 2))
         if tiling.pattern.causal:
             self.own_block.add_(tiling.future)
         if tiling.pattern.banded:
@@ -258,8 +284,10 @@ class Workspace:
             self._arrays[asked] = self.tiling.empty(*shape)
         return self._arrays[asked]
 
-    def rows(self, x: Tensor, part: Part, weights: Sequence[Tensor], name: str) -> Tensor:
+    def rows(
+        self, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None, name: str
+    ) -> Tensor:
         """The array of keys or values of a part, filled: ``(u, plan.rows, c)``."""
         array = self.array(name, part.units, self.tiling.plan.rows, x.shape[3])
-        self.tiling.fill_rows(array, x, part, weights)
+        self.tiling.fill_rows(array, x, part, weights, bias)
         return array

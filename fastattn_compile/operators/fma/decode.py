@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
+from fastattn_compile.operators.fma.decode_bias import DecodeBias, DecodeSlopes, DecodeTable
 from fastattn_compile.operators.fma.reference import sink_tokens
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class FmaDecoder(Decoder):
     """Causal fast multipole attention, one token at a time.
 
     Sizes: ``b`` batch, ``g`` key heads, ``l`` levels, ``p`` rank, ``c`` channels. Pooled sums stand as ``(b, g, l, 2, 2, p,
-    c)``: the parent before and the own parent, its two children.
+    c)``: the parent before and the own parent, its two children. Under ALiBi every query head pools its own way, so that
+    ``g`` counts query heads.
 
     Args:
         operator: The operator.
@@ -59,6 +61,10 @@ class FmaDecoder(Decoder):
         output = self.operator.forward(inputs, self.parameters)
         batch, kv_heads, length, _ = inputs.key.shape
         device, dtype = inputs.key.device, torch.promote_types(inputs.value.dtype, torch.float32)
+        self._bias, self._shared = self._make_bias(inputs, dtype), 1
+        weighted = isinstance(self._bias, DecodeSlopes)
+        if weighted:
+            self._shared, kv_heads = inputs.group, inputs.query.shape[1]
         self._left, self._length, sinks = inputs.mask.left, length, self.operator.config.sinks
         real = inputs.key_padding
         if real is None:
@@ -76,7 +82,7 @@ class FmaDecoder(Decoder):
         self._sums: list[Tensor] = []
         pooled = real & ~first
         for x in (inputs.key, inputs.value):
-            x = x.to(dtype).masked_fill(~real[:, None, :, None], 0)
+            x = x.to(dtype).masked_fill(~real[:, None, :, None], 0).repeat_interleave(self._shared, 1)
             ring = x.new_zeros(batch, kv_heads, 2 * self.block, x.shape[3])
             ring[:, :, recent % (2 * self.block)] = x[:, :, recent]
             held = x.new_zeros(batch, kv_heads, sinks, x.shape[3])
@@ -87,8 +93,26 @@ class FmaDecoder(Decoder):
             self._rings.append(ring)
             self._sinks.append(held)
             self._sums.append(self._pooled(x * pooled[:, None, :, None], len(self._sums)))
-        self._counts = self._pooled(pooled[:, None, :, None].to(dtype), None)
+        one = pooled[:, None, :, None].to(dtype)
+        self._counts = self._pooled(one, None)
+        # What a row's tokens weigh together: their number, unless a bias weighs them.
+        self._masses = self._pooled(one.expand(-1, kv_heads, -1, -1), 0) if weighted else self._counts
         return output
+
+    def _make_bias(self, inputs: AttentionInputs, dtype: torch.dtype) -> DecodeBias | None:
+        """The bias as steps read it."""
+        if inputs.bias is None:
+            return None
+        bias, learned = inputs.bias.to(dtype), self.operator.learned
+        covers = (self.block if learned else self.block // self.rank) << torch.arange(
+            self.levels, device=bias.device
+        )
+        if bias.dim() == 1 and not learned:
+            return DecodeSlopes(bias, covers)
+        if bias.dim() == 1:
+            longest = 2 * self.block << self.levels
+            bias = -bias[:, None] * torch.arange(1 - longest, longest, device=bias.device).abs()
+        return DecodeTable(bias, covers, self.block)
 
     def _pooled(self, x: Tensor, side: int | None) -> Tensor:
         """Sums of the parents of the last token, ``(b, g, l, 2, 2, p, c)``; counts when ``side`` is ``None``."""
@@ -105,6 +129,12 @@ class FmaDecoder(Decoder):
         width, count = self.block << level, tokens.shape[2]
         place = torch.arange(count, device=tokens.device)
         if not self.operator.learned:
+            if (
+                side is not None
+                and self._bias is not None
+                and (weights := self._bias.weights(place)) is not None
+            ):
+                tokens = tokens * weights[:, level, :, None]
             sums = tokens.new_zeros(*tokens.shape[:2], 2 * self.rank, tokens.shape[3])
             return sums.index_add_(2, place * self.rank // width, tokens).unflatten(2, (2, self.rank))
         if side is None:
@@ -135,7 +165,12 @@ class FmaDecoder(Decoder):
             raise ValueError(
                 f"the parameters of this fma were created for at most {now} tokens; create them for a longer length"
             )
+        if isinstance(self._bias, DecodeTable) and now >= self._bias.longest:
+            raise ValueError(
+                f"the bias lists distances of {now} tokens; prefill with a longer one, (heads, 2 N - 1)"
+            )
         self._length += 1
+        key, value = (x.repeat_interleave(self._shared, 1) for x in (key, value))
         self._take(now, key, value)
         return self._attend(now, query, value.dtype)
 
@@ -155,6 +190,9 @@ class FmaDecoder(Decoder):
         inside = now % parents
         child = inside // self._widths
         kept = (~becomes_sink).to(self._counts.dtype)
+        weights = (
+            None if self._bias is None else self._bias.weights(torch.tensor([now], device=parents.device))
+        )
         for side, (sums, ring, x) in enumerate(zip(self._sums, self._rings, (key, value))):
             ring[:, :, slot] = x[:, :, 0].to(ring.dtype)
             self._roll(sums, roll)
@@ -166,7 +204,11 @@ class FmaDecoder(Decoder):
                     sums[:, :, at, 1, int(child[at])] += taken[:, :, None] * weight[:, :, offset].T
             else:
                 row = inside % self._widths * self.rank // self._widths
-                sums[:, :, level, 1, child, row] += taken[:, :, None]
+                sums[:, :, level, 1, child, row] += taken[:, :, None] * (1 if weights is None else weights)
+        if weights is not None:
+            self._roll(self._masses, roll)
+            row = inside % self._widths * self.rank // self._widths
+            self._masses[:, :, level, 1, child, row] += kept[:, None, None, None] * weights
         self._roll(self._counts, roll)
         if self.operator.learned:
             self._counts[:, :, level, 1, child] += kept[:, None, None, None, None]
@@ -194,11 +236,14 @@ class FmaDecoder(Decoder):
         met = (parent > 0)[:, None] & (children <= second[:, None])
         counts = self._counts[:, 0, :, 0].squeeze(-1)  # (b, l, 2, p)
         seen_far = met[None, :, :, None] & (counts > 0)
+        cover = self._widths if learned else self._widths // self.rank
+        offset = torch.arange(self.rank, device=parent.device) * (0 if learned else 1)
+        group = (2 * (parent - 1))[:, None] + children
+        first = (group * self._widths[:, None])[..., None] + offset * cover[:, None, None]
+        masses = self._masses[:, :, :, 0].squeeze(-1)
+        if isinstance(self._bias, DecodeSlopes):
+            seen_far = seen_far & (masses > 0).any(1)  # else nothing of it is left to weigh
         if self._left is not None:
-            cover = self._widths if learned else self._widths // self.rank
-            offset = torch.arange(self.rank, device=parent.device) * (0 if learned else 1)
-            group = (2 * (parent - 1))[:, None] + children
-            first = (group * self._widths[:, None])[..., None] + offset * cover[:, None, None]
             seen_far = seen_far & (first >= now - self._left)
             seen_near, seen_sinks = (
                 seen & (place >= now - self._left)
@@ -212,7 +257,7 @@ class FmaDecoder(Decoder):
                 bias = torch.stack([self.parameters[4 * at + 2 * side + 1].T for at in range(self.levels)])
                 far = sums * gain[:, None, ..., None] + bias[:, None].to(sums.dtype)
             else:
-                far = sums / counts.clamp(min=1)[:, None, ..., None]
+                far = sums / masses.masked_fill(masses == 0, 1)[..., None]
             rows.append(torch.cat([self._sinks[side], self._rings[side], far.flatten(2, 4)], 2))
         mass = counts / self.rank if learned else counts
         weight = mass.clamp(min=1e-30).log() if config.scale_attn else torch.zeros_like(mass)
@@ -220,9 +265,16 @@ class FmaDecoder(Decoder):
         fine = torch.zeros(
             seen.shape[0], seen.shape[1] - weight[0].numel(), dtype=weight.dtype, device=weight.device
         )
-        bias = torch.cat([fine, weight.flatten(1)], 1)
+        bias = torch.cat([fine, weight.flatten(1)], 1)[:, None]
+        if self._bias is not None:
+            exact = self._bias.fine(torch.cat([self._sink_place, near], 1), now)
+            pooled = (
+                self._bias.far(first, now) + (masses / counts.clamp(min=1)[:, None]).clamp(min=1e-30).log()
+            )
+            bias = bias + torch.cat([exact, pooled.flatten(2).expand(len(exact), exact.shape[1], -1)], 2)
         wide = query.to(rows[0].dtype).squeeze(2).unflatten(1, (rows[0].shape[1], -1))
-        scores = self.scale * (wide @ rows[0].mT) + bias[:, None, None]
+        groups = (1, 1) if bias.shape[1] == 1 else wide.shape[1:3]
+        scores = self.scale * (wide @ rows[0].mT) + bias.unflatten(1, groups)
         weights, log_sum_exp = masked_softmax(scores, seen[:, None, None])
         out = (weights @ rows[1]).flatten(1, 2)[:, :, None]
         statistics = torch.float64 if dtype == torch.float64 else torch.float32

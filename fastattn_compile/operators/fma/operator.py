@@ -31,7 +31,12 @@ from fastattn_compile.operators.exact.operator import exact_backward, exact_forw
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.fma.cost import multipole_cost
 from fastattn_compile.operators.fma.decode import FmaDecoder
-from fastattn_compile.operators.fma.reference import multipole_attention, near_field, sink_tokens
+from fastattn_compile.operators.fma.reference import (
+    bias_of_rows,
+    multipole_attention,
+    near_field,
+    sink_tokens,
+)
 
 _TERMS = {
     "chunk": "chunked attention",
@@ -45,7 +50,8 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     Serves self-attention, causal and bidirectional, with sliding windows, bands, key padding and packed
     documents, at any length; a sequence of at most two blocks is attended exactly. A pooled row is seen only where every
     position it covers is visible, so nothing outside the mask ever has influence. Every packed document is a
-    sequence of its own: positions, blocks and sinks begin anew with it.
+    sequence of its own: positions, blocks and sinks begin anew with it. Biases by distance (ALiBi, buckets) are
+    added near and far.
     """
 
     name = "fma"
@@ -73,7 +79,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
         if mask.left is not None and mask.left < 0:
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
-        return refuse_extras(spec)
+        return refuse_extras(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
@@ -91,7 +97,11 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return exact_forward(inputs)
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
-        return AttentionOutput(*fma_kernels.forward(q, k, v, scale, pattern, inputs.key_padding, used))
+        return AttentionOutput(
+            *fma_kernels.forward(
+                q, k, v, scale, pattern, inputs.key_padding, used, bias_of_rows(self.config, inputs)
+            )
+        )
 
     def backward(
         self,
@@ -111,11 +121,14 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         out, lse = output.out, output.log_sum_exp
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
-        grad_query, grad_key, grad_value, learned = fma_kernels.backward(
-            q, k, v, scale, pattern, out, lse, grad_out, grad_log_sum_exp, inputs.key_padding, used
+        facts = inputs.key_padding, used, bias_of_rows(self.config, inputs)
+        grad_query, grad_key, grad_value, learned, of_bias = fma_kernels.backward(
+            q, k, v, scale, pattern, out, lse, grad_out, grad_log_sum_exp, *facts
         )
         unused = tuple(torch.zeros_like(p) for p in parameters[len(used) :])
-        return Gradients(grad_query, grad_key, grad_value, learned + unused)
+        if inputs.bias is not None and inputs.bias.dim() == 1:
+            of_bias = None
+        return Gradients(grad_query, grad_key, grad_value, learned + unused, of_bias)
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()

@@ -7,6 +7,8 @@ pair and shares nothing with the block plans of the kernels.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
-from fastattn_compile.operators.exact.reference import grouped, masked_softmax, ungrouped
+from fastattn_compile.operators.exact.reference import grouped, grouped_bias, masked_softmax, ungrouped
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
-from fastattn_compile.operators.mask import MaskStructure
 
 
 def near_field(rows: Tensor, keys: Tensor, block: int) -> Tensor:
@@ -53,16 +54,18 @@ class Level:
     """The pooled rows of one level.
 
     Args:
-        key: ``(b, g, 1, groups * rank, d)``.
-        value: ``(b, g, 1, groups * rank, e)``.
+        key: ``(b, g, 1 or r, groups * rank, d)``.
+        value: ``(b, g, 1 or r, groups * rank, e)``.
         count: ``(b or 1, groups * rank)`` float64, tokens a row stands for.
         visible: ``(b or 1, n, groups * rank)`` boolean.
+        added: ``(b or 1, g or 1, r or 1, n or 1, groups * rank or 1)``, ``log mean_j exp(bias_ij)`` over a row's tokens.
     """
 
     key: Tensor
     value: Tensor
     count: Tensor
     visible: Tensor
+    added: Tensor
 
 
 def _split(x: Tensor, width: int) -> Tensor:
@@ -103,21 +106,65 @@ def _counts(pooled: Tensor, width: int) -> Tensor:
     return _split(pooled[..., None].double(), width).sum((-2, -1))
 
 
+def bias_of_rows(config: FmaConfig, inputs: AttentionInputs) -> Tensor | None:
+    """The bias as pooled rows take it: learned combinations have no place for slopes, but for a number by distance.
+
+    Args:
+        config: The configuration.
+        inputs: The tensors.
+    """
+    bias, length = inputs.bias, inputs.key.shape[2]
+    if bias is None or bias.dim() == 2 or config.basis == "mean":
+        return bias
+    # The last group may reach beyond the sequence, by less than its length.
+    return -bias[:, None] * torch.arange(1 - 2 * length, 2 * length, device=bias.device).abs()
+
+
+def _mean_bias(inputs: AttentionInputs, rows: int, cover: int) -> Tensor:
+    """``log mean_j exp(bias_ij)`` over all positions that rows of ``cover`` tokens span, ``(1, g, r, n, rows)``."""
+    place = torch.arange(inputs.query.shape[2], device=inputs.query.device)
+    added = inputs.added(place, torch.arange(rows * cover, device=place.device))
+    if inputs.bias is None:
+        return grouped_bias(inputs, added)
+    return grouped_bias(inputs, added.unflatten(-1, (rows, cover)).logsumexp(-1) - math.log(cover))
+
+
+def _decayed(
+    inputs: AttentionInputs, x: Tensor, pooled: Tensor, cover: int, behind: bool
+) -> tuple[Tensor, Tensor]:
+    """Means under ALiBi: a row's tokens weigh as much as a query at its near end gives them (specification 5.3).
+
+    Args:
+        inputs: The tensors.
+        x: ``(b, g, 1, n, c)``.
+        pooled: ``(b or 1, n)`` boolean, the tokens that take part.
+        cover: Tokens a row spans.
+        behind: The queries stand before the row: its first token is the nearest.
+
+    Returns:
+        ``(b, g, r, rows, c)``; the weights before they were divided by their sum, logarithms, ``(b, g, r, rows, cover)``.
+    """
+    place = torch.arange(x.shape[3], device=x.device) % cover
+    away = place if behind else cover - 1 - place
+    slopes = grouped_bias(inputs, inputs.bias.view(1, -1, 1))  # type: ignore[union-attr]
+    weights = (-slopes * away).masked_fill(~pooled[:, None, None], -torch.inf)[..., None]
+    missing = -x.shape[3] % cover
+    parts = F.pad(weights, (0, 0, 0, missing), value=-torch.inf).unflatten(-2, (-1, cover))
+    shares = parts.softmax(-2).nan_to_num(0)
+    rows = (shares * _split(x.masked_fill(~pooled[:, None, None, :, None], 0), cover)).sum(-2)
+    return rows, parts.squeeze(-1)
+
+
 def _level(
-    config: FmaConfig, width: int, weights: tuple[Tensor, ...], key: Tensor, value: Tensor, pooled: Tensor,
-    mask: MaskStructure,
-) -> Level:  # fmt: skip
+    config: FmaConfig, width: int, weights: tuple[Tensor, ...], inputs: AttentionInputs, key: Tensor, value: Tensor,
+    pooled: Tensor,
+) -> list[Level]:  # fmt: skip
     """Pools one level and finds who sees it: a row is visible where every position it covers is."""
-    length, rank = key.shape[3], config.rank
-    if config.basis == "mean":
-        cover = width // rank
-        pooled_key, pooled_value = (_mean_rows(x, pooled, cover) for x in (key, value))
-        count = _counts(pooled, cover)
-    else:
-        cover = width
-        pooled_key = _learned_rows(key, pooled, weights[0], weights[1])
-        pooled_value = _learned_rows(value, pooled, weights[2], weights[3])
-        count = _counts(pooled, cover).repeat_interleave(rank, -1) / rank
+    length, rank, mask = key.shape[3], config.rank, inputs.mask
+    cover = width // rank if config.basis == "mean" else width
+    count = _counts(pooled, cover)
+    if config.basis != "mean":
+        count = count.repeat_interleave(rank, -1) / rank
 
     rows = torch.arange(length, device=key.device)[:, None]
     # Rows of a mean stand part by part; learned rows of one group all cover the whole of it.
@@ -129,7 +176,30 @@ def _level(
         seen = seen & (first >= rows - mask.left)
     if mask.right is not None:
         seen = seen & (last <= rows + mask.right)
-    return Level(pooled_key, pooled_value, count, seen & (count > 0)[:, None])
+    seen = seen & (count > 0)[:, None]
+
+    if config.basis != "mean":
+        pooled_key = _learned_rows(key, pooled, weights[0], weights[1])
+        pooled_value = _learned_rows(value, pooled, weights[2], weights[3])
+        added = _mean_bias(inputs, count.shape[1] // rank, cover)
+        if inputs.bias is not None:
+            added = added.repeat_interleave(rank, -1)
+        return [Level(pooled_key, pooled_value, count, seen, added)]
+    if inputs.bias is None or inputs.bias.dim() == 2:
+        pooled_key, pooled_value = (_mean_rows(x, pooled, cover) for x in (key, value))
+        return [Level(pooled_key, pooled_value, count, seen, _mean_bias(inputs, count.shape[1], cover))]
+
+    levels = []
+    share = count.clamp(min=1).log().to(key.dtype)[:, None, None, None]
+    slopes = grouped_bias(inputs, inputs.bias.view(1, -1, 1, 1))
+    for behind in (False, True):
+        (pooled_key, mass), (pooled_value, _) = (
+            _decayed(inputs, x, pooled, cover, behind) for x in (key, value)
+        )
+        distance = first - rows if behind else rows - (first + cover - 1)
+        added = mass.logsumexp(-1)[..., None, :] - slopes * distance - share
+        levels.append(Level(pooled_key, pooled_value, count, seen & (distance > 0), added))
+    return levels
 
 
 def multipole_attention(
@@ -142,6 +212,7 @@ def multipole_attention(
         inputs: The tensors; queries and keys stand at the same positions.
         parameters: For the depthwise basis four tensors a level: weight and bias of keys, of values.
     """
+    inputs = dataclasses.replace(inputs, bias=bias_of_rows(config, inputs))
     query, key, value = grouped(inputs)
     length = query.shape[3]
     place = torch.arange(length, device=query.device)
@@ -152,16 +223,31 @@ def multipole_attention(
     sink = sink_tokens(real, config.sinks)
     met = near_field(place[:, None], place, config.block) | sink[:, None, :]
     fine = inputs.visible(place)[:, 0] & met
-    levels = [Level(key, value, torch.ones_like(real, dtype=torch.float64), fine)]
+    levels = [
+        Level(
+            key,
+            value,
+            torch.ones_like(real, dtype=torch.float64),
+            fine,
+            grouped_bias(inputs, inputs.added(place)),
+        )
+    ]
     for level in range(level_count(length, config.block)):
         weights = parameters[4 * level : 4 * level + 4]
-        levels.append(_level(config, config.block << level, weights, key, value, real & ~sink, inputs.mask))
+        levels += _level(config, config.block << level, weights, inputs, key, value, real & ~sink)
 
     batch = max(x.visible.shape[0] for x in levels)
     visible = torch.cat([x.visible.expand(batch, -1, -1) for x in levels], -1)
+    heads = query.shape[:3] if inputs.bias is not None else key.shape[:3]
+    keys, values = (
+        torch.cat([x.expand(*heads, -1, -1) for x in side], -2)
+        for side in ([x.key for x in levels], [x.value for x in levels])
+    )
     count = torch.cat([x.count for x in levels], -1)
     mass = torch.where((count > 0) & config.scale_attn, count, 1)
-    scores = inputs.scale * (query @ torch.cat([x.key for x in levels], -2).mT)
-    scores = scores + mass.log().to(query.dtype)[:, None, None, None]
+    scores = inputs.scale * (query @ keys.mT) + mass.log().to(query.dtype)[:, None, None, None]
+    if inputs.bias is not None:
+        added = [x.added.masked_fill(x.added == -torch.inf, 0) for x in levels]
+        scores = scores + torch.cat([x.expand(*heads, -1, -1) for x in added], -1)
     attention, log_sum_exp = masked_softmax(scores, visible[:, None, None])
-    return ungrouped(inputs, attention @ torch.cat([x.value for x in levels], -2), log_sum_exp)
+    return ungrouped(inputs, attention @ values, log_sum_exp)

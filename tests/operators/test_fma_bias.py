@@ -1,0 +1,132 @@
+"""Biases by distance in fast multipole attention: what their definition implies, against exact attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from oracle import gradients, leaves, make_inputs, make_parameters, relative_error, run
+from packed import alone, packed
+
+from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
+from fastattn_compile.operators.base import AttentionInputs
+from fastattn_compile.operators.library import attend
+from fastattn_compile.operators.registry import make_operator
+
+
+def as_table(inputs: AttentionInputs) -> AttentionInputs:
+    """The slopes of an ALiBi bias as numbers by distance."""
+    n = inputs.key.shape[2]
+    distance = torch.arange(1 - n, n, dtype=inputs.bias.dtype).abs()
+    return dataclasses.replace(inputs, bias=-inputs.bias[:, None] * distance)
+
+
+@pytest.mark.parametrize("mask", ["causal + alibi", "none + alibi"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_alibi_is_exact_where_keys_agree(mask, kv_heads):
+    """Values may be anything: the tokens of a row weigh among each other what ALiBi gives them."""
+    inputs = make_inputs(mask, length=64, kv_heads=kv_heads, dtype=torch.float64)
+    inputs = dataclasses.replace(inputs, key=inputs.key[:, :, ::16].repeat_interleave(16, 2))
+    operator, exact = make_operator("fma", block=4, rank=2, sinks=0), make_operator("exact")
+    got, wanted = run(operator, inputs), run(exact, inputs)
+    assert relative_error(got.out, wanted.out) < 1e-12
+    assert relative_error(got.log_sum_exp, wanted.log_sum_exp) < 1e-12
+    # Means of equal weights are not.
+    assert relative_error(run(operator, as_table(inputs)).out, wanted.out) > 1e-3
+
+
+@pytest.mark.parametrize("mask", ["causal + alibi", "none + alibi", "key_padding + alibi", "none + bucketed"])
+def test_the_mass_of_equal_scores_is_exact(mask):
+    inputs = make_inputs(mask, length=80, dtype=torch.float64)
+    inputs = dataclasses.replace(inputs, query=torch.zeros_like(inputs.query))
+    for sinks in (0, 3) if "alibi" in mask else (0,):
+        got = run(make_operator("fma", block=8, rank=2, sinks=sinks), inputs)
+        assert relative_error(got.log_sum_exp, run(make_operator("exact"), inputs).log_sum_exp) < 1e-12
+
+
+def test_a_constant_bias_changes_nothing():
+    inputs = make_inputs("causal", dtype=torch.float64)
+    operator = make_operator("fma", block=8, rank=2)
+    flat = dataclasses.replace(inputs, bias=torch.full((4, 149), 2.5, dtype=torch.float64))
+    plain, moved = run(operator, inputs), run(operator, flat)
+    assert relative_error(moved.out, plain.out) < 1e-13
+    assert relative_error(moved.log_sum_exp, plain.log_sum_exp + 2.5) < 1e-13
+    none = dataclasses.replace(inputs, bias=torch.zeros(4, dtype=torch.float64))
+    assert relative_error(run(operator, none).out, plain.out) < 1e-13
+
+
+def test_steep_and_growing_slopes_stay_finite():
+    """In float32, far beyond what exponentials of the distance hold."""
+    inputs = make_inputs("causal", length=3000, batch=1, head_dim=4)
+    for slope in (30.0, -0.5):
+        given = dataclasses.replace(inputs, bias=torch.full((4,), slope))
+        operator = make_operator("fma", block=16, rank=4)
+        output = run(operator, given)
+        exact = run(make_operator("exact"), given)
+        assert torch.isfinite(output.out).all()
+        # A query meets the tokens that weigh most exactly, or the row they are in.
+        assert relative_error(output.log_sum_exp, exact.log_sum_exp) < 2e-3
+
+
+@pytest.mark.parametrize("basis", ["mean", "depthwise"])
+def test_more_distances_than_tokens(basis):
+    inputs = make_inputs("causal + bucketed", dtype=torch.float64)
+    operator = make_operator("fma", block=8, rank=2, basis=basis)
+    parameters = make_parameters(operator, inputs)
+    wider = torch.nn.functional.pad(inputs.bias, (20, 20), value=3.0)
+    longer = dataclasses.replace(inputs, bias=wider)
+    assert (
+        relative_error(run(operator, longer, parameters).out, run(operator, inputs, parameters).out) < 1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", ["alibi", "bucketed"])
+@pytest.mark.parametrize("basis", ["mean", "depthwise"])
+def test_packed_documents_with_a_bias(kind, basis):
+    inputs = packed("causal")
+    inputs = dataclasses.replace(inputs, bias=make_inputs(f"causal + {kind}", length=142).bias.double())
+    operator = make_operator("fma", block=8, rank=2, sinks=3, basis=basis)
+    given, parameters, sources = leaves(inputs, make_parameters(operator, inputs))
+    seeds = torch.randn_like(inputs.query), torch.randn(inputs.query.shape[:3], dtype=torch.float64)
+    got, wanted = run(operator, given, parameters), operator.reference(given, parameters)
+    for g, w in zip(gradients(got, sources, seeds), gradients(wanted, sources, seeds)):
+        assert torch.allclose(g, w, atol=1e-10)
+    part = run(operator, alone(inputs, 0, slice(5, 76)), parameters)
+    assert relative_error(got.out[:1, :, 5:76], part.out) < 1e-12
+
+
+def test_kernels_without_biases_say_so():
+    inputs = make_inputs("causal + alibi")
+    operator = make_operator("fma", block=8, rank=2)
+    with recorded_kernels() as used:
+        run(operator, inputs)
+    assert used == {"fma forward": "aten"}
+    with use_kernels("cpp"), pytest.raises(RuntimeError, match="no bias by distance"):
+        run(operator, inputs)
+
+
+@pytest.mark.parametrize("name", ["exact", "fma"])
+def test_slopes_get_no_gradient_and_say_so(name):
+    inputs = make_inputs("causal + alibi")
+    trained = dataclasses.replace(inputs, bias=inputs.bias.requires_grad_())
+    with pytest.raises(ValueError, match="slopes of ALiBi get no gradient"):
+        run(make_operator(name), trained)
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        (torch.zeros(3), r"slopes of shape \(heads,\) = \(4,\)"),
+        (torch.zeros(4, 148), r"at least \(4, 149\); got \(4, 148\)"),
+        (torch.zeros(4, 147), "at least"),
+        (torch.zeros(1, 4, 75, 75), "by distance"),
+    ],
+)
+def test_biases_of_another_shape_are_refused(bias, words):
+    inputs = make_inputs("causal")
+    with pytest.raises(ValueError, match=words if bias.dim() < 4 else "dense"):
+        attend(inputs.query, inputs.key, inputs.value, make_operator("fma"), mask="causal", bias=bias)
+    if bias.dim() == 4:
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(inputs, bias=bias).validated()
