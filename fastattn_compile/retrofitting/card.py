@@ -22,7 +22,7 @@ def model_card(manifest: Manifest, report: Report | None) -> str:
     parts = [
         "---\nlibrary_name: fastattn_compile\ntags:\n- fastattn\n- sub-quadratic-attention\n---",
         f"# {base.model} with sub-quadratic attention",
-        f"Softmax attention of a {base.model} replaced by [fastattn_compile](https://pypi.org/project/fastattn-compile/) "
+        f"Softmax attention of a {base.model} replaced by fastattn_compile "
         f"{manifest.producer.get('fastattn_compile', '')}. {WEIGHTS_NOTE[manifest.weights]}",
         _sites(manifest),
         "## What it costs",
@@ -83,7 +83,23 @@ def _measured(report: Report | None) -> list[str]:
         _table(("", "base", "this model"), shown),
         f"{where}{faster} {exact} Details: `{REPORT}`.",
         " ".join(verdict(report)),
+        *_stages(report),
     ]
+
+
+def _stages(report: Report) -> list[str]:
+    """What each stage of the training gained, where the report tells (``context={"stages": ...}``)."""
+    stages = report.provenance.get("stages") or []
+    rows = [
+        (
+            str(stage["name"]), str(stage["objective"]), str(stage["train"]), str(stage["steps"]),
+            number(stage["before"]), number(stage["after"]), "yes" if stage["kept"] else "no",
+        )
+        for stage in stages
+    ]  # fmt: skip
+    return (
+        [_table(("stage", "objective", "trained", "steps", "before", "after", "kept"), rows)] if rows else []
+    )
 
 
 def _usage(manifest: Manifest) -> str:

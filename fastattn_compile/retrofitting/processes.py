@@ -45,6 +45,8 @@ class World:
         if not dist.is_available():
             return World()
         if not dist.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not dist.is_initialized():
             return World()
@@ -55,8 +57,13 @@ class World:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, batch: Any) -> Any:
+    def share(self, batch: Any, even: bool = True) -> Any:
         """This process's sequences of a batch.
+
+        Args:
+            batch: The same on every process.
+            even: Insist on equal shares, which gradients need. Otherwise a batch that has none is everybody's: a mean
+                over processes is the same.
 
         Raises:
             OptionError: The batch cannot be shared out evenly.
@@ -65,6 +72,8 @@ class World:
         if self.size == 1 or not sizes:
             return batch
         count = max(sizes)
+        if count % self.size and not even:
+            return batch
         if count % self.size:
             raise OptionError(
                 f"a batch of {count} sequences cannot be shared by {self.size} processes: "

@@ -206,7 +206,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), observing(observe):
             for batch in self.validation:
-                arguments, keywords, labels = split_batch(_moved(self.world.share(batch), self.device))
+                arguments, keywords, labels = split_batch(
+                    _moved(self.world.share(batch, even=False), self.device)
+                )
                 output = main_output(call(*arguments, **keywords), objective)
                 wanted = main_output(self.teacher(*arguments, **keywords), objective)
                 real = real_tokens(keywords, output)

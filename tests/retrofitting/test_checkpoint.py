@@ -54,7 +54,22 @@ def edit(folder, **changes):
 def test_a_saved_model_computes_the_same_after_loading(tmp_path):
     model = retrofitted()
     assert not torch.equal(logits(model), logits(retrofitted(plan=fa.Plan({})), fa.Plan({})))
-    report = Report((SiteReport(SITES[0], "fma"),), ModelReport(kl=0.01, ppl=5.0, ppl_exact=4.9))
+    stages = [
+        {
+            "name": "logits",
+            "objective": "kl",
+            "train": "lora",
+            "steps": 9,
+            "before": 0.2,
+            "after": 0.1,
+            "kept": True,
+        }
+    ]
+    report = Report(
+        (SiteReport(SITES[0], "fma"),),
+        ModelReport(kl=0.01, ppl=5.0, ppl_exact=4.9),
+        provenance={"stages": stages},
+    )
     fa.save_pretrained(model, tmp_path / "saved", plan=PLAN, report=report)
     assert set(contents(tmp_path / "saved")) == {
         "fastattn_config.json", "fastattn_params.safetensors", "report.json", "README.md",
@@ -65,6 +80,7 @@ def test_a_saved_model_computes_the_same_after_loading(tmp_path):
     assert Report.load(tmp_path / "saved/report.json") == report
     card = (tmp_path / "saved/README.md").read_text()
     assert "| `fma` | block=8" in card and "| perplexity | 4.90 | 5.00 |" in card
+    assert "| logits | kl | lora | 9 | 0.200 | 0.100 | yes |" in card
     # The folder is a plan, too.
     assert fa.Plan.load(tmp_path / "saved") == PLAN
     # A second save takes the plan from the loaded model.

@@ -14,7 +14,7 @@ from fastattn_compile.errors import CheckpointError, NumericError, OptionError, 
 from fastattn_compile.retrofitting.batches import Batches
 from fastattn_compile.retrofitting.lora import AdaptedLinear, adapt, merge
 from fastattn_compile.retrofitting.objectives import distance, language_model_loss
-from fastattn_compile.retrofitting.processes import blocks_of
+from fastattn_compile.retrofitting.processes import World, blocks_of
 
 LEARNED = {"block": 8, "rank": 2, "sinks": 2, "basis": "depthwise"}
 PLAN = fa.Plan(
@@ -140,6 +140,7 @@ def test_hidden_states_serve_models_without_logits():
         distilled(model, [stage()], plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_at", [(0, 7), (1, 3), (1, 10)])
 def test_a_run_that_stops_goes_on_where_it_was(tmp_path, stopped_at):
     stages = [stage(), stage(name="language", objective="language_model", train="full", steps=11)]
@@ -267,6 +268,7 @@ def test_bad_input_is_explained():
             stage(**change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["operators", "full"])
 def test_trees_grow_inside_a_stage(tmp_path, train):
     schedule = fa.BootstrapSchedule(
@@ -363,6 +365,17 @@ def test_batches_start_over_and_are_sought():
     assert once.next() == 3
     with pytest.raises(OptionError, match="cannot be read again"):
         once.seek(0)
+
+
+def test_shares_of_a_batch():
+    batch = {"input_ids": torch.arange(8).view(4, 2), "scale": 3.0, "bias": torch.ones(1, 2)}
+    second = World(1, 2).share(batch)
+    assert second["input_ids"].tolist() == [[4, 5], [6, 7]] and second["scale"] == 3.0
+    assert second["bias"] is batch["bias"]
+    assert World(0, 2).share((batch["input_ids"],))[0].tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(OptionError, match="4 sequences cannot be shared by 3"):
+        World(0, 3).share(batch)
+    assert World(0, 3).share(batch, even=False) is batch
 
 
 def test_layers_are_found():
