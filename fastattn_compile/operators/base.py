@@ -461,6 +461,11 @@ class Operator(ABC, Generic[ConfigT]):
         """Whether the operator has learned parameters in this configuration."""
         return False
 
+    @property
+    def starts_from_sample(self) -> bool:
+        """Whether ``initial_parameters`` depends on the sample, so that it is worth a run of the model to have one."""
+        return False
+
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the learned parameters at a site, in order. Empty when there are none."""
         return {}

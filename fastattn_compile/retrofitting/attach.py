@@ -70,7 +70,8 @@ def attach(
             to the length of this call.
         options: Fields of the operator's configuration, when a name is given.
         calibrate: Parameters start from the queries, keys and values of that call where the operator can use them
-            (surrogates of ``cast``, trees, projections of ``linformer``): give a call on real data, which runs once more.
+            (surrogates of ``cast``, trees, ``linformer`` with ``start="data"``): give a call on real data, which then
+            runs once more.
             When false they start from the sizes alone.
         **kwargs: Keyword arguments of the call.
 
@@ -98,8 +99,9 @@ def attach(
         chosen, spec = served[name]
         started[name] = chosen.initial_parameters(spec, sample)
 
-    if calibrate and served:
-        visit_sites(model, start, served, *args, **kwargs)
+    asking = [name for name, (chosen, _) in served.items() if chosen.starts_from_sample]
+    if calibrate and asking:
+        visit_sites(model, start, asking, *args, **kwargs)
     # A site whose tensors could not be seen starts without them.
     values = {
         name: started.get(name) or chosen.initial_parameters(spec) for name, (chosen, spec) in served.items()

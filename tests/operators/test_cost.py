@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any], str, tuple[float, float]]] = [
     ("cast", {"clusters": 32, "clustering": "token_choice", "cluster_size": 64}, "causal", (0.97, 6.0)),
     ("linformer", {}, "none", EXACT),
     ("linformer", {"sharing": "none"}, "none", EXACT),
+    ("linformer", {"sharing": "key_value"}, "none", EXACT),
     ("window", {}, "none", TILES),
     ("window", {}, "causal", TILES),
     ("barnes_hut", {}, "none", TILES),

@@ -21,7 +21,12 @@ from fastattn_compile.operators.library import torch_op
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.operators.registry import make_operator
 
-CASES = {"shared": {}, "per-head": {"sharing": "none", "max_length": 60}, "data": {"start": "data"}}
+CASES = {
+    "shared": {},
+    "per-head": {"sharing": "none", "max_length": 60},
+    "data": {"start": "data"},
+    "key-value": {"sharing": "key_value"},
+}
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -211,6 +216,15 @@ def test_one_projection_serves_all_heads():
     )
 
 
+def test_one_projection_serves_keys_and_values():
+    inputs = fitting(dtype=torch.float64)
+    operator = build("key-value")
+    (projection,) = make_parameters(operator, inputs)
+    assert list(operator.parameter_shapes(inputs.spec())) == ["projection"]
+    both = run(build("shared"), inputs, (projection, projection))
+    assert torch.equal(run(operator, inputs, (projection,)).out, both.out)
+
+
 def test_a_start_from_data_finds_positions_that_are_alike():
     """Keys repeat with period five: rows that follow it are nearly exact, blocks of neighbours are not."""
     centers = 4 * torch.randn(5, 8)
@@ -237,7 +251,11 @@ def test_rows_start_as_means():
         operator = make_operator("linformer", rank=7, **options)
         inputs = fitting()
         for value in operator.initial_parameters(inputs.spec(), inputs).values():
-            assert value.shape == operator.parameter_shapes(inputs.spec())["key_projection"]
+            assert value.shape == (
+                2 if options.get("sharing") == "none" else 1,
+                7,
+                options.get("max_length", 41),
+            )
             assert torch.allclose(value.sum(-1), torch.ones(value.shape[:2]))
             assert ((value > 0).sum(1) == 1).all()
 
@@ -273,7 +291,7 @@ def test_sites_that_do_not_fit_are_refused(mask, change, words):
     [
         ({"rank": 0}, "rank must be"),
         ({"rank": 8, "max_length": 7}, "at least rank"),
-        ({"sharing": "layers"}, "heads, none"),
+        ({"sharing": "layers"}, "heads, none, key_value"),
         ({"start": "random"}, "blocks, data"),
     ],
 )

@@ -449,6 +449,20 @@ def test_exact_keys_are_visible_keys(case):
 
 
 @each_operator
+def test_operators_say_whether_a_sample_moves_their_start(case):
+    operator = build(case)
+    inputs = make_inputs("causal" if operator.supports(make_inputs("causal").spec()) else "none")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        without = operator.initial_parameters(inputs.spec())
+        torch.manual_seed(0)
+        sampled = operator.initial_parameters(inputs.spec(), inputs)
+    moved = any(not torch.equal(without[name], sampled[name]) for name in without)
+    assert moved == operator.starts_from_sample
+    assert operator.learned == bool(without)
+
+
+@each_operator
 def test_the_token_reads_back(case):
     operator = build(case)
     assert operator_from_token(operator.token).config == operator.config

@@ -94,6 +94,7 @@ def test_nan_in_a_query_stays_in_its_row(case):
 @each_case
 def test_token_and_shapes(case):
     matrix.test_the_token_reads_back(case)
+    matrix.test_operators_say_whether_a_sample_moves_their_start(case)
     matrix.test_attention_of_disagreeing_shapes_is_refused(case)
 
 

@@ -196,6 +196,11 @@ class CastAttention(Operator[CastConfig]):
         """Always: without surrogate tokens there are no clusters."""
         return True
 
+    @property
+    def starts_from_sample(self) -> bool:
+        """Surrogates start at centroids of keys."""
+        return True
+
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
         """Surrogates, gate and temperature, as far as the configuration has them; lengths do not matter."""
         return shapes(self.config, spec)

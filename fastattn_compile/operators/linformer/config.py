@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastattn_compile.operators.base import OperatorConfig
 
-SHARINGS = ("heads", "none")
+SHARINGS = ("heads", "none", "key_value")
 STARTS = ("blocks", "data")
 
 
@@ -19,7 +19,8 @@ class LinformerConfig(OperatorConfig):
         max_length: Longest sequence the projections serve; ``None`` is the length of the site they are made
             for. Shorter sequences use the first columns.
         sharing: ``"heads"``, one pair of projections for all heads of the site; ``"none"``, one for each key
-            head.
+            head; ``"key_value"``, one projection for the keys and the values of all heads. (The paper's
+            fourth way, one for all layers, would be a parameter of no site.)
         start: ``"blocks"``, rows start as means of equal blocks of positions; ``"data"``, as means of
             positions whose keys are alike in the calibration sample, blocks where there is no sample.
     """

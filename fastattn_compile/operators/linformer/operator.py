@@ -93,7 +93,9 @@ class LinformerAttention(Operator[LinformerConfig]):
             inputs.query, inputs.key, inputs.value, inputs.scale, self._checked(inputs, parameters),
             output.out, output.log_sum_exp, grad_out, grad_log_sum_exp, inputs.key_padding,
         )  # fmt: skip
-        return Gradients(query, key, value, projections)
+        of_keys, of_values = projections
+        learned = (of_keys + of_values,) if self.config.sharing == "key_value" else projections
+        return Gradients(query, key, value, learned)
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
@@ -106,9 +108,9 @@ class LinformerAttention(Operator[LinformerConfig]):
         rank, length = self.config.rank, int(spec.key_len)
         channels = spec.head_dim + spec.value_dim
         flops = 2.0 * spec.batch * (spec.heads + spec.kv_heads) * length * rank * channels
-        heads = 1 if self.config.sharing == "heads" else int(spec.kv_heads)
-        projection = heads, rank, length  # of a longer projection the columns of the sequence
-        learned = parameter_bytes({"key_projection": projection, "value_projection": projection})
+        shapes = self.parameter_shapes(spec)
+        # Of a longer projection the columns of the sequence.
+        learned = parameter_bytes({name: (*shape[:2], length) for name, shape in shapes.items()})
         return Cost(flops, traffic(spec) + learned, float(rank))
 
     @property
@@ -116,11 +118,15 @@ class LinformerAttention(Operator[LinformerConfig]):
         """Always: the projections are parameters."""
         return True
 
+    @property
+    def starts_from_sample(self) -> bool:
+        """When rows start as means of positions that are alike."""
+        return self.config.start == "data"
+
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
-        """The two projections, ``(heads, rank, max_length)``."""
-        heads = 1 if self.config.sharing == "heads" else int(spec.kv_heads)
-        shape = (heads, self.config.rank, self._columns(spec))
-        return {"key_projection": shape, "value_projection": shape}
+        """The two projections, ``(heads, rank, max_length)``, or the one."""
+        shape = (self._heads(int(spec.kv_heads)), self.config.rank, self._columns(spec))
+        return dict.fromkeys(self._names, shape)
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
         """Means of the positions that share a row, blocks or alike in the sample (``LinformerConfig.start``).
@@ -128,7 +134,7 @@ class LinformerAttention(Operator[LinformerConfig]):
         Raises:
             ValueError: The sample is longer than the projections, or has other key heads than the site.
         """
-        heads, rank, columns = self.parameter_shapes(spec)["key_projection"]
+        heads, rank, columns = self.parameter_shapes(spec)[self._names[0]]
         row = (torch.arange(columns) * rank // columns).expand(heads, -1).clone()
         if self.config.start == "data" and sample is not None:
             length = sample.key.shape[2]
@@ -140,7 +146,7 @@ class LinformerAttention(Operator[LinformerConfig]):
             row[:, :length] = self._alike(sample, heads)
         initial = torch.nn.functional.one_hot(row, rank).mT.float()
         initial /= initial.sum(-1, keepdim=True).clamp(min=1)
-        return {"key_projection": initial, "value_projection": initial.clone()}
+        return {name: initial.clone() for name in self._names}
 
     def _alike(self, sample: AttentionInputs, heads: int) -> Tensor:
         """A row for every position of the sample, ``(heads, n)``: about equally many positions for each."""
@@ -157,13 +163,23 @@ class LinformerAttention(Operator[LinformerConfig]):
         return int(spec.key_len) if self.config.max_length is None else self.config.max_length
 
     def _checked(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        heads = 1 if self.config.sharing == "heads" else inputs.key.shape[1]
-        length = inputs.key.shape[2]
+        heads, length, wanted = self._heads(inputs.key.shape[1]), inputs.key.shape[2], len(self._names)
         shapes = [tuple(p.shape) for p in parameters]
-        fitting = len(shapes) == 2 and shapes[0] == shapes[1]
+        fitting = len(shapes) == wanted and len(set(shapes)) == 1
         if not fitting or shapes[0][:2] != (heads, self.config.rank) or shapes[0][2] < length:
             raise ValueError(
-                f"linformer expects a key and a value projection of shape ({heads}, {self.config.rank}, "
+                f"linformer expects {' and '.join(self._names)} of shape ({heads}, {self.config.rank}, "
                 f"at least {length}), got {shapes}; make them with initial_parameters"
             )
-        return parameters[0], parameters[1]
+        return parameters[0], parameters[-1]
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Names of the parameters."""
+        return (
+            ("projection",) if self.config.sharing == "key_value" else ("key_projection", "value_projection")
+        )
+
+    def _heads(self, kv_heads: int) -> int:
+        """Heads that have projections of their own."""
+        return kv_heads if self.config.sharing == "none" else 1

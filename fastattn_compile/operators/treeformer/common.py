@@ -102,6 +102,11 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
             return no("rotary_base needs queries that stand at positions of the keys")
         return refuse_extras(spec)
 
+    @property
+    def starts_from_sample(self) -> bool:
+        """Planes split the keys."""
+        return self.config.height > 0
+
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
         """Planes and offsets of the trees, a key head each; those of queries and weights of levels, a query
         head each.

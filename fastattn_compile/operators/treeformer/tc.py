@@ -83,6 +83,11 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         """The weights of the levels are learned at every height."""
         return True
 
+    @property
+    def starts_from_sample(self) -> bool:
+        """Planes split the keys, free weights of the levels are a least-squares fit."""
+        return self.config.height > 0 or self._free_weights()
+
     def supports(self, spec: SiteSpec) -> Support:
         """No mask or a causal one, with key padding."""
         mask = spec.mask
