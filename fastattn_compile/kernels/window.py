@@ -24,17 +24,24 @@ def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, local: Local) -> 
     return on_gpu.obstacle(query, key, value, local)
 
 
-def _offered(query: Tensor, key: Tensor, value: Tensor, local: Local) -> dict[str, Callable[[], str]]:
-    return {"triton": lambda: triton_obstacle(query, key, value, local)}
+def _offered(
+    query: Tensor, key: Tensor, value: Tensor, local: Local, bias: Tensor | None
+) -> dict[str, Callable[[], str]]:
+    return {"triton": lambda: _biased(bias) or triton_obstacle(query, key, value, local)}
+
+
+def _biased(bias: Tensor | None) -> str:
+    return "it adds no bias by distance to the scores" if bias is not None else ""
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``kernels.aten.window.forward``, by the fastest implementation that serves the call."""
-    offered = _offered(query, key, value, local)
+    offered = _offered(query, key, value, local, bias)
     if query.device.type == "cpu":
-        offered["cpp"] = lambda: on_cpu.window_obstacle(query, key, value, local)
+        offered["cpp"] = lambda: _biased(bias) or on_cpu.window_obstacle(query, key, value, local)
     name = select("window forward", offered)
     if name == "triton":
         from fastattn_compile.kernels.gpu import window as on_gpu
@@ -45,17 +52,18 @@ def forward(
         if made is not None:
             return made
         give_way("window forward", name, NOT_FINITE)
-    return on_aten.forward(query, key, value, scale, local, key_padding)
+    return on_aten.forward(query, key, value, scale, local, key_padding, bias)
 
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, out: Tensor, log_sum_exp: Tensor,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As ``kernels.aten.window.backward``, by the fastest implementation that serves the call."""
     given = query, key, value, scale, local, out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
-    if select("window backward", _offered(query, key, value, local)) == "triton":
+    if select("window backward", _offered(query, key, value, local, bias)) == "triton":
         from fastattn_compile.kernels.gpu import window as on_gpu
 
-        return on_gpu.backward(*given)
-    return on_aten.backward(*given)
+        return *on_gpu.backward(*given), None
+    return on_aten.backward(*given, bias)

@@ -7,6 +7,7 @@ patterns: what happens between the anchors is understood, or the site is kept wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastattn_compile.operators.base import SiteSpec
@@ -14,7 +15,7 @@ from fastattn_compile.passes.axes import Atom, Axes, Axis, fresh, leaves, length
 from fastattn_compile.passes.contraction import Operand, trace
 from fastattn_compile.passes.graph import GraphView, Node, Size, same_size
 from fastattn_compile.passes.mask_lift import lifter_of
-from fastattn_compile.passes.mask_structure import recognise
+from fastattn_compile.passes.mask_structure import MaskAnalysis, recognise
 from fastattn_compile.passes.mask_terms import axes_by_role, canonical_terms
 from fastattn_compile.passes.scores import Scores, ScoreTerm, number, read_scores
 from fastattn_compile.passes.sequences import same_sequence
@@ -302,13 +303,20 @@ def _site(
         device=getattr(getattr(_value(v), "device", None), "type", "cpu"),
         kind=kind,
         mask=mask.structure,
-        bias=mask.bias,
+        bias=_bias_kind(mask, sizes),
         softcap=scores.softcap,
         sink_logits=scores.sink is not None,
         dropout=dropout,
         weights_used=weights_used,
     )
     return Site(name, node, query, key, value, groups, scores.scale, mask, out, out_axes, spec)
+
+
+def _bias_kind(mask: MaskAnalysis, sizes: Mapping[str, Size]) -> str:
+    """The kind of a bias; by distance only where queries and keys stand at the same positions."""
+    if mask.bias != "none" and not same_size(sizes["query"], sizes["key"]):
+        return "dense"
+    return mask.bias
 
 
 def _value(node: Node) -> object:

@@ -138,8 +138,9 @@ def test_a_bias_reaches_the_operator(kind: str, dynamic: bool) -> None:
     assert made == (*KINDS[kind], "named by the user")
 
 
+@pytest.mark.parametrize("name", ["fma", "window"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fma_adds_the_bias_near_and_far(kind: str) -> None:
+def test_operators_add_the_bias(kind: str, name: str) -> None:
     """What the operator is given is what the model adds, and what it gives is its definition of that."""
     model = Biased(kind).double()
     x = torch.randn(2, 90, 32, dtype=torch.float64)
@@ -156,9 +157,15 @@ def test_fma_adds_the_bias_near_and_far(kind: str) -> None:
         return scores.softmax(-1) @ inputs.value
 
     with observing(observe), torch.no_grad():
-        compiled(model, **FMA)(x)
+        compiled(model, **OPERATORS[name])(x)
     assert len(seen) == 2 and max(seen) < 1e-12
-    assert set(operators_used().values()) == {"fma"}
+    assert set(operators_used().values()) == {name}
+
+
+def test_barnes_hut_refuses_a_bias_with_its_reason() -> None:
+    compiled(Biased("alibi").double(), operator="barnes_hut")(torch.randn(1, 90, 32).double())
+    (made,) = backend.decisions()
+    assert made.operator == "exact" and "estimates scores from keys alone" in made.reason
 
 
 def test_training_of_a_bias_through_fma() -> None:
@@ -178,6 +185,24 @@ def test_training_of_a_bias_through_fma() -> None:
                 losses.append(fast(x).square().sum())
                 learned -= sign * step
         assert float(got.view(-1)[1]) == pytest.approx(float(losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
+def test_a_bias_of_queries_that_continue_a_cache_keeps_the_site() -> None:
+    """By distance from where? Only queries and keys at the same positions say so."""
+
+    class Continues(Biased):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.into(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            q, n = q[:, :, -5:], x.shape[1]
+            distance = torch.arange(n) - torch.arange(n - 5, n)[:, None]
+            scores = (q @ k.mT + self.bias(distance)).masked_fill(distance > 0, -torch.inf)
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model, x = Continues("buckets").double(), torch.randn(1, 20, 32).double()
+    for name in ("exact", "window"):
+        assert torch.equal(compiled(model, operator=name)(x), model(x))
+        (made,) = backend.decisions()
+        assert made.operator == "exact" and "dense" in made.reason
 
 
 def test_a_bias_that_is_data_keeps_the_site() -> None:

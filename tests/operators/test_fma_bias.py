@@ -130,3 +130,66 @@ def test_biases_of_another_shape_are_refused(bias, words):
     if bias.dim() == 4:
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(inputs, bias=bias).validated()
+
+
+@pytest.mark.parametrize("mask", ["causal + alibi", "none + alibi", "none + bucketed"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_kernel_in_many_passes_and_threads(mask, threads, monkeypatch):
+    from fastattn_compile.kernels.aten import fma_tiles
+
+    inputs = make_inputs(mask, length=203, heads=4, kv_heads=2)
+    operator = make_operator("fma", block=8, rank=2)
+    results = []
+    try:
+        torch.set_num_threads(threads)
+        for size in (1, 1 << 13, 1 << 22):
+            monkeypatch.setattr(fma_tiles, "SCORE_TILE", size)
+            given, _, sources = leaves(inputs, ())
+            output = run(operator, given)
+            total = output.out.square().sum() + output.log_sum_exp.sum()
+            results.append((output.out, output.log_sum_exp, *torch.autograd.grad(total, sources)))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        for one, two in zip(results[0], other):
+            assert torch.allclose(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["none + alibi", "causal + alibi", "none + bucketed"])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_nan_reaches_exactly_the_queries_that_see_it(mask, side):
+    inputs = make_inputs(mask, dtype=torch.float64)
+    operator = make_operator("fma", block=8, rank=2, sinks=3)
+    for place in (1, 20, 70):
+        moved, broken = (getattr(inputs, side).clone() for _ in range(2))
+        moved[:, :, place] += 1
+        broken[:, :, place] = torch.nan
+        plain = operator.reference(inputs).out
+        sees = (plain != operator.reference(dataclasses.replace(inputs, **{side: moved})).out).any(-1)
+        got = run(operator, dataclasses.replace(inputs, **{side: broken})).out
+        assert torch.equal(got.isnan().any(-1), sees)
+
+
+@pytest.mark.parametrize("name", ["fma", "window", "exact"])
+@pytest.mark.parametrize("kind", ["alibi", "bucketed"])
+def test_no_tensor_grows_with_the_square_of_the_length(name, kind):
+    n = 4096
+    inputs = make_inputs(f"causal + {kind}", batch=1, heads=2, kv_heads=1, length=n, head_dim=4)
+    options = {"fma": {"block": 16, "rank": 2}, "window": {"width": 32}, "exact": {}}[name]
+    operator = make_operator(name, **options)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        output = operator.forward(inputs)
+        operator.backward(inputs, (), output, torch.ones_like(output.out), None)
+    # A third of what the scores of one head would take.
+    assert largest < 4 * n * n / 3

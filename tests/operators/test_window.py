@@ -74,7 +74,16 @@ def test_the_cost_counts_the_keys_that_are_met(mask):
     )
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal & window(9)", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "causal",
+        "causal & window(9)",
+        "causal & key_padding",
+        "causal & key_padding + alibi",
+        "causal + bucketed",
+    ],
+)
 @pytest.mark.parametrize("prefilled", [1, 2, 30])
 def test_decoding_equals_one_pass(mask, prefilled):
     inputs = make_inputs(mask, dtype=torch.float64)

@@ -26,6 +26,18 @@ class ScoreBias(ABC):
             ``(heads, r, *distance.shape)``, the work type.
         """
 
+    @abstractmethod
+    def at_each(self, heads: Tensor, distance: Tensor) -> Tensor:
+        """What is added for some key heads, each at distances of its own.
+
+        Args:
+            heads: ``(k,)`` numbers of key heads, in any order.
+            distance: ``(k, *shape)``.
+
+        Returns:
+            ``(k, r, *shape)``.
+        """
+
     def new_gradient(self, heads: slice) -> Tensor | None:
         """A place to add up gradients for some key heads; ``None`` when the bias gets no gradient."""
         return None
@@ -37,6 +49,16 @@ class ScoreBias(ABC):
             gradient: From ``new_gradient``.
             grad_scores: ``(heads, r, *distance.shape)``.
             distance: As for ``at``.
+        """
+
+    def take_each(self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor) -> None:
+        """Adds the gradients of scores to that of the bias, in a fixed order.
+
+        Args:
+            gradient: From ``new_gradient`` of all heads.
+            heads: As for ``at_each``.
+            grad_scores: ``(k, r, *shape)``.
+            distance: As for ``at_each``.
         """
 
 
@@ -54,6 +76,11 @@ class Slopes(ScoreBias):
         """What is added for some key heads."""
         slopes = self.slopes[heads].view(-1, self.slopes.shape[1], *[1] * distance.dim())
         return -slopes * distance.abs()
+
+    def at_each(self, heads: Tensor, distance: Tensor) -> Tensor:
+        """What is added for some key heads, each at distances of its own."""
+        slopes = self.slopes[heads].view(len(heads), -1, *[1] * (distance.dim() - 1))
+        return -slopes * distance[:, None].abs()
 
 
 class Distances(ScoreBias):
@@ -75,6 +102,12 @@ class Distances(ScoreBias):
         found = self.table[heads].index_select(2, self.place(distance).flatten())
         return found.unflatten(2, distance.shape)
 
+    def at_each(self, heads: Tensor, distance: Tensor) -> Tensor:
+        """What is added for some key heads, each at distances of its own."""
+        tables = self.table[heads]
+        where = self.place(distance).flatten(1)[:, None].expand(-1, tables.shape[1], -1)
+        return tables.gather(2, where).unflatten(2, distance.shape[1:])
+
     def new_gradient(self, heads: slice) -> Tensor:
         """Zeros, ``(2 N - 1, heads * r)``: rows of heads are added faster than single numbers."""
         part = self.table[heads]
@@ -85,6 +118,16 @@ class Distances(ScoreBias):
         if gradient is not None:
             rows = grad_scores.flatten(2).flatten(0, 1).T
             gradient.index_add_(0, self.place(distance).flatten(), rows)
+
+
+    def take_each(self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor) -> None:
+        """Adds the gradients of scores to that of the bias, in a fixed order."""
+        if gradient is None:
+            return
+        group = self.table.shape[1]
+        row = heads[:, None] * group + torch.arange(group, device=heads.device)
+        where = self.place(distance).flatten(1)[:, None] * gradient.shape[1] + row[..., None]
+        gradient.view(-1).index_add_(0, where.flatten(), grad_scores.flatten())
 
 
 def score_bias(bias: Tensor | None, kv_heads: int, dtype: torch.dtype) -> ScoreBias | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastattn_compile.kernels.aten.score_bias import ScoreBias, score_bias
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
     all_finite,
@@ -186,6 +187,42 @@ class LocalTiles:
         place = torch.arange(blocks.start * rows, blocks.stop * rows, device=self.fine.device)
         return (place + self.local.offset).unflatten(0, (-1, rows))
 
+    def distances(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Key less query position: of the sinks, ``(units, blocks, rows, sinks)``; of the stretch, ``(rows, span)``."""
+        local, device = self.local, self.fine.device
+        place = self.places(tile.blocks)
+        sinks = self.of_units(self.sink_place)[tile.units, None, None] - place[..., None]
+        stretch = torch.arange(local.span, device=device) - local.before
+        return sinks, stretch - torch.arange(local.rows, device=device)[:, None]
+
+    def heads(self, tile: Tile) -> Tensor:
+        """The key head of every unit of a tile."""
+        return torch.arange(tile.units.start, tile.units.stop, device=self.fine.device) % self.kv_heads
+
+    def add_bias(self, scores: Tensor, bias: ScoreBias, tile: Tile) -> None:
+        """Adds a bias to ``(units * blocks, r * rows, sinks + span)``."""
+        sinks, stretch = self.distances(tile)
+        split = self._split(scores, tile)
+        if self.local.sinks:
+            split[..., : self.local.sinks] += bias.at_each(self.heads(tile), sinks).transpose(1, 2)
+        split[..., self.local.sinks :] += bias.at(slice(None), stretch)[self.heads(tile), None]
+
+    def take_bias(self, gradient: Tensor | None, grad_scores: Tensor, bias: ScoreBias, tile: Tile) -> None:
+        """Adds the gradients of scores to those of the bias."""
+        if gradient is None:
+            return
+        sinks, stretch = self.distances(tile)
+        split, heads = self._split(grad_scores, tile), self.heads(tile)
+        if self.local.sinks:
+            bias.take_each(gradient, heads, split[..., : self.local.sinks].transpose(1, 2), sinks)
+        blocks = split[..., self.local.sinks :].sum(1)
+        of_heads = blocks.new_zeros(self.kv_heads, *blocks.shape[1:]).index_add_(0, heads, blocks)
+        bias.take(gradient, of_heads, stretch)
+
+    def _split(self, x: Tensor, tile: Tile) -> Tensor:
+        """``(units * blocks, r * rows, k)`` as ``(units, blocks, r, rows, k)``."""
+        return x.unflatten(0, (tile.units.stop - tile.units.start, -1)).unflatten(2, (self.group, -1))
+
     def queries(self, x: Tensor, tile: Tile, fill: float = 0.0) -> Tensor:
         """The tile's part of ``(b, h, n, c)`` as ``(units * blocks, r * rows, c)``; ``fill`` beyond the last
         query."""
@@ -272,8 +309,9 @@ class LocalTiles:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, local: Local, key_padding: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Local attention.
 
     Args:
@@ -283,6 +321,7 @@ def forward(
         scale: Factor on the scores.
         local: What is near.
         key_padding: ``(b, m)`` boolean, true where a token is real.
+        bias: Added by distance: ``(h,)`` slopes, ``(h, 2 N - 1)``, or ``None`` (``score_bias``).
 
     Returns:
         Output ``(b, h, n, e)``, the values' type, 0 where a query sees no key; log-sum-exp ``(b, h, n)``,
@@ -296,9 +335,12 @@ def forward(
     clean = given if finite else [(without_nonfinite(x), without_nonfinite(y)) for x, y in given]
     out = tiles.empty(value.shape[3], value.dtype)
     log_sum_exp = tiles.empty(1, statistics_dtype(value))
+    added = score_bias(bias, tiles.kv_heads, tiles.dtype)
     for tile in tiles.tiles():
         k, v = (tiles.gather(*x, tile) for x in clean)
         scores = torch.bmm(tiles.queries(query, tile) * scale, k.mT)
+        if added is not None:
+            tiles.add_bias(scores, added, tile)
         seen = tile.seen(scores)
         scores.masked_fill_(~seen, -torch.inf)
         weights = torch.empty_like(scores)
@@ -322,7 +364,8 @@ def backward(
     grad_out: Tensor,
     grad_log_sum_exp: Tensor | None = None,
     key_padding: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of ``forward``; with P the weights, ``dS = P * (dO . v - dO . o + dlse)``.
 
     Args:
@@ -336,9 +379,11 @@ def backward(
         grad_out: Gradient of the output, its shape.
         grad_log_sum_exp: Gradient of the log-sum-exp, its shape; ``None`` is zero.
         key_padding: As in ``forward``.
+        bias: As in ``forward``.
 
     Returns:
-        Gradients of query, key and value, each of its input's shape and type.
+        Gradients of query, key and value, each of its input's shape and type; that of a bias by distance, ``None`` for
+        slopes and without a bias.
     """
     tiles = LocalTiles(query, key, value, local, key_padding)
     arrays = [without_nonfinite(tiles.array(x)) for x in (key, value)]
@@ -349,16 +394,25 @@ def backward(
     slope = (grad_out.to(tiles.dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp
+    added = score_bias(bias, tiles.kv_heads, tiles.dtype)
+    of_bias = None if added is None else added.new_gradient(slice(None))
     for tile in tiles.tiles():
         k, v = tiles.gather(keys, key_sinks, tile), tiles.gather(values, value_sinks, tile)
         q, grad_o = tiles.queries(query, tile), tiles.queries(grad_out, tile)
         lse = tiles.queries(log_sum_exp[..., None], tile, -torch.inf)
         scores = torch.bmm(q * scale, k.mT)
+        if added is not None:
+            tiles.add_bias(scores, added, tile)
         weights = probabilities_(scores.masked_fill_(~tile.seen(scores), -torch.inf), lse)
         tiles.scatter(*grad_values, tile, torch.bmm(weights.mT, grad_o))
         grad_scores = torch.bmm(grad_o, v.mT).sub_(tiles.queries(slope[..., None], tile))
-        grad_scores.mul_(weights).mul_(scale)
+        grad_scores.mul_(weights)
+        if added is not None:
+            tiles.take_bias(of_bias, grad_scores, added, tile)
+        grad_scores.mul_(scale)
         tiles.scatter(*grad_keys, tile, torch.bmm(grad_scores.mT, q))
         tiles.store(grad_query, tile, torch.bmm(grad_scores, k))
     grad_key, grad_value = (tiles.results_of_keys(tiles.tokens(*x)) for x in (grad_keys, grad_values))
-    return tiles.results(grad_query), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    if of_bias is not None and bias is not None:
+        of_bias = of_bias.T.contiguous().to(bias.dtype)
+    return tiles.results(grad_query), grad_key.to(key.dtype), grad_value.to(value.dtype), of_bias

@@ -79,6 +79,11 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
             return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
         if mask.left is not None and mask.left < 0:
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
+        if spec.bias in ("alibi", "bucketed"):
+            return no(
+                f"an additive bias by distance ({spec.bias}) is not supported: the choice of what to open estimates scores "
+                "from keys alone; fma and window add it"
+            )
         return refuse_extras(spec)
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
@@ -115,7 +120,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
         if self._near_alone(inputs):
             local = barnes_hut_aten.near_field(pattern)
-            return Gradients(*window_aten.backward(*given, local, *saved, inputs.key_padding))
+            return Gradients(*window_aten.backward(*given, local, *saved, inputs.key_padding)[:3])
         return Gradients(*kernel.backward(*given, pattern, pool, *saved, inputs.key_padding))
 
     @property

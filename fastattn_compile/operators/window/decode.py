@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.score_bias import score_bias
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
@@ -46,6 +47,11 @@ class WindowDecoder(Decoder):
         sinks = self.operator.config.sinks
         batch, kv_heads, length, _ = inputs.key.shape
         self._left = inputs.mask.left
+        dtype = torch.promote_types(inputs.value.dtype, torch.float32)
+        self._bias = score_bias(inputs.bias, kv_heads, dtype)
+        self._listed = (
+            None if inputs.bias is None or inputs.bias.dim() == 1 else inputs.bias.shape[1] // 2 + 1
+        )
         self._width = self.operator.config.width if self._left is None else min(self._width, self._left + 1)
         self._length = length
         self._ring = [
@@ -82,10 +88,15 @@ class WindowDecoder(Decoder):
 
         Raises:
             RuntimeError: ``prefill`` was not called.
+            ValueError: The bias lists fewer distances than tokens.
         """
         if self._length is None:
             raise RuntimeError("call prefill before step")
         now = self._length
+        if self._listed is not None and now >= self._listed:
+            raise ValueError(
+                f"the bias lists distances of {now} tokens; prefill with a longer one, (heads, 2 N - 1)"
+            )
         self._length += 1
         slot = now % self._width
         becomes_sink = self._found < self.operator.config.sinks
@@ -102,14 +113,19 @@ class WindowDecoder(Decoder):
         if self._left is not None:
             seen &= places >= now - self._left
         keys, values = (torch.cat(pair, 2) for pair in zip(self._sinks, self._ring))
-        return attend_rows(query, keys, values, self.scale, seen)
+        bias = None
+        if self._bias is not None:
+            bias = torch.stack([self._bias.at(slice(None), at - now) for at in places])
+        return attend_rows(query, keys, values, self.scale, seen, bias)
 
     def stored_rows(self) -> int:
         """The ring and the sinks."""
         return self._width + self.operator.config.sinks
 
 
-def attend_rows(query: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor) -> AttentionOutput:
+def attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor, bias: Tensor | None = None
+) -> AttentionOutput:
     """Softmax attention of one query a head over some rows.
 
     Args:
@@ -118,10 +134,13 @@ def attend_rows(query: Tensor, keys: Tensor, values: Tensor, scale: float, seen:
         values: ``(batch, kv_heads, rows, e)``.
         scale: Factor on the scores.
         seen: ``(batch, rows)`` boolean, or ``(batch, kv_heads, heads // kv_heads, rows)``.
+        bias: ``(batch, kv_heads, heads // kv_heads, rows)``, added to the scores, or ``None``.
     """
     dtype = torch.float64 if torch.float64 in (query.dtype, keys.dtype, values.dtype) else torch.float32
     wide = query.to(dtype).squeeze(2).unflatten(1, (keys.shape[1], -1))
     scores = scale * (wide @ keys.to(dtype).mT)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
     visible = seen[:, None, None] if seen.dim() == 2 else seen
     weights, log_sum_exp = masked_softmax(scores, visible)
     out = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]

@@ -41,7 +41,8 @@ class WindowAttention(Operator[WindowConfig]):
     shows them.
 
     Serves causal and bidirectional self-attention with sliding windows, bands, key padding and packed
-    documents (each with sinks of its own), at any length, and queries that continue a cache (``end_aligned``).
+    documents (each with sinks of its own), at any length, and queries that continue a cache (``end_aligned``). Biases by
+    distance (ALiBi, buckets) are added to what is met.
     """
 
     name = "window"
@@ -70,7 +71,7 @@ class WindowAttention(Operator[WindowConfig]):
                 f"{spec.query_len} queries against {spec.key_len} keys: queries and keys must stand "
                 "at the same positions, or the last query at the last key"
             )
-        return refuse_extras(spec)
+        return refuse_extras(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Dense attention with the narrower mask."""
@@ -83,7 +84,8 @@ class WindowAttention(Operator[WindowConfig]):
         if inputs.segments is not None:
             return forward_documents(self.forward, inputs, self.config.width)
         given = inputs.query, inputs.key, inputs.value, inputs.scale
-        return AttentionOutput(*window_kernels.forward(*given, self._local(inputs), inputs.key_padding))
+        facts = inputs.key_padding, inputs.bias
+        return AttentionOutput(*window_kernels.forward(*given, self._local(inputs), *facts))
 
     def backward(
         self,
@@ -99,7 +101,9 @@ class WindowAttention(Operator[WindowConfig]):
             return backward_documents(lambda one, *saved: self.backward(one, (), *saved), *packed)
         given = inputs.query, inputs.key, inputs.value, inputs.scale
         saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
-        return Gradients(*window_kernels.backward(*given, self._local(inputs), *saved, inputs.key_padding))
+        facts = inputs.key_padding, inputs.bias
+        dq, dk, dv, of_bias = window_kernels.backward(*given, self._local(inputs), *saved, *facts)
+        return Gradients(dq, dk, dv, bias=of_bias)
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()

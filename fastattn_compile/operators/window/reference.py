@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
-from fastattn_compile.operators.exact.reference import grouped, masked_softmax, ungrouped
+from fastattn_compile.operators.exact.reference import grouped, grouped_bias, masked_softmax, ungrouped
 from fastattn_compile.operators.window.config import WindowConfig
 
 
@@ -48,5 +48,7 @@ def window_attention(config: WindowConfig, inputs: AttentionInputs) -> Attention
         hidden = ~inputs.key_padding[:, None, None, :, None]
         key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     met = window_keys(config, inputs, torch.arange(query.shape[3], device=query.device))[:, None]
-    weights, log_sum_exp = masked_softmax(inputs.scale * (query @ key.mT), met)
+    added = inputs.added(torch.arange(query.shape[3], device=query.device))
+    scores = inputs.scale * (query @ key.mT) + grouped_bias(inputs, added)
+    weights, log_sum_exp = masked_softmax(scores, met)
     return ungrouped(inputs, weights @ value, log_sum_exp)
