@@ -217,17 +217,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _call(model: Any, inputs: Inputs, observer: Observer | None = None) -> Any:
+@contextmanager
+def readable_refusals() -> Iterator[None]:
+    """Dynamo wraps what a backend raises while it compiles; a refusal of ours is for the user to read."""
     from torch._dynamo.exc import BackendCompilerFailed
 
     try:
-        with observing(observer) if observer else nullcontext():
-            return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        yield
     except BackendCompilerFailed as error:
-        # Dynamo wraps what a backend raises; a refusal of ours is for the user to read.
         if isinstance(error.inner_exception, FastAttentionError):
             raise error.inner_exception from error
         raise
+
+
+def _call(model: Any, inputs: Inputs, observer: Observer | None = None) -> Any:
+    with readable_refusals(), observing(observer) if observer else nullcontext():
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def _predict(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastattn_compile.errors import OptionError
 from fastattn_compile.plans import Plan
+from fastattn_compile.reporting.evaluate import readable_refusals
 from fastattn_compile.retrofitting.attach import owner_path
 
 
@@ -127,8 +128,13 @@ def compiled(module: nn.Module, options: Mapping[str, Any], forward: bool = Fals
 
     # Dynamo caches, and limits, by code object.
     own = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-    result: Callable[..., Any] = torch.compile(own, backend="fastattn", options=dict(options))
-    return result
+    lowered = torch.compile(own, backend="fastattn", options=dict(options))
+
+    def served(*args: Any, **kwargs: Any) -> Any:
+        with readable_refusals():
+            return lowered(*args, **kwargs)
+
+    return served
 
 
 def blocks_of(model: nn.Module, plan: Plan) -> list[str]:

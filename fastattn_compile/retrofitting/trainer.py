@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,7 +67,7 @@ class Trainer:
         )  # fmt: skip
         self.compiler, self.checkpoint_every, self.seed, self.say = compiler, checkpoint_every, seed, say
         self.device = next(teacher.parameters()).device
-        self._sharded_teacher: nn.Module | None = None
+        self._seated = False
 
     def stage(self, model: nn.Module, plan: Plan, stage: DistilStage, index: int) -> tuple[Plan, StageReport]:
         """Trains a copy of the model and brings over what it learned if that helps.
@@ -98,6 +99,11 @@ class Trainer:
             call = self._prepare(student, plan)
         self.say(f"{stage.name}: measure after", 0, 0)
         after = self._measure(call, stage.objective, plan)
+        for when, found in (("before", before), ("after", after)):
+            if not all(map(math.isfinite, found.values())):
+                raise NumericError(
+                    f"stage {stage.name!r}: NaN or Inf on the held-out batches {when} the training: {found}"
+                )
         trained = {name: whole(p) for name, p in trained_tensors(student).items()}
         kept = after[stage.objective] < before[stage.objective]
         if start is not model:
@@ -111,9 +117,10 @@ class Trainer:
         return plan, report
 
     def _seat_teacher(self, plan: Plan) -> None:
-        if self._sharded_teacher is None and self.world.joined:
+        """Shards the teacher, once, by the layers of the first plan."""
+        if self.world.joined and not self._seated:
             shard(self.teacher, plan, None)
-            self._sharded_teacher = self.teacher
+        self._seated = True
 
     def _prepare(self, student: nn.Module, plan: Plan) -> Callable[..., Any]:
         options = {"strict": True, "compiler": self.compiler, "quiet": True}

@@ -10,7 +10,13 @@ from retrofitting.tiny import SITES, language, tokens
 from torch import nn
 
 import fastattn_compile as fa
-from fastattn_compile.errors import CheckpointError, NumericError, OptionError, PlanError
+from fastattn_compile.errors import (
+    CheckpointError,
+    NumericError,
+    OptionError,
+    PlanError,
+    UnsupportedSiteError,
+)
 from fastattn_compile.retrofitting.batches import Batches
 from fastattn_compile.retrofitting.lora import AdaptedLinear, adapt, merge
 from fastattn_compile.retrofitting.objectives import distance, language_model_loss
@@ -255,6 +261,9 @@ def test_bad_input_is_explained():
     bare = language()
     with pytest.raises(OptionError, match="trains nothing"):
         distilled(bare, [stage(train="operators")], window)
+
+    with pytest.raises(UnsupportedSiteError, match=r"layers\.0\.attention .*call fa\.attach"):
+        distilled(bare, [stage()])
 
     class Broken(list):
         def __iter__(self):
