@@ -74,3 +74,23 @@ def test_a_damaged_merged_folder_is_explained(model, tmp_path):
     config.write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(CheckpointError, match="names no architecture"):
         fa.from_pretrained(None, tmp_path / "saved")
+
+
+def test_a_loaded_folder_is_routed_without_compiling_and_generates(model, ids, tmp_path):
+    wanted = logits(model, ids)
+    fa.save_pretrained(model, tmp_path / "saved", plan=PLAN, merge=True)
+    fa.register_transformers()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", attn_implementation="fastattn"
+    )
+    for loaded in (
+        fa.from_pretrained(None, tmp_path / "saved"),
+        fa.from_pretrained(plain, tmp_path / "saved"),
+    ):
+        fa.route(loaded)  # the plan that the folder left on the model
+        assert loaded.config._attn_implementation == "fastattn"
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, wanted)
+        assert [site.operator for site in fa.report(loaded).sites] == ["exact", "fma"]
+        made = loaded.generate(ids, max_new_tokens=3, do_sample=False, use_cache=True)
+        assert made.shape == (1, 67) and torch.equal(made[:, :64], ids)
