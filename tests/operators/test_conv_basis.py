@@ -399,7 +399,16 @@ def test_cost_counts_what_the_site_needs():
     )
     assert cost("none", k=8, form="fft").flops == pytest.approx(2 * cost(k=8, form="fft").flops, rel=0.01)
     assert cost(k=8).flops <= cost(k=8, form="gather").flops
-    assert cost(k=8).keys_per_query == pytest.approx(4, rel=0.01)
+    # Four sinks that every query meets, and of four anchors that stand evenly the mean query sees 2.5.
+    assert cost(k=8).keys_per_query == pytest.approx(6.5, rel=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 5}, {"anchors": "strided"}])
+def test_cost_counts_the_anchors_that_are_met(options):
+    inputs = make_inputs("causal", batch=1)
+    operator = make_operator("conv_basis", k=9, **options)
+    met = operator.exact_keys(inputs, torch.arange(75)).sum(-1).double().mean()
+    assert operator.cost(inputs.spec()).keys_per_query == pytest.approx(float(met))
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def _single(sides: Sequence[Side], seen: Tensor) -> Buckets:
 
 
 def fft_flops(
-    n: int, terms: int, value_dim: int, sides: int, buckets: int = 1, sharing: int = 1
+    n: int, terms: int, value_dim: int, sides: int, buckets: int = 1, sharing: int = 1, longest: int = 0
 ) -> float:
     """Floating-point operations of one query head by transforms (specification section 10).
 
@@ -151,8 +151,9 @@ def fft_flops(
         sides: Triangles.
         buckets: Buckets of rows.
         sharing: Query heads that share the transforms of the values, because their segments are the same.
+        longest: Columns of the longest segment; 0 when the segments are of one length.
     """
-    size = fast_length(n + -(-n // terms))
+    size = fast_length(n + (longest or -(-n // terms)))
     one = 2.5 * size * max(1, size.bit_length() - 1)
     transforms = terms * (value_dim + 1) / sharing + buckets * (terms + value_dim + 1)
     return sides * (one * transforms + 4.0 * size * terms * (value_dim + 1) * buckets)

@@ -15,36 +15,11 @@ from fastattn_compile.kernels.dispatch import select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
+from fastattn_compile.operators.growing import GrowingRows
 
 if TYPE_CHECKING:
     from fastattn_compile.kernels.gpu.barnes_hut_tree import Nodes
     from fastattn_compile.operators.barnes_hut.operator import BarnesHutAttention
-
-
-class _Rows:
-    """Rows that are added at the end of dimension 1, in room that doubles: O(1) a row.
-
-    Args:
-        rows: ``(u, n, c)`` to begin with.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self._room, self._count = rows, rows.shape[1]
-
-    def append(self, rows: Tensor) -> None:
-        """Adds ``(u, k, c)``."""
-        stop = self._count + rows.shape[1]
-        if stop > self._room.shape[1]:
-            grown = self._room.new_empty(self._room.shape[0], 2 * stop, self._room.shape[2])
-            grown[:, : self._count] = self.rows
-            self._room = grown
-        self._room[:, self._count : stop] = rows
-        self._count = stop
-
-    @property
-    def rows(self) -> Tensor:
-        """All rows."""
-        return self._room[:, : self._count]
 
 
 class _Nodes:
@@ -52,8 +27,11 @@ class _Nodes:
 
     def __init__(self, sums: Sums) -> None:
         self._statistic = sums.statistic
-        self._parts = [_Rows(x) for x in sums.parts]
-        self._features, self._log_count = _Rows(sums.features), _Rows(sums.counts.log()[..., None])
+        self._parts = [GrowingRows(1, x) for x in sums.parts]
+        self._features, self._log_count = (
+            GrowingRows(1, sums.features),
+            GrowingRows(1, sums.counts.log()[..., None]),
+        )
 
     def append(self, sums: Sums) -> None:
         for held, x in zip(self._parts, sums.parts):
@@ -126,9 +104,9 @@ class BarnesHutDecoder(Decoder):
         units = real.repeat_interleave(self._kv_heads, 0)
         sink = units & (units.cumsum(-1) <= pattern.sinks)
         self._rank = units.sum(-1)
-        self._fine = _Rows((units & ~sink)[..., None])
+        self._fine = GrowingRows(1, (units & ~sink)[..., None])
         self._keys, self._values = (
-            _Rows(x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0))
+            GrowingRows(1, x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0))
             for x in (inputs.key, inputs.value)
         )
         numbers = (
@@ -250,7 +228,7 @@ class BarnesHutDecoder(Decoder):
             seen = seen & (rows >= now - pattern.left)
         return rows.clamp(min=0), seen
 
-    def _taken(self, held: _Rows, rows: Tensor) -> Tensor:
+    def _taken(self, held: GrowingRows, rows: Tensor) -> Tensor:
         return held.rows.gather(1, rows[..., None].expand(-1, -1, held.rows.shape[2]))
 
     def _attend_by_triton(self, query: Tensor) -> AttentionOutput:

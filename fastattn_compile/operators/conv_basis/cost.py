@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from fastattn_compile.kernels.aten.conv import fft_flops, gather_flops, prefers_gather
+from fastattn_compile.kernels.aten.conv_anchors import strided
 from fastattn_compile.kernels.aten.conv_pattern import Pattern, triangles
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.exact.cost import traffic
+
+
+def anchor_places(pattern: Pattern, n: int) -> list[int]:
+    """Where anchors stand in a sequence without padding; those that content decides are taken to stand evenly.
+
+    Args:
+        pattern: The pattern.
+        n: Tokens, at least one.
+    """
+    first, stop = torch.zeros(1, dtype=torch.int64), torch.full((1,), n)
+    sinks = pattern.sinks if pattern.anchors == "sink_strided" else 0
+    bounds = strided(first, stop, min(pattern.terms, n), sinks, pattern.stride).flatten().tolist()
+    return [place for place in dict.fromkeys(bounds) if place < n]
 
 
 def conv_cost(config: ConvBasisConfig, pattern: Pattern, spec: SiteSpec) -> Cost:
@@ -21,10 +37,10 @@ def conv_cost(config: ConvBasisConfig, pattern: Pattern, spec: SiteSpec) -> Cost
     """
     n, d, e = int(spec.key_len), int(spec.head_dim), int(spec.value_dim)
     sides = triangles(pattern, n)
-    count = min(pattern.terms, n)
-    # Anchors stand evenly, or are taken to: the mean anchor column has (n + 1) / 2 rows, n / 2 without the
-    # diagonal.
-    products = count * (n + 1) / 2
+    places = anchor_places(pattern, n)
+    count = len(places)
+    longest = max(stop - start for start, stop in zip(places, [*places[1:], n]))
+    products = float(sum(n - start for start in places))
     probes = 0.0
     if pattern.anchors == "recover":
         probes = float(count * pattern.probe * math.ceil(math.log2(max(2, n))))
@@ -33,7 +49,11 @@ def conv_cost(config: ConvBasisConfig, pattern: Pattern, spec: SiteSpec) -> Cost
     tiles = pattern.form == "gather" or (pattern.form == "auto" and prefers_gather(pattern, n, e))
     alike = pattern.share or pattern.anchors in ("strided", "sink_strided")
     group = spec.heads // spec.kv_heads if alike else 1
-    sums = gather_flops(n, e) if tiles else fft_flops(n, pattern.terms, e, len(sides), sharing=group)
+    sums = (
+        gather_flops(n, e)
+        if tiles
+        else fft_flops(n, pattern.terms, e, len(sides), sharing=group, longest=longest)
+    )
     heads = spec.batch * spec.heads
     anchors = len(sides) * 2.0 * d * (products + probes)
     # Profiles are written once and read once, 8 bytes a number.

@@ -13,6 +13,7 @@ from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, De
 from fastattn_compile.operators.conv_basis.biases import offset_biases
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
+from fastattn_compile.operators.growing import GrowingRows
 
 if TYPE_CHECKING:
     from fastattn_compile.operators.conv_basis.operator import ConvBasisAttention
@@ -63,7 +64,7 @@ class ConvBasisDecoder(Decoder):
         offsets = anchor_offsets(config.k, config.sinks * (config.anchors == "sink_strided"), config.stride)
         self._start = first[:, None] + torch.tensor(offsets, device=device)
         self._left, self._dtype, self._group = inputs.mask.left, dtype, inputs.group
-        self._hidden, self._value = hidden, inputs.value
+        self._hidden, self._value = GrowingRows(1, hidden), GrowingRows(2, inputs.value)
         self._anchor = torch.zeros(batch, kv_heads, config.k, channels, dtype=dtype, device=device)
         self._profile = torch.zeros(
             batch, kv_heads, inputs.group, config.k, length + _SPARE, dtype=dtype, device=device
@@ -97,8 +98,8 @@ class ConvBasisDecoder(Decoder):
             raise RuntimeError("call prefill before step")
         now, kv_heads = self._length, key.shape[1]
         self._length = length = now + 1
-        self._value = torch.cat([self._value, value], 2)
-        self._hidden = torch.nn.functional.pad(self._hidden, (0, 1), value=False)
+        self._value.append(value)
+        self._hidden.append(torch.zeros(len(value), 1, dtype=torch.bool, device=value.device))
         if length > self._profile.shape[-1]:
             self._profile = torch.nn.functional.pad(self._profile, (0, length))
         opens = (self._start == now)[:, None, :, None]
@@ -121,11 +122,11 @@ class ConvBasisDecoder(Decoder):
         if bias is not None:
             by_offset = bias[:, length - 1 :].to(scores).unflatten(0, (kv_heads, self._group))
             scores = scores + by_offset[..., offset]
-        seen = ~self._hidden & (segment > 0)
+        seen = ~self._hidden.rows & (segment > 0)
         if self._left is not None:
             seen &= offset <= self._left
         weights, log_sum_exp = masked_softmax(scores, seen[:, None, None])
-        out = (weights @ self._value.to(self._dtype)).flatten(1, 2)[:, :, None]
+        out = (weights @ self._value.rows.to(self._dtype)).flatten(1, 2)[:, :, None]
         statistics = torch.float64 if value.dtype == torch.float64 else torch.float32
         return AttentionOutput(out.to(value.dtype), log_sum_exp.flatten(1, 2)[:, :, None].to(statistics))
 

@@ -12,6 +12,7 @@ from fastattn_compile.kernels.aten.treeformer_tc import Weighting
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 from fastattn_compile.kernels.treeformer_route import follow
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
+from fastattn_compile.operators.growing import GrowingRows
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.treeformer.config import TreeConfig
 from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype, turns
@@ -128,38 +129,6 @@ class CoarseDecoder(Decoder):
         return trees, query
 
 
-class _Rows:
-    """Rows that grow along one dimension, in storage that doubles: adding one moves nothing most of the time.
-
-    Args:
-        dim: The dimension.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.dim, self.length = dim, 0
-        self.store: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Appends rows."""
-        length = self.length + rows.shape[self.dim]
-        if self.store is None or self.store.shape[self.dim] < length:
-            shape = list(rows.shape)
-            shape[self.dim] = 2 * length
-            store = rows.new_zeros(shape)
-            if self.store is not None:
-                store.narrow(self.dim, 0, self.length).copy_(self.rows)
-            self.store = store
-        self.store.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
-        self.length = length
-
-    @property
-    def rows(self) -> Tensor:
-        """What was added."""
-        if self.store is None:
-            raise ValueError("the decoder holds no keys; call prefill or step first")
-        return self.store.narrow(self.dim, 0, self.length)
-
-
 class LeafDecoder(Decoder):
     """All keys and values with their leaves; a step compares leaf numbers and reads the rows of its own
     leaves only.
@@ -175,7 +144,7 @@ class LeafDecoder(Decoder):
         self._clear()
 
     def _clear(self) -> None:
-        self.key, self.value, self.leaf, self.real = _Rows(2), _Rows(2), _Rows(3), _Rows(1)
+        self.key, self.value, self.leaf, self.real = (GrowingRows(dim) for dim in (2, 2, 3, 1))
         self.routed = _Unrotated(self.operator.config)
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
@@ -257,10 +226,10 @@ class LeafDecoder(Decoder):
                 inputs.key.shape[0], inputs.key.shape[2], dtype=torch.bool, device=inputs.key.device
             )
         query, key = self.routed.add(inputs, dtype)
-        self.key.add(real_keys(inputs))
-        self.value.add(inputs.value.masked_fill(~real[:, None, :, None], 0))
-        self.leaf.add(follow(key, trees.key_planes, trees.key_offsets)[0])
-        self.real.add(real)
+        self.key.append(real_keys(inputs))
+        self.value.append(inputs.value.masked_fill(~real[:, None, :, None], 0))
+        self.leaf.append(follow(key, trees.key_planes, trees.key_offsets)[0])
+        self.real.append(real)
         return trees, query
 
     def _leaves(self) -> Tensor:
