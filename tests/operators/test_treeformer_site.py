@@ -306,7 +306,6 @@ def test_bad_configurations_say_what_is_wrong(name, options, words):
         ),
         ("tf_attention", {"rotary_base": 10.0}, {"query_len": 100}, "positions"),
         ("tc_attention", {}, {"mask": MaskStructure(left=9, right=0)}, "sliding window"),
-        ("tc_attention", {}, {"mask": MaskStructure(segments=True)}, "packed documents"),
         ("tc_attention", {}, {"mask": MaskStructure(right=-1)}, "diagonal"),
         ("tc_attention", {}, {"mask": CAUSAL, "query_len": 100}, "decoder"),
     ],

@@ -72,8 +72,6 @@ class CoarseDecoder(Decoder):
         self.sums = self.counts = None
         self.routed = _Unrotated(self.operator.config)
         self._add(inputs)
-        if inputs.key.shape[2] < self.operator.config.leaves:
-            return self.operator.reference(inputs, self.parameters)
         return self.operator.forward(inputs, self.parameters)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:

@@ -33,6 +33,11 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.operator import visibility
 from fastattn_compile.operators.treeformer.common import TreeOperator, finished
 from fastattn_compile.operators.treeformer.config import TcConfig
@@ -45,7 +50,6 @@ _TERMS = {
     "left": "a sliding window",
     "chunk": "chunked attention",
     "prefix": "a bidirectional prefix",
-    "segments": "packed documents",
 }
 # Elements that the units of one pass may hold.
 _WORKING_SET = 1 << 23
@@ -68,9 +72,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
     """Every query reads, at each node of its path, the mean of the values whose keys passed there: no scores,
     no softmax.
 
-    Serves self-attention, bidirectional and causal, and cross-attention without a mask, with grouped queries
-    and key padding. A trained operator: it cannot retrieve a single token, and without training it is hardly
-    better than a mean. There are no scores, hence no normaliser: the log-sum-exp is that of scores of 0, the
+    Serves self-attention, bidirectional and causal, and cross-attention without a mask, with grouped queries,
+    key padding and packed documents. A trained operator: it cannot retrieve a single token, and without
+    training it is hardly better than a mean. There are no scores, hence no normaliser: the log-sum-exp is that of scores of 0, the
     logarithm of the number of visible keys; it says which queries see none (-inf), and has no gradient.
     """
 
@@ -89,9 +93,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         return self.config.height > 0 or self._free_weights()
 
     def supports(self, spec: SiteSpec) -> Support:
-        """No mask or a causal one, with key padding."""
+        """No mask or a causal one, with key padding or packed documents, each a sequence of its own."""
         mask = spec.mask
-        for term in mask.conflicts("right", "end_aligned", "key_padding", "opaque"):
+        for term in mask.conflicts("right", "end_aligned", "key_padding", "segments", "opaque"):
             return no(
                 f"{_TERMS[term]} is not supported: the running sums of a node would have to forget ({mask})"
             )
@@ -108,10 +112,14 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
+        if inputs.segments is not None:
+            return reference_documents(lambda one: self.reference(one, parameters), inputs)
         return coarse_attention(self.config, inputs, self._trees(inputs, parameters))
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Sums of nodes, by chunks when causal; no n x n tensor."""
+        if inputs.segments is not None:
+            return forward_documents(lambda one: self.forward(one, parameters), inputs, 1)
         trees = self._trees(inputs, parameters)
         routed = route(self.config, inputs, trees)
         value = inputs.value.to(routed.key.dtype)
@@ -133,6 +141,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         """Closed-form gradients of values and weights, straight-through gradients of the trees (specification
         5 to 7).
         """
+        if inputs.segments is not None:
+            packed = inputs, output, grad_out, grad_log_sum_exp, 1
+            return backward_documents(lambda one, *saved: self.backward(one, parameters, *saved), *packed)
         config, trees = self.config, self._trees(inputs, parameters)
         routed = route(config, inputs, trees)
         dtype = routed.key.dtype
