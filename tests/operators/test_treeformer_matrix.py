@@ -54,7 +54,8 @@ def test_types_strides_and_repetition(case):
     matrix.test_inputs_of_mixed_types(case)
     matrix.test_autocast_does_not_reach_into_the_kernels(case, "causal")
     for layout in ("transposed", "strided", "expanded"):
-        matrix.test_any_strides(case, layout)
+        for batch in (1, 2):
+            matrix.test_any_strides(case, layout, batch)
     matrix.test_two_runs_are_bitwise_equal(case)
 
 

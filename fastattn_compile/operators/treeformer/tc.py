@@ -74,8 +74,8 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
 
     Serves self-attention, bidirectional and causal, and cross-attention without a mask, with grouped queries,
     key padding and packed documents. A trained operator: it cannot retrieve a single token, and without
-    training it is hardly better than a mean. There are no scores, hence no normaliser: the log-sum-exp is that of scores of 0, the
-    logarithm of the number of visible keys; it says which queries see none (-inf), and has no gradient.
+    training it is hardly better than a mean. There are no scores, hence no normaliser: the log-sum-exp is that
+    of scores of 0, the logarithm of the number of visible keys; it says which queries see none (-inf), and has no gradient.
     """
 
     name = "tc_attention"
