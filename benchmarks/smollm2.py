@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL
 from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.reporting.text import CALIBRATION, stdlib_text
 
 _NAME = "fastattn_direct"
 Parameters = tuple[Tensor, ...]
@@ -90,14 +91,17 @@ def started(operator: Operator, spec: SiteSpec, samples: dict[int, AttentionInpu
 
 def calibration_ids(length: int) -> Tensor:
     """Tokens of the calibration text, which shares no module with the evaluation text."""
-    from transformers import AutoTokenizer
+    return text_ids(length, CALIBRATION)
 
-    from fastattn_compile.reporting.text import CALIBRATION, stdlib_text
+
+def text_ids(length: int, modules: Sequence[str]) -> Tensor:
+    """The first tokens of some modules of the standard library, ``(1, length)``."""
+    from transformers import AutoTokenizer
 
     file = model_file()
     options = {} if file.is_dir() else {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(str(file if file.is_dir() else file.parent), **options)
-    ids = tokenizer(stdlib_text(16 * length, CALIBRATION), verbose=False)["input_ids"][:length]
+    ids = tokenizer(stdlib_text(16 * length, modules), verbose=False)["input_ids"][:length]
     return torch.tensor([ids])
 
 
