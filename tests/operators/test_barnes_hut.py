@@ -23,6 +23,7 @@ VARIANTS = {
     "cumulant": {"select": "cumulant"},
     "bound": {"select": "bound", "group": 2},
     "pooled": {"rest": "pool"},
+    "pooled-alone": {"rest": "pool", "open": 0},
     "pooled-grouped": {"rest": "pool", "group": 4, "share_group": False},
     "tolerance": {"tolerance": 0.2, "max_open": 9},
     "tolerance-pooled": {"tolerance": 0.3, "max_open": 9, "rest": "pool", "group": 2},
@@ -150,9 +151,12 @@ def test_a_prefix_alone_gives_the_prefix_of_the_whole(variant):
 
 @pytest.mark.parametrize(
     ("variant", "mask", "prefilled"),
-    [(x, "causal", 50) for x in VARIANTS if "pooled" not in x]
+    [(x, "causal", 50) for x in VARIANTS]
     + [
         ("single", "causal", 1),
+        ("pooled", "causal", 1),
+        ("pooled-grouped", "causal & window(40)", 50),
+        ("pooled-grouped", "causal & key_padding", 2),
         ("grouped", "causal & window(40)", 50),
         ("grouped", "causal & key_padding", 2),
     ],
@@ -179,7 +183,6 @@ def test_decoding_refuses_what_it_cannot_do():
         build().decoder(1.0).prefill(make_inputs("none"))
     with pytest.raises(RuntimeError, match="prefill"):
         build().decoder(1.0).step(*(torch.zeros(1, 1, 1, 2),) * 3)
-    assert build("pooled").decoder(1.0) is None
 
 
 @pytest.mark.parametrize("variant", ["single", "pooled-grouped", "cumulant"])

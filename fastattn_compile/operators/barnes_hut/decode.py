@@ -53,9 +53,15 @@ class _Nodes:
             more, main = more.chunk(2, -1)
         return Nodes(main, more, count.squeeze(-1), self.count)
 
-    @property
-    def level(self) -> Level:
-        return Level(self._features.rows, self._log_count.rows.squeeze(-1), 0)
+    def level(self, first: int) -> Level:
+        """As a level whose nodes are numbered from ``first``."""
+        return Level(self._features.rows, self._log_count.rows.squeeze(-1), first)
+
+    def pooled(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean key, mean value and logarithm of the count of some nodes, ``(u, k, *)`` each; any where there is none."""
+        at = numbers.clamp(0, self.count - 1)[..., None]
+        count, key, *_, value = (x.rows.gather(1, at.expand(-1, -1, x.rows.shape[2])) for x in self._parts)
+        return key / count.clamp(min=1), value / count.clamp(min=1), count.log()
 
     @property
     def count(self) -> int:
@@ -66,7 +72,7 @@ class BarnesHutDecoder(Decoder):
     """Causal Barnes-Hut attention with O(log n) work a token, and the keys of the whole past in memory.
 
     Args:
-        operator: The operator; what it does not open, it drops.
+        operator: The operator.
         scale: Factor on the scores.
     """
 
@@ -74,6 +80,9 @@ class BarnesHutDecoder(Decoder):
         self.operator, self.scale = operator, scale
         self._length: int | None = None
         self._choice: Choice | None = None
+        self._pool = operator.config.rest == "pool"
+        # Mean keys and values of the closed nodes of the choice, and their biases.
+        self._closed: tuple[Tensor, Tensor, Tensor] | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in
@@ -165,9 +174,9 @@ class BarnesHutDecoder(Decoder):
                 if level == 0:
                     span = slice(old * width, new * width)
                     taken = self._fine.rows[:, span, 0]
-                    made = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], None, taken).merged(
-                        width
-                    )
+                    values = self._values.rows[:, span] if self._pool else None
+                    tokens = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], values, taken)
+                    made = tokens.merged(width)
                 else:
                     below = self._nodes[level - 1].after(old * pattern.fanout)
                     children = (new - old) * pattern.fanout
@@ -184,11 +193,16 @@ class BarnesHutDecoder(Decoder):
         """Makes the choice of the group that begins at a position, from the queries up to it."""
         pattern = self._pattern
         if first < 2 * pattern.block or pattern.open == 0:
-            self._choice = None
-            return
+            self._choice = self._closed = None
+            if first < 2 * pattern.block or not self._pool:
+                return
         place = torch.tensor([first], device=queries.device)
         voices = voices_of(pattern, queries, place, self._kv_heads, first + 1 - queries.shape[2])
-        levels = tuple(x.level for x in self._nodes[: pattern.levels(first + 1)])
+        nodes = self._nodes[: pattern.levels(first + 1)]
+        begins = [0]
+        for each in nodes:
+            begins.append(begins[-1] + each.count)
+        levels = tuple(each.level(begin) for each, begin in zip(nodes, begins))
         if self._by_triton(queries):
             self._choice = self._descend(queries, first)
             return
@@ -197,10 +211,32 @@ class BarnesHutDecoder(Decoder):
             rows, seen = self._near(first)
             scores = (voices * self.scale) @ self._taken(self._keys, rows)[:, None, None].mT
             near = scores.masked_fill(~seen[:, None, None, None], -torch.inf).logsumexp(-1)
-        self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near)
+        self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near, self._pool)
+        if self._choice.rest is not None and self._choice.closed is not None:
+            self._closed = self._pooled(nodes, begins, self._choice.rest, self._choice.closed)
+
+    def _pooled(
+        self, nodes: list[_Nodes], begins: list[int], rest: Tensor, closed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys ``(u, c, k, d)``, values and biases ``(u, c, k)`` of closed nodes, -inf where one fills up."""
+        units, choosers, _, count = rest.shape
+        numbers = rest.reshape(units, -1)
+        found = [
+            x.new_zeros(units, numbers.shape[1], x.shape[2]) for x in (self._keys.rows, self._values.rows)
+        ]
+        bias = torch.full_like(found[0][..., :1], -torch.inf)
+        for each, begin in zip(nodes, begins):
+            mine = ((numbers >= begin) & (numbers < begin + each.count))[..., None]
+            parts = each.pooled(numbers - begin)
+            found = [torch.where(mine, part, x) for part, x in zip(parts, found)]
+            bias = torch.where(mine, parts[2], bias)
+        keys, values, bias = (x.unflatten(1, (choosers, count)) for x in (*found, bias))
+        return keys, values, bias.squeeze(-1).masked_fill(~closed[:, :, 0], -torch.inf)
 
     def _by_triton(self, query: Tensor) -> bool:
-        obstacle = partial(triton_obstacle, query, self._keys.rows, self._values.rows, self._pattern, False)
+        obstacle = partial(
+            triton_obstacle, query, self._keys.rows, self._values.rows, self._pattern, self._pool
+        )
         return select("barnes_hut decode", {"triton": obstacle}) == "triton"
 
     def _descend(self, queries: Tensor, first: int) -> Choice:
@@ -265,8 +301,14 @@ class BarnesHutDecoder(Decoder):
             self._taken(x, rows.flatten(1)).view(units, choosers, count, -1)
             for x in (self._keys, self._values)
         )
+        bias = torch.zeros_like(seen, dtype=self._dtype)
+        if self._closed is not None:
+            closed_keys, closed_values, closed_bias = self._closed
+            keys, values = torch.cat([keys, closed_keys], 2), torch.cat([values, closed_values], 2)
+            bias, seen = torch.cat([bias, closed_bias], 2), torch.cat([seen, closed_bias > -torch.inf], 2)
         wide = query.to(self._dtype).view(units, choosers, -1, query.shape[3])
-        weights, log_sum_exp = masked_softmax(self.scale * (wide @ keys.mT), seen[:, :, None])
+        scores = self.scale * (wide @ keys.mT) + bias[:, :, None]
+        weights, log_sum_exp = masked_softmax(scores, seen[:, :, None])
         shape = (query.shape[0], self._heads, 1)
         statistics = torch.float64 if self._type == torch.float64 else torch.float32
         return AttentionOutput(

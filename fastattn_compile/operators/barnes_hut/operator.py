@@ -193,10 +193,7 @@ class BarnesHutAttention(Operator[BarnesHutConfig]):
         return count_work(self.config, spec.mask.positional, length).selection / max(1, length)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
-        """All keys, and a tree over them that grows with every token; none when closed nodes are met
-        pooled."""
-        if self.config.rest == "pool":
-            return None
+        """All keys, and a tree over them that grows with every token."""
         return BarnesHutDecoder(self, scale)
 
     def _unit(self, inputs: AttentionInputs) -> int | None:
