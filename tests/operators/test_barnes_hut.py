@@ -103,7 +103,7 @@ def test_kernel_opens_the_leaves_of_the_definition(variant, mask):
     real = torch.ones(2, length, dtype=torch.bool) if inputs.key_padding is None else inputs.key_padding
     taken = real & (real.cumsum(-1) > config.sinks)
     assert torch.equal(got, keys.flatten(1, 2) & taken[:, None, None])
-    assert got.any()
+    assert got.any() or variant == "pooled-alone"
 
 
 @pytest.mark.parametrize("mask", ["causal", "none", "causal & key_padding"])
