@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn_compile.errors import FastAttentionError, NumericError
+from fastattn_compile.integrations.hugging_face.plain import plain_attention
 from fastattn_compile.operators.observe import Observer, observing
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.document import CostReport, ModelReport, Report, SiteReport, SpanReport
@@ -122,7 +123,7 @@ def evaluate(
         say("compare the outputs", 0, 0)
         known = labels if labels is not None else _own_labels(inputs, watch_exact)
         if before is not None:
-            with evaluating(before):
+            with evaluating(before), plain_attention(before):
                 exact = _predict(before, inputs, labels)
         delta = compare_outputs(exact, replaced, known, _real_tokens(inputs), seed)
         checks: dict[str, Any] = {}
@@ -199,7 +200,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, nothing compiled before or left behind."""
     torch.compiler.reset()
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), plain_attention(model), torch.no_grad():
             yield
     finally:
         torch.compiler.reset()

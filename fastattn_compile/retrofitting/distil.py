@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastattn_compile.errors import OptionError
+from fastattn_compile.integrations.hugging_face.plain import plain_attention
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.document import plain
 from fastattn_compile.reporting.evaluate import Progress, evaluating
@@ -95,7 +96,7 @@ def distil(
         },
         world,
     )
-    with evaluating(model):
+    with evaluating(model), plain_attention(model):  # a routed model would teach what it is to learn
         frozen = _teacher(model if teacher is None else teacher)
         trainer = Trainer(world, frozen, batches, held_out, run, compiler, checkpoint_every, seed, say)
         reports = [StageReport.from_json(line) for line in run.state["stages"]]
@@ -119,7 +120,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 
 
 def _teacher(model: nn.Module) -> nn.Module:
-    frozen = copy.deepcopy(model)
+    with plain_attention(model):
+        frozen = copy.deepcopy(model)
     detach(frozen)
     return frozen.eval().requires_grad_(False)
 

@@ -94,3 +94,17 @@ def test_a_loaded_folder_is_routed_without_compiling_and_generates(model, ids, t
         assert [site.operator for site in fa.report(loaded).sites] == ["exact", "fma"]
         made = loaded.generate(ids, max_new_tokens=3, do_sample=False, use_cache=True)
         assert made.shape == (1, 67) and torch.equal(made[:, :64], ids)
+
+
+def test_a_routed_model_is_measured_and_trained_against_its_own_exact_attention(model, ids):
+    settings = {"plan": PLAN, "compiler": "eager", "repeats": 1, "rows": 8}
+    wanted = fa.evaluate(model, {"input_ids": ids}, **settings).model.kl
+    assert wanted > 0
+    fa.route(model, plan=PLAN)
+    report = fa.evaluate(model, {"input_ids": ids}, before=model, **settings)
+    assert [site.operator for site in report.sites] == ["exact", "fma"]
+    assert report.model.kl == pytest.approx(wanted, rel=1e-3)
+    stage = fa.DistilStage("logits", steps=1, learning_rate=1e-9)
+    (told,) = fa.distil(model, PLAN, [ids], [ids], stages=[stage], compiler="eager").stages
+    assert told.before == pytest.approx(wanted, rel=1e-3)
+    assert model.config._attn_implementation == "fastattn"
