@@ -73,6 +73,8 @@ class BootstrapSchedule:
     Args:
         sites: Names of the sites, as ``fa.scan`` prints them, from the model's input to its output.
         heights: Heights that the trees of a group go through, rising. One height is the one-level variant.
+        betas: Steepness of the decisions' sigmoids at each of ``heights``, commonly rising from 1 to 10; empty leaves it to
+            ``options``. Sites whose trees are grown keep the last.
         width: Sites of a group.
         steps: Steps of a stage.
         operator: ``"tc_attention"`` or ``"tf_attention"``.
@@ -91,6 +93,7 @@ class BootstrapSchedule:
 
     sites: Sequence[str]
     heights: Sequence[int] = (2, 4, 6)
+    betas: Sequence[float] = ()
     width: int = 3
     steps: int = 1000
     operator: str = "tc_attention"
@@ -109,6 +112,10 @@ class BootstrapSchedule:
             raise ValueError(
                 f"heights must be positive and rise, for example (2, 4, 6); got {list(self.heights)}"
             )
+        if self.betas and len(self.betas) != len(self.heights):
+            raise ValueError(
+                f"betas must be one for each of heights ({list(self.heights)}), or none; got {list(self.betas)}"
+            )
         for name, least in (("width", 1), ("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -118,6 +125,10 @@ class BootstrapSchedule:
             if name not in ("tc_attention", "tf_attention"):
                 raise ValueError(f"bootstrapping trains tc_attention or tf_attention, got {name!r}")
         for name in ("options", "finish_options"):
+            if self.betas and "beta" in getattr(self, name):
+                raise ValueError(
+                    f"{name} must not hold 'beta': the schedule sets it (betas={list(self.betas)})"
+                )
             if "height" in getattr(self, name):
                 raise ValueError(
                     f"{name} must not hold 'height': the schedule sets it (heights={list(self.heights)})"
@@ -164,9 +175,13 @@ class BootstrapSchedule:
         if stage.steps is None and self.finish_with:
             options = dict(self.finish_options)
         reason = f"bootstrapping, stage {stage.index}"
+        steepness: list[dict[str, float]] = [{"beta": float(beta)} for beta in self.betas] or [{}] * len(
+            self.heights
+        )
+        of_height = dict(zip(self.heights, steepness))
         return Plan(
             {
-                name: PlannedSite(stage.operator, {**options, "height": height}, reason)
+                name: PlannedSite(stage.operator, {**options, "height": height, **of_height[height]}, reason)
                 for name, height in stage.heights.items()
             }
         )

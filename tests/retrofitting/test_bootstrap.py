@@ -70,6 +70,15 @@ def test_groups_go_from_the_output_and_trees_grow_inside_a_group():
     ]
 
 
+def test_decisions_steepen_with_the_height():
+    steep = schedule(betas=(1, 10), finish_with="tf_attention", finish_options={"window": 3})
+    stages = steep.stages()
+    of_stage = [{n: s.options["beta"] for n, s in steep.plan(stage).sites.items()} for stage in stages]
+    assert of_stage[2] == {"layers.1": 10.0, "layers.2": 10.0, "layers.0": 1.0}
+    assert set(of_stage[-1].values()) == {10.0}
+    assert all("beta" not in s.options for s in schedule().plan(stages[0]).sites.values())
+
+
 def test_the_other_order_and_the_one_level_variant():
     stages = schedule(order="input_first", heights=(3,)).stages()
     assert [s.group for s in stages] == [("layers.0", "layers.1"), ("layers.2",), ()]
@@ -107,6 +116,8 @@ def test_steps_belong_to_stages_and_the_learning_rate_rises_in_each():
         ({"operator": "fma"}, "tc_attention or tf_attention"),
         ({"finish_with": "exact"}, "tc_attention or tf_attention"),
         ({"options": {"height": 3}}, "the schedule sets it"),
+        ({"betas": (1.0,)}, "one for each of heights"),
+        ({"betas": (1.0, 2.0), "options": {"beta": 3.0}}, "must not hold 'beta'"),
     ],
 )
 def test_a_bad_schedule_is_refused_with_the_reason(change, words):
