@@ -61,7 +61,11 @@ def replaced_folder(path: str | Path, dropped: Collection[str] = ()) -> Iterator
         if not _exchange(staging, target):  # no such call here: between the two renames there is no folder
             aside = staging.with_suffix(".old")
             os.rename(target, aside)
-            os.rename(staging, target)
+            try:
+                os.rename(staging, target)
+            except BaseException:
+                os.rename(aside, target)
+                raise
             os.rename(aside, staging)
         shutil.rmtree(staging, ignore_errors=True)
     except BaseException:

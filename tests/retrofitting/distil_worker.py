@@ -30,9 +30,27 @@ def distil(folder, stop_after=0):
     return {"state": model.state_dict(), "stages": [(s.before, s.after, s.kept) for s in result.stages]}
 
 
-def main(folder, stop_after=0, environment=None):
+def distil_llama(folder, stop_after=0):
+    """A model of transformers whose layers are more than Dynamo compiles of one function."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=9, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, initializer_range=0.5,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().double()
+    sites = [f"model.layers.{number}.self_attn" for number in range(9)]
+    plan = fa.Plan.uniform(sites, "window", width=4, sinks=1)
+    data = [{"input_ids": torch.randint(31, (4, 24))} for _ in range(3)]
+    result = fa.distil(model, plan, data[:2], data[2:], stages=[stage(steps=2)], compiler="eager")
+    return {"state": model.state_dict(), "stages": [(s.before, s.after, s.kept) for s in result.stages]}
+
+
+def main(folder, stop_after=0, environment=None, work=distil):
     os.environ.update(environment or {})
-    found = distil(folder, stop_after)
+    found = work(folder, stop_after)
     if torch.distributed.get_rank() == 0:
         torch.save(found, f"{folder}/out.pt")
     torch.distributed.barrier()

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 
-def start(folder, processes, stop_after=0):
+def start(folder, processes, stop_after=0, work=distil_worker.distil):
     """Runs a distillation in processes of their own; when one dies the others are ended, as torchrun does."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -41,7 +41,7 @@ def start(folder, processes, stop_after=0):
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     made = [
         context.Process(
-            target=distil_worker.main, args=(str(folder), stop_after, {**shared, "RANK": str(rank)})
+            target=distil_worker.main, args=(str(folder), stop_after, {**shared, "RANK": str(rank)}, work)
         )
         for rank in range(processes)
     ]
@@ -78,6 +78,14 @@ def same(found, alone):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_number_of_processes_does_not_matter(tmp_path, alone, processes):
     assert start(tmp_path, processes) == 0
+    same(outcome(tmp_path), alone)
+
+
+def test_many_layers_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    alone = distil_worker.distil_llama(tmp_path)
+    assert alone["stages"][0][0] > 1e-3
+    assert start(tmp_path, 2, work=distil_worker.distil_llama) == 0
     same(outcome(tmp_path), alone)
 
 
