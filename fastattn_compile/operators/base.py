@@ -200,12 +200,17 @@ class AttentionInputs:
         if self.bias.dim() == 4:
             return self.bias[:, :, rows] if keys is None else self.bias[:, :, rows][..., keys]
         query_len, key_len = self.query.shape[2], self.key.shape[2]
-        at_key = torch.arange(key_len, device=rows.device) if keys is None else keys
-        distance = at_key - (rows + (key_len - query_len if self.mask.end_aligned else 0))[:, None]
+        place = rows + (key_len - query_len if self.mask.end_aligned else 0)
+        if self.segments is not None and keys is None:
+            at = _places_in_segments(self.segments)
+            distance = at[:, None] - at[:, place, None]
+        else:
+            at_key = torch.arange(key_len, device=rows.device) if keys is None else keys
+            distance = (at_key - place[:, None])[None]
         if self.bias.dim() == 1:
-            return (-self.bias[:, None, None] * distance.abs())[None]
+            return -self.bias[:, None, None] * distance[:, None].abs()
         most = self.bias.shape[1] // 2
-        return self.bias[:, distance.clamp(-most, most) + most][None]
+        return self.bias[:, distance.clamp(-most, most) + most].transpose(0, 1)
 
     def visible(self, rows: Tensor) -> Tensor:
         """Which keys the given query rows may see, all terms of the mask together.
@@ -225,6 +230,16 @@ class AttentionInputs:
             place = rows + (key_len - query_len) if self.mask.end_aligned else rows
             seen = seen & (self.segments[:, None, place, None] == self.segments[:, None, None, :])
         return seen
+
+
+def _places_in_segments(segments: Tensor) -> Tensor:
+    """How many tokens of its segment stand before every token, ``(b, n)``."""
+    ids, order = segments.sort(dim=1, stable=True)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    inside = place - place.masked_fill(~begins, 0).cummax(1).values
+    return torch.empty_like(place).scatter_(1, order, inside)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Documents of a like length are laid side by side and padded to the longest of them, so that a kernel for sequences
 serves them in as many calls as there are doublings of the length. A token belongs to one document: what was laid out is
-put back without a sum.
+put back without a sum. A bias by distance counts the tokens of the document.
 """
 
 from __future__ import annotations
@@ -86,21 +86,21 @@ def _document_mask(inputs: AttentionInputs, padded: bool) -> MaskStructure:
 
 
 def _checked(inputs: AttentionInputs) -> Tensor:
-    """The segments, when distances inside a document are what the mask and the bias mean by distance.
+    """The segments, when distances inside a document are what the mask means by distance.
 
     Raises:
-        ValueError: Tokens of a document stand apart, and a window or a bias measures their distance.
+        ValueError: Tokens of a document stand apart, and a window measures their distance.
     """
     segments = inputs.segments
     if segments is None:
         raise ValueError(f"the documents of the tokens are missing, the mask is {inputs.mask}")
     mask = inputs.mask
-    if mask.left is not None or mask.right not in (None, 0) or inputs.bias is not None:
+    if mask.left is not None or mask.right not in (None, 0):
         runs = segments.shape[0] + int((segments[:, 1:] != segments[:, :-1]).sum())
         if runs != len(_order(segments).first):
             raise ValueError(
-                "the tokens of a packed document must stand side by side when a window or a bias depends on their "
-                f"distance; got {runs} stretches of {len(_order(segments).first)} documents ({mask})"
+                "the tokens of a packed document must stand side by side when a window depends on their distance; "
+                f" got {runs} stretches of {len(_order(segments).first)} documents ({mask})"
             )
     return segments
 
@@ -129,7 +129,7 @@ def forward_documents(
             documents of one length go together, for an operator that padding would move.
 
     Raises:
-        ValueError: Tokens of a document stand apart, and a window or a bias measures their distance.
+        ValueError: Tokens of a document stand apart, and a window measures their distance.
     """
     out, log_sum_exp = None, None
     for layout in _layouts(_checked(inputs), unit):

@@ -8,7 +8,7 @@ patterns: what happens between the anchors is understood, or the site is kept wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastattn_compile.operators.base import SiteSpec
 from fastattn_compile.passes.axes import Atom, Axes, Axis, fresh, leaves, length
@@ -302,7 +302,8 @@ def _site(
         dtype=v.dtype or q.dtype,  # type: ignore[arg-type]
         device=getattr(getattr(_value(v), "device", None), "type", "cpu"),
         kind=kind,
-        mask=mask.structure,
+        # Real tokens that stand apart will become a document of their own, if there are any.
+        mask=replace(mask.structure, segments=True) if mask.counted else mask.structure,
         bias=_bias_kind(mask, sizes),
         softcap=scores.softcap,
         sink_logits=scores.sink is not None,

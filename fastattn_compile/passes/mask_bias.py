@@ -18,6 +18,7 @@ from fastattn_compile.passes.expression import (
     Expression,
     Linear,
     Load,
+    Logic,
     Unary,
     Where,
     add,
@@ -37,6 +38,7 @@ from fastattn_compile.passes.expression import (
     where,
 )
 from fastattn_compile.passes.formula import ANY_AXIS, Unknown, leaves
+from fastattn_compile.passes.graph import Node
 
 HIDDEN = -1e4
 
@@ -174,6 +176,49 @@ def classify_bias(
         # All keys that a causal mask shows stand before the query. Without one, later keys get more.
         return "alibi" if causal else "bucketed", kept, slope
     return ("bucketed" if of_distance(kept) else "dense"), kept, None
+
+
+def counted_slope(bias: Expression, key_padding: Expression) -> Expression | None:
+    """The slope of ALiBi whose positions are counted over real tokens, ``slope(head) * (cumsum(mask) - 1) * mask``.
+
+    BLOOM and Falcon write it so when they are given an attention mask, which is taken to be 0 or 1. Where real tokens
+    stand side by side the number is their place, up to a constant of the sequence.
+
+    Args:
+        bias: The formula of what is added to the scores of visible keys.
+        key_padding: Which keys are real: the mask must be among its conditions.
+
+    Returns:
+        A formula of the head; ``None`` for any other bias.
+    """
+    parts = [part for part in summands(bias) if not _constant_in_rows(part)]
+    if len(parts) != 1:
+        return None
+    slope: Expression = constant(1)
+    rest: list[Expression] = []
+    for factor in _factors(parts[0]):
+        if axes_of(factor) <= {"head"}:
+            slope = mul(slope, factor)
+        else:
+            rest.append(factor)
+    masks = [x for x in rest if isinstance(x, Load)]
+    numbers = [x for x in rest if not isinstance(x, Load)]
+    if len(masks) != 1 or len(numbers) != 1 or masks[0].domain == "real":
+        return None
+    mask, number = masks[0], numbers[0]
+    if isinstance(number, Binary) and number.op in ("add", "sub") and isinstance(number.b, Constant):
+        number = number.a
+    if not isinstance(number, Load) or number.node.kind != "cumsum" or number.indices != mask.indices:
+        return None
+    counted = number.node.inputs[0]
+    while isinstance(counted, Node) and counted.kind in ("cast", "identity") and not counted.tainted:
+        counted = counted.inputs[0]
+    along = number.node.attributes.get("dim")
+    if number.node.tainted or counted is not mask.node or not isinstance(along, int):
+        return None
+    required = key_padding.terms if isinstance(key_padding, Logic) and key_padding.op == "and" else (key_padding,)
+    by_key = axes_of(mask.indices[along]) == {"key"} and axes_of(mask) <= {"batch", "key"}
+    return slope if by_key and truthy(mask) in required else None
 
 
 def summands(x: Expression) -> list[Expression]:

@@ -42,7 +42,7 @@ from fastattn_compile.passes.expression import (
 )
 from fastattn_compile.passes.formula import ANY_AXIS, Linear, Unknown, leaves, places_of
 from fastattn_compile.passes.graph import Node, Size, dependencies, same_size
-from fastattn_compile.passes.mask_bias import HIDDEN, classify_bias, is_hiding, read_additive, summands
+from fastattn_compile.passes.mask_bias import HIDDEN, classify_bias, counted_slope, is_hiding, read_additive, summands
 from fastattn_compile.passes.mask_facts import (
     Bound,
     Chunk,
@@ -99,6 +99,7 @@ class MaskAnalysis:
         bias_expression: The bias on the scores of visible keys over the four axes, ``None`` without one.
         slope: Of a linear bias, a formula of head: that of ALiBi, or of a bucketed ``slope * (key - query)``.
         reason: What kept the mask or bias from being understood, empty when nothing did.
+        counted: The distances of an ALiBi bias are counted in real tokens: padding between two does not part them.
     """
 
     structure: MaskStructure
@@ -108,6 +109,7 @@ class MaskAnalysis:
     bias_expression: Expression | None = None
     slope: Expression | None = None
     reason: str = ""
+    counted: bool = False
 
     def reads(self) -> list[Node]:
         """The tensors of the graph that its formulas read."""
@@ -188,6 +190,11 @@ def _analyse(
     if kind == "none":
         return analysis
     reason = ""
+    structure, padding = analysis.structure, analysis.key_padding
+    if kind == "dense" and padding is not None and structure.causal and not structure.segments:
+        counted = counted_slope(bias, padding)
+        if counted is not None:
+            return replace(analysis, bias="alibi", bias_expression=kept_bias, slope=counted, counted=True)
     if kind == "dense":
         read = leaves(kept_bias)
         reason = (
@@ -429,6 +436,8 @@ def verify(
         distance = grids["key"] - grids["query"]
         starts = (0, sizes[3] - sizes[2])
         shapes = [-(distance - start).abs() for start in starts]
+        if analysis.counted and analysis.key_padding is not None:
+            shapes = [evaluate(analysis.key_padding, grids, values, symbols).expand(sizes[0], 1, 1, -1).cumsum(3)]
         if analysis.bias == "bucketed":
             shapes = [distance]
         if not any(equal_in_rows(bias, slope * shape) for shape in shapes):

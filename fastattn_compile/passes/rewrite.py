@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,10 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
         value = canonical(site.value, [kept_heads], [groups.key], [groups.value_channels])
         nodes = CanonicalNodes(
             query, key, value,
-            _fact(graph, layout, site, "key_padding", facts), _fact(graph, layout, site, "segments", facts),
+            _fact(graph, layout, site, "key_padding", facts), _segments(graph, layout, site, facts),
             bias_node(graph, layout, site, facts), replacement.parameters,
         )  # fmt: skip
-        result = call_operator(graph, replacement.operator, nodes, site.scale, site.mask.structure, site.name)
+        result = call_operator(graph, replacement.operator, nodes, site.scale, site.spec.mask, site.name)
         result = layout.emit(
             result, [groups.batch, groups.heads, groups.query, groups.value_channels], site.out_axes
         )
@@ -82,6 +83,29 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
     result.meta = dict(out.meta)
     out.replace_all_uses_with(result)
     graph.erase_node(out)
+
+
+def _segments(
+    graph: torch.fx.Graph, layout: Relayout, site: Site, facts: dict[Any, torch.fx.Node]
+) -> torch.fx.Node | None:
+    """The documents of the tokens. Where a bias counts distances in real tokens, those that stand apart are one.
+
+    A document's positions are its own, so that padding between its tokens does not part them. Queries at padding then see
+    nothing; in a sequence without gaps nothing changes.
+    """
+    real = _fact(graph, layout, site, "key_padding", facts)
+    if not site.mask.counted or real is None:
+        return _fact(graph, layout, site, "segments", facts)
+    identity = ("counted", real)
+    if identity not in facts:
+        call = graph.call_function
+        later, earlier = (call(operator.getitem, (real, (slice(None), at))) for at in (slice(1, None), slice(-1)))
+        begins = call(torch.logical_and, (later, call(torch.logical_not, (earlier,))))
+        first = call(operator.getitem, (real, (slice(None), 0)))
+        stretches = call(torch.add, (call(torch.sum, (begins, 1)), first))
+        apart = call(operator.getitem, (call(torch.gt, (stretches, 1)), (slice(None), None)))
+        facts[identity] = graph.call_method("to", (call(torch.logical_and, (real, apart)), torch.int64))
+    return facts[identity]
 
 
 def _fact(

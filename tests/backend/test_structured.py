@@ -269,13 +269,25 @@ def test_biased_models_are_served_by_fma(name: str, dynamic: bool) -> None:
 
 
 @pytest.mark.slow
-def test_padding_makes_the_bias_of_bloom_data() -> None:
-    model, ids = biased_model("Bloom"), torch.randint(99, (2, 40))
-    real = torch.ones(2, 40, dtype=torch.int64)
-    real[0, 30:] = 0
-    compiled(model, operator="fma", block=8)(ids, real)
-    assert set(operators_used().values()) == {"exact"}
-    assert all("(dense)" in d.reason for d in backend.decisions())
+@pytest.mark.parametrize("name", ["Bloom", "Mpt", "Falcon"])
+@pytest.mark.parametrize("operator", ["exact", "fma", "window"])
+def test_alibi_of_padded_batches(name: str, operator: str) -> None:
+    """BLOOM and Falcon count positions over real tokens: left, right and between them, padding parts nothing.
+
+    Every sequence gives what its real tokens give alone (with padding on the left, the models themselves give NaN).
+    """
+    model, ids = biased_model(name), torch.randint(99, (3, 60))
+    real = torch.ones(3, 60, dtype=torch.int64)
+    real[0, 45:], real[1, :9] = 0, 0
+    if name != "Mpt":
+        real[2, 20:31] = 0
+    everything = {"exact": {}, "fma": {"block": 64}, "window": {"width": 64}}[operator]
+    with torch.no_grad():
+        wanted = [model(x[at.bool()][None])[0] for x, at in zip(ids, real)]
+        got = compiled(model, operator=operator, strict=True, dynamic=True, **everything)(ids, real)
+    for out, at, alone in zip(got, real, wanted):
+        assert relative_error(out[at.bool()], alone) < 1e-6
+    assert {d.softmax.site.mask.bias for d in backend.decisions()} == {"alibi"}
 
 
 @pytest.mark.slow

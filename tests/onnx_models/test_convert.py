@@ -219,3 +219,25 @@ def test_the_command(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = CliRunner().invoke(app, ["convert", "in.onnx", "--operator", "linformer", "-o", "no.onnx"])
     assert result.exit_code == 4
     assert not Path("no.onnx").exists()
+
+
+class Alibi(torch.nn.Module):
+    """Causal attention with slopes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        place = torch.arange(x.shape[1])
+        distance = place - place[:, None]
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+        scores = (q @ q.mT + slopes * distance).masked_fill(distance > 0, -torch.inf)
+        return (scores.softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("operator", ["exact", "fma"])
+def test_a_bias_keeps_a_site_as_it_is(tmp_path: Path, operator: str) -> None:
+    """Operators add biases by distance; their ONNX bodies do not, and a site never loses what it adds."""
+    onnx.save(export(Alibi(), torch.randn(2, 20, 32)), str(tmp_path / "in.onnx"))
+    report = fa.convert(tmp_path / "in.onnx", tmp_path / "out.onnx", operator=operator, **FAST)
+    assert [site.operator for site in report.sites] == ["exact"]
+    assert "add no bias" in report.sites[0].reason
+    assert not (tmp_path / "out.onnx").exists()

@@ -107,7 +107,7 @@ def test_exact_keys_of_a_document(case):
 
 
 def test_tokens_of_a_document_that_stand_apart():
-    """Ids are compared, not counted; but a window and a bias measure distances, which then are unclear."""
+    """They are a document, with positions of its own; but a window measures distances in the whole sequence."""
     inputs = packed("causal", torch.float64)
     inputs = dataclasses.replace(inputs, segments=torch.arange(142).expand(3, -1) % 2)
     operator = make_operator("fma", block=8, rank=2, sinks=3)

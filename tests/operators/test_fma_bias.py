@@ -193,3 +193,20 @@ def test_no_tensor_grows_with_the_square_of_the_length(name, kind):
         operator.backward(inputs, (), output, torch.ones_like(output.out), None)
     # A third of what the scores of one head would take.
     assert largest < 4 * n * n / 3
+
+
+@pytest.mark.parametrize("kind", ["alibi", "bucketed"])
+def test_the_bias_of_documents_whose_tokens_stand_apart(kind):
+    """Distances are counted in the document's own tokens, by operators, by their definition and by reports."""
+    inputs = make_inputs(f"causal & segments + {kind}", dtype=torch.float64)
+    inputs = dataclasses.replace(inputs, segments=torch.arange(75).expand(2, -1) % 3 // 2)
+    exact, rows = make_operator("exact"), torch.arange(75)
+    keys, values = (x.repeat_interleave(2, 1) for x in (inputs.key, inputs.value))
+    scores = inputs.scale * inputs.query @ keys.mT + inputs.added(rows)
+    dense = scores.masked_fill(~inputs.visible(rows), -torch.inf).softmax(-1) @ values
+    assert relative_error(run(exact, inputs).out, dense) < 1e-13
+    assert relative_error(exact.reference(inputs).out, dense) < 1e-13
+    near = make_operator("fma", block=64, rank=2)
+    assert relative_error(run(near, inputs).out, dense) < 1e-13
+    apart = dataclasses.replace(inputs, segments=torch.zeros_like(inputs.segments))
+    assert relative_error(run(exact, apart).out, dense) > 1e-3

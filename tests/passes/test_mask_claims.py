@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn_compile.operators.mask import MaskStructure
+from fastattn_compile.passes.emission import evaluate
 from fastattn_compile.passes.expression import (
     axes_of,
     axis,
@@ -43,6 +44,60 @@ def test_alibi() -> None:
         analysis = case.analyse(causal, case.term(draw(case.graph), "add"))
         assert (str(analysis.structure), analysis.bias) == ("causal", "alibi")
         assert axes_of(analysis.slope) == {"head"}
+
+
+def counted_bias(g: Graph, mask: Drawn, counted: Drawn, dim: int = 1) -> Drawn:
+    slopes = g.input(torch.rand(H)).reshape(1, H, 1, 1)
+    return slopes * ((counted.cumsum(dim) - 1) * mask).reshape(B, 1, 1, N)
+
+
+def hides(g: Graph, mask: Drawn) -> Drawn:
+    return (mask.eq(0)).reshape(B, 1, 1, N)
+
+
+def test_alibi_counted_over_real_tokens() -> None:
+    case = Case(Graph())
+    g, mask = case.graph, padding(case.graph)
+    causal = case.term(additive(g, g.arange(N) <= rows(g)), "add")
+    bias = case.term(counted_bias(g, mask, mask), "add")
+    analysis = case.analyse(causal, case.term(hides(g, mask), "fill"), bias)
+    assert (str(analysis.structure), analysis.bias) == ("causal & key_padding", "alibi")
+    assert analysis.counted and axes_of(analysis.slope) == {"head"}
+
+
+def test_other_counts_are_dense() -> None:
+    """Without the causal mask, of another tensor, along another dimension, of a mask that hides nothing."""
+    for kind in ("both ways", "another", "across", "shown"):
+        case = Case(Graph())
+        g, mask = case.graph, padding(case.graph)
+        causal = case.term(additive(g, g.arange(N) <= rows(g)), "add")
+        counted = padding(g) if kind == "another" else mask
+        bias = case.term(counted_bias(g, mask, counted, 0 if kind == "across" else 1), "add")
+        hidden = case.term(hides(g, padding(g) if kind == "shown" else mask), "fill")
+        analysis = case.analyse(*([] if kind == "both ways" else [causal]), hidden, bias)
+        assert (analysis.bias, analysis.counted) == ("dense", False), kind
+
+
+def test_a_slope_is_what_a_step_away_costs() -> None:
+    """Also where later keys are visible; there a bias that favours them is a number by distance."""
+    slope = torch.tensor([0.5, 0.25, 2.0])
+    for draw, causal, kind in (
+        (lambda g, s: s * (g.arange(N) - rows(g)), True, "alibi"),
+        (lambda g, s: s * g.arange(N), True, "alibi"),
+        (lambda g, s: s * (g.arange(N) - rows(g)).abs() * -1.0, True, "alibi"),
+        (lambda g, s: s * (g.arange(N) - rows(g)).abs() * -1.0, False, "alibi"),
+        (lambda g, s: s * (g.arange(N) - rows(g)), False, "bucketed"),
+    ):
+        case = Case(Graph())
+        g = case.graph
+        slopes = g.input(slope)
+        terms = [case.term(draw(g, slopes.reshape(H, 1, 1)), "add")]
+        if causal:
+            terms.append(case.term(additive(g, g.arange(N) <= rows(g)), "add"))
+        analysis = case.analyse(*terms)
+        grids = {"head": torch.arange(H)}
+        found = evaluate(analysis.slope, grids, {slopes.node: slope})
+        assert analysis.bias == kind and torch.equal(found.expand(H), slope)
 
 
 def test_bucketed_bias_as_in_t5() -> None:

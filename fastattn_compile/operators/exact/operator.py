@@ -19,6 +19,11 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
+from fastattn_compile.operators.documents import (
+    backward_documents,
+    forward_documents,
+    reference_documents,
+)
 from fastattn_compile.operators.exact.config import ExactConfig
 from fastattn_compile.operators.exact.cost import exact_cost
 from fastattn_compile.operators.exact.reference import exact_attention
@@ -36,10 +41,14 @@ class ExactAttention(Operator[ExactConfig]):
             return no(
                 f"the mask is not understood as structure ({spec.mask.opaque}); leave the site as it is"
             )
+        if spec.bias != "none" and spec.mask.segments and spec.query_len != spec.key_len:
+            return no("a bias on queries that continue a cache of packed documents is not supported")
         return refuse_extras(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """Dense softmax attention."""
+        if _by_document(inputs):
+            return reference_documents(exact_attention, inputs)
         return exact_attention(inputs)
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
@@ -70,6 +79,8 @@ class ExactAttention(Operator[ExactConfig]):
 
 def exact_forward(inputs: AttentionInputs) -> AttentionOutput:
     """Exact attention by the best kernel there is, without autograd."""
+    if _by_document(inputs):
+        return forward_documents(exact_forward, inputs, 1)
     q, k, v, scale, mask = inputs.query, inputs.key, inputs.value, inputs.scale, inputs.mask
     # The flash kernel would let a NaN reach rows of its tile that do not see it.
     if _plain(inputs) and flash_cpu.serves(q, k, v) and (not mask.causal or all_finite(k, v)):
@@ -89,6 +100,8 @@ def exact_backward(
         grad_out: Gradient of the output.
         grad_log_sum_exp: Gradient of the log-sum-exp, ``None`` or zeros when nothing used it.
     """
+    if _by_document(inputs):
+        return backward_documents(exact_backward, inputs, output, grad_out, grad_log_sum_exp, 1)
     q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
     out, lse = output.out, output.log_sum_exp
     plain = _plain(inputs) and flash_cpu.serves(q, k, v) and grad_out.dtype == v.dtype
@@ -99,6 +112,12 @@ def exact_backward(
     saved = out, lse, grad_out, grad_log_sum_exp
     dq, dk, dv, of_bias = exact_aten.backward(q, k, v, scale, *saved, visible, span, *_bias(inputs))
     return Gradients(dq, dk, dv, bias=of_bias)
+
+
+def _by_document(inputs: AttentionInputs) -> bool:
+    """Whether documents are packed and a bias counts distances inside them; chunks and prefixes are those of the whole."""
+    mask = inputs.mask
+    return inputs.bias is not None and mask.segments and mask.chunk is None and mask.prefix is None
 
 
 def _bias(inputs: AttentionInputs) -> tuple[Tensor | None, int]:
