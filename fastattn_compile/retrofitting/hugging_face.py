@@ -29,7 +29,7 @@ def save(model: Any, state: Mapping[str, Tensor], plan: Plan, folder: Path, toke
     Args:
         model: A ``PreTrainedModel``.
         state: Its ``state_dict`` without learned parameters of operators: transformers knows none.
-        plan: Entered as ``"fastattn": {"plan": ...}``.
+        plan: Its sites are entered as ``"fastattn": {"plan": ...}``.
         folder: Where to.
         tokenizer: Saved too.
     """
@@ -38,7 +38,8 @@ def save(model: Any, state: Mapping[str, Tensor], plan: Plan, folder: Path, toke
         tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**config, ENTRY: {"plan": plan.to_json()}})
+    # What served it, without how it was found: that stays in our own file.
+    write_json(path, {**config, ENTRY: {"plan": Plan(plan.sites).to_json()}})
 
 
 def load(folder: Path) -> nn.Module:
