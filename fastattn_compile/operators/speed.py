@@ -138,7 +138,11 @@ def speed_of(name: str, device: str, dtype: torch.dtype, known: Sequence[Speed] 
 
 def predicted_seconds(operator: Operator, spec: SiteSpec) -> float:
     """Time of one forward pass at a site of known sizes."""
-    speed = speed_of(operator.name, spec.device, spec.dtype)
+    known = known_speeds()
+    if spec.bias != "none":
+        # Only kernels on ATen add a bias.
+        known = tuple(s for s in known if s.kernels == "aten")
+    speed = speed_of(operator.name, spec.device, spec.dtype, known)
     return speed.seconds_per_call + operator.cost(spec).flops / speed.flops_per_second
 
 

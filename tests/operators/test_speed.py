@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_exact_is_kept_where_it_is_predicted_faster(
     )
     spec = SiteSpec(1, 8, 8, 4096, 4096, 64, 64, mask=CAUSAL)
     assert least <= crossover(make_operator("fma"), spec) <= most
+
+
+def test_a_bias_is_added_on_aten_only(own_file: Path) -> None:
+    """However fast the kernels are that know none."""
+    save_speeds(own_file, [made(device=HERE, rate=1e9), made(device=HERE, kernels="cpp", rate=1e13)])
+    spec = SiteSpec(1, 4, 4, 4096, 4096, 64, 64, mask=CAUSAL)
+    operator = make_operator("fma")
+    assert speed.predicted_seconds(operator, replace(spec, bias="alibi")) > 0.5
+    assert speed.predicted_seconds(operator, spec) < 0.1
 
 
 def test_calibration_replaces_only_what_it_measured(own_file: Path) -> None:
