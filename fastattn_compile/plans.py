@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn_compile.errors import PlanError
+from fastattn_compile.frontier import Frontier
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.registry import make_operator
 
@@ -41,10 +42,12 @@ class Plan:
     Args:
         sites: Name of a site, as ``fa.scan`` prints it, to what serves it. A site that is not named stays exact.
         provenance: Where the plan came from (versions, hashes), free form.
+        frontier: What the search that made the plan knows: the loss and the cost of all it could have chosen.
     """
 
     sites: Mapping[str, PlannedSite]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    frontier: Frontier | None = None
 
     def __post_init__(self) -> None:
         for name, site in self.sites.items():
@@ -60,9 +63,47 @@ class Plan:
             {name: PlannedSite(operator, options, "the same operator at every site") for name in names}
         )
 
+    def solve(self, *, max_drop: float | None = None, speedup: float | None = None) -> Plan:
+        """The plan for another budget, from what the search measured; the model is not needed.
+
+        Args:
+            max_drop: Most that may be lost, in the search's metric.
+            speedup: Least factor between the cost of exact attention and the plan's.
+
+        Raises:
+            PlanError: The plan was not made by a search, or neither or both budgets are given.
+        """
+        if self.frontier is None:
+            raise PlanError(
+                "this plan has no frontier: only plans made by fa.plan can be solved for another budget"
+            )
+        point = self.frontier.solve(max_drop=max_drop, speedup=speedup)
+        return Plan.of_point(self.frontier, point.choice, self.provenance)
+
+    @staticmethod
+    def of_point(frontier: Frontier, choice: Mapping[str, int], provenance: Mapping[str, Any]) -> Plan:
+        """The plan that a choice of candidates makes.
+
+        Args:
+            frontier: What holds the candidates.
+            choice: Name of a site to the index of its candidate; sites without one stay exact.
+            provenance: Of the plan.
+        """
+        sites = {}
+        for name in frontier.exact_cost:
+            if name not in choice:
+                sites[name] = PlannedSite("exact", {}, "nothing cheaper fits the budget")
+                continue
+            candidate = frontier.candidates[choice[name]]
+            share = candidate.cost / frontier.exact_cost[name]
+            how = "measured" if candidate.measured else "estimated"
+            reason = f"costs {share:.0%} of exact attention, {how} {frontier.metric} {candidate.drop:.2g} by itself"
+            sites[name] = PlannedSite(candidate.operator, dict(candidate.options), reason)
+        return Plan(sites, provenance, frontier)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON document, schema ``fastattn.plan/1``."""
-        return {
+        document = {
             "schema": SCHEMA,
             "sites": {
                 name: {"operator": s.operator, "options": dict(s.options), "reason": s.reason}
@@ -70,6 +111,9 @@ class Plan:
             },
             "provenance": dict(self.provenance),
         }
+        if self.frontier is not None:
+            document["frontier"] = self.frontier.to_json()
+        return document
 
     @staticmethod
     def from_json(document: Any) -> Plan:
@@ -93,7 +137,12 @@ class Plan:
             planned[name] = PlannedSite(
                 entry["operator"], dict(entry.get("options", {})), entry.get("reason", "")
             )
-        return Plan(planned, dict(document.get("provenance", {})))
+        frontier = document.get("frontier")
+        return Plan(
+            planned,
+            dict(document.get("provenance", {})),
+            Frontier.from_json(frontier) if frontier is not None else None,
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the plan beside the target and renames it, so that a killed run leaves no half file."""
