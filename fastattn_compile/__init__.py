@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from fastattn_compile.retrofitting.attach import attach, detach
     from fastattn_compile.retrofitting.base_weights import BaseWeights
     from fastattn_compile.retrofitting.bootstrap import BootstrapSchedule
+    from fastattn_compile.retrofitting.capture import capture
     from fastattn_compile.retrofitting.checkpoint import from_pretrained, save_pretrained
     from fastattn_compile.retrofitting.distil import distil
+    from fastattn_compile.retrofitting.fit import FitSettings, fit
+    from fastattn_compile.retrofitting.planning import plan
+    from fastattn_compile.retrofitting.retrofit import retrofit
     from fastattn_compile.retrofitting.stages import DistilStage
     from fastattn_compile.scanning import Scan, scan
 
@@ -41,22 +45,27 @@ _HOMES = {
     "BootstrapSchedule": "retrofitting.bootstrap",
     "DecodingCache": "integrations.hugging_face.cache",
     "DistilStage": "retrofitting.stages",
+    "FitSettings": "retrofitting.fit",
     "MaskStructure": "operators.mask",
     "Plan": "plans",
     "PlannedSite": "plans",
     "Report": "reporting.document",
     "Scan": "scanning",
     "attach": "retrofitting.attach",
+    "capture": "retrofitting.capture",
     "convert": "converting.convert",
     "detach": "retrofitting.attach",
     "distil": "retrofitting.distil",
     "attend": "operators.library",
     "evaluate": "reporting.evaluate",
     "fastattn": "backend",
+    "fit": "retrofitting.fit",
     "from_pretrained": "retrofitting.checkpoint",
     "make_operator": "operators.registry",
     "register_transformers": "integrations.hugging_face.route",
+    "plan": "retrofitting.planning",
     "report": "reporting.of_model",
+    "retrofit": "retrofitting.retrofit",
     "route": "integrations.hugging_face.route",
     "save_pretrained": "retrofitting.checkpoint",
     "scan": "scanning",
@@ -64,9 +73,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "BaseWeights", "BootstrapSchedule", "DecodingCache", "DistilStage", "MaskStructure", "Plan", "PlannedSite", "Report",
-    "Scan", "__version__", "attach", "attend", "convert", "detach", "distil", "evaluate", "fastattn", "from_pretrained",
-    "make_operator", "register_transformers", "report", "route", "save_pretrained", "scan", "unroute",
+    "BaseWeights", "BootstrapSchedule", "DecodingCache", "DistilStage", "FitSettings", "MaskStructure",
+    "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "capture", "convert",
+    "detach", "distil", "evaluate", "fastattn", "fit", "from_pretrained", "make_operator", "plan",
+    "register_transformers", "report", "retrofit", "route", "save_pretrained", "scan", "unroute",
 ]  # fmt: skip
 
 

@@ -173,6 +173,8 @@ class Frontier:
         ]
         best: list[Point] = []
         for point in sorted([*found, *self.points], key=lambda p: (-p.cost, p.drop)):
+            if best and best[-1].cost <= point.cost and best[-1].drop <= point.drop:
+                continue
             while best and best[-1].drop >= point.drop and best[-1].choice:
                 best.pop()
             best.append(point)
@@ -200,7 +202,14 @@ class Frontier:
             if not max_drop >= 0:
                 raise PlanError(f"max_drop must be at least 0, got {max_drop}")
             # All exact loses nothing, so there is always one.
-            return min((p for p in points if p.drop <= max_drop or not p.choice), key=lambda p: p.cost)
+            best = min((p for p in points if p.drop <= max_drop or not p.choice), key=lambda p: p.cost)
+            filled = self._filled(best.choice, max_drop)
+            total = self.sum_of(filled)
+            return (
+                best
+                if filled == best.choice
+                else Point(self.cost_of(filled), self.corrected(total), False, filled)
+            )
         assert speedup is not None
         if not speedup > 0:
             raise PlanError(f"speedup must be above 0, got {speedup}")
@@ -208,6 +217,31 @@ class Frontier:
         if enough:
             return min(enough, key=lambda p: p.drop)
         return min(points, key=lambda p: p.cost)
+
+    def _filled(self, choice: Mapping[str, int], max_drop: float) -> dict[str, int]:
+        """A choice with what is left of the budget spent on the largest savings that still fit, off the hull too."""
+        filled, total = dict(choice), self.sum_of(choice)
+        known = [dict(p.choice) for p in self.points if p.measured]
+        rate = self.corrected(total) / total if total > 0 else 1.0
+        while True:
+            moves = []
+            for index, candidate in enumerate(self.candidates):
+                name = candidate.site
+                present = filled.get(name, -1)
+                cost, drop = self.exact_cost[name], 0.0
+                if present >= 0:
+                    cost, drop = self.candidates[present].cost, max(self.candidates[present].drop, LEAST_DROP)
+                after = total - drop + max(candidate.drop, LEAST_DROP)
+                if candidate.cost < cost and after * rate <= max_drop:
+                    moves.append((cost - candidate.cost, index, after))
+            for _, index, after in sorted(moves, reverse=True):
+                tried = {**filled, self.candidates[index].site: index}
+                # What was measured is among the points already, with what it really loses.
+                if tried not in known and self.corrected(after) <= max_drop:
+                    filled, total = tried, after
+                    break
+            else:
+                return filled
 
     def to_json(self) -> dict[str, Any]:
         """The frontier as plain values; ``curve`` repeats the best choices as cost share and drop, for readers."""

@@ -78,7 +78,20 @@ class Plan:
                 "this plan has no frontier: only plans made by fa.plan can be solved for another budget"
             )
         point = self.frontier.solve(max_drop=max_drop, speedup=speedup)
-        return Plan.of_point(self.frontier, point.choice, self.provenance)
+        total = self.frontier.total_exact
+        search = {
+            **self.provenance.get("search", {}),
+            "max_drop": max_drop,
+            "speedup": speedup,
+            "reached": bool(point.choice or max_drop == 0)
+            and (speedup is None or point.cost * speedup <= total * (1 + 1e-9)),
+            "stopped": "solved from the frontier",
+            "drop": point.drop,
+            "measured": point.measured,
+            "cost_share": point.cost / total if total else 1.0,
+            "replaced": len(point.choice),
+        }
+        return Plan.of_point(self.frontier, point.choice, {**self.provenance, "search": search})
 
     @staticmethod
     def of_point(frontier: Frontier, choice: Mapping[str, int], provenance: Mapping[str, Any]) -> Plan:

@@ -62,6 +62,19 @@ def test_solving_for_another_budget():
             frontier.solve(**wrong)
 
 
+def test_what_the_hull_leaves_of_a_budget_is_spent():
+    steep = Candidate("a", "window", {"width": 256}, 0.9, 0.1, 0.017)
+    jump = Candidate("a", "window", {"width": 64}, 0.6, 0.2, 0.031)
+    frontier = Frontier("kl", "flops", 8, {"a": 1.0}, (steep, jump))
+    assert frontier.path() == [{}, {"a": 1}]  # the first is not on the hull
+    assert frontier.solve(max_drop=0.02).choice == {"a": 0}
+    for seed in range(6):
+        drawn_one = drawn(seed=seed)
+        point = drawn_one.solve(max_drop=0.01)
+        assert point.drop <= 0.01
+        assert point.cost <= best_by_enumeration(drawn_one, 0.01) + 0.1 * drawn_one.total_exact
+
+
 def test_a_large_frontier_is_solved_in_under_a_second():
     frontier = drawn(sites=200)
     start = time.thread_time()

@@ -10,6 +10,8 @@ from typer.core import TyperGroup
 
 from fastattn_compile.cli import bench, convert, demo, info
 from fastattn_compile.cli import eval as eval_
+from fastattn_compile.cli import plan as plan_
+from fastattn_compile.cli import retrofit as retrofit_
 from fastattn_compile.cli import scan as scan_
 from fastattn_compile.cli.common import FAILED, USAGE
 from fastattn_compile.errors import (
@@ -49,6 +51,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("scan")(scan_.scan)
 app.command("eval")(eval_.eval_)
+app.command("plan")(plan_.plan)
+app.command("retrofit")(retrofit_.retrofit)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)

@@ -32,12 +32,14 @@ class Loaded:
         inputs: Keyword or positional arguments of one call.
         notices: What the user should know: cut lengths, random tokens.
         source: What was read, for the provenance.
+        more: Inputs of further calls, from text that ``inputs`` does not hold.
     """
 
     model: torch.nn.Module
     inputs: Mapping[str, Any] | tuple[Any, ...]
     notices: tuple[str, ...]
     source: str
+    more: tuple[Mapping[str, Any] | tuple[Any, ...], ...] = ()
 
 
 def load(
@@ -48,6 +50,7 @@ def load(
     dtype: str = "float32",
     text: Path | None = None,
     seed: int = 0,
+    more: int = 0,
 ) -> Loaded:
     """Loads a model and makes an input of ``length`` tokens for it.
 
@@ -58,6 +61,8 @@ def load(
         dtype: Type of the weights.
         text: A text file; the sources of Python's standard library when ``None``.
         seed: Seed of random tokens and of random weights that a function makes.
+        more: Number of further inputs to make, for choosing and fitting: the text after the first ``length`` tokens of a
+            text file, other modules of the standard library without one. A function that gives inputs gives no more.
 
     Raises:
         ModelLoadError: It is no model, or there is no way to feed it; the text says what to do.
@@ -72,14 +77,14 @@ def load(
         model, tokenizer = _pretrained(path, attention)
         model = model.to(getattr(torch, dtype)).eval()
         inputs, notices, source = _token_inputs(model, tokenizer, length, text, seed)
-        return Loaded(model, inputs, notices, source)
+        return Loaded(model, inputs, notices, source, _more(model, tokenizer, inputs, text, seed, more))
     if ":" in name and not path.exists():
         model, inputs = _from_function(name)
         model = model.eval()
         if inputs is not None:
             return Loaded(model, inputs, (), "inputs of the function")
         made, notices, source = _token_inputs(model, None, length, text, seed)
-        return Loaded(model, made, notices, source)
+        return Loaded(model, made, notices, source, _more(model, None, made, text, seed, more))
     if path.exists():
         raise ModelLoadError(
             f"{name} is no model: expected a folder with config.json, a .gguf file, or module:function"
@@ -253,6 +258,31 @@ def _token_inputs(
     if hasattr(config, "use_cache"):
         inputs["use_cache"] = False
     return inputs, tuple(notices), source
+
+
+def _more(
+    model: Any, tokenizer: Any, first: Mapping[str, Any], text: Path | None, seed: int, count: int
+) -> tuple[dict[str, Any], ...]:
+    """Further inputs of the length of the first, from text it does not hold; fewer where the text ends."""
+    import torch
+
+    from fastattn_compile.reporting.text import CALIBRATION, stdlib_text
+
+    length = first["input_ids"].shape[1]
+    if not count:
+        return ()
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed + 1)
+        found = torch.randint(0, model.config.vocab_size, (count * length,), generator=generator).tolist()
+    elif text is None:
+        content = stdlib_text(16 * count * length, CALIBRATION)
+        found = tokenizer(content, verbose=False)["input_ids"][: count * length]
+    else:
+        content = text.read_text(encoding="utf-8")
+        found = tokenizer(content, verbose=False)["input_ids"][length : (count + 1) * length]
+    pieces = [found[at : at + length] for at in range(0, len(found), length)]
+    whole = [piece for piece in pieces if len(piece) == length]
+    return tuple({**first, "input_ids": torch.tensor([piece])} for piece in whole)
 
 
 def _tokens(tokenizer: Any, length: int, text: Path | None) -> tuple[list[int], str]:

@@ -464,6 +464,21 @@ class Operator(ABC, Generic[ConfigT]):
         """
         return None
 
+    def routing_loss(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
+    ) -> Tensor | None:
+        """How much softmax mass of some query rows lies where the operator does not route them; ``None`` without routing.
+
+        Differentiable in the parameters: what decides what a query meets is not trained by the output, which depends on
+        it only through a hard choice.
+
+        Args:
+            inputs: The tensors of a site.
+            parameters: Learned parameters, in order.
+            rows: ``(r,)`` query positions.
+        """
+        return None
+
     @property
     def comes_apart(self) -> bool:
         """Whether this is one softmax over ``exact_keys`` and summaries of the rest, so that the log-sum-exp tells how

@@ -65,7 +65,7 @@ def print_scan(scan: Scan, file: IO[str] | None = None, *, full: bool = False) -
     if not scan.softmaxes:
         out.print("No softmax was found in this model.")
         return
-    table = _table("softmax", "status", "kind", "mask", "heads", "kv", "dim")
+    table = new_table("softmax", "status", "kind", "mask", "heads", "kv", "dim")
     reasons: dict[tuple[str, str], list[str]] = {}
     for names, softmax in _alike(scan.softmaxes, full):
         sizes = [str(x) if x else "" for x in (softmax.heads, softmax.kv_heads, softmax.head_dim)]
@@ -99,7 +99,8 @@ def print_report(report: Report, file: IO[str] | None = None, *, full: bool = Fa
         out.print(escape(sentence))
 
 
-def _table(name: str, *columns: str, title: str | None = None) -> Table:
+def new_table(name: str, *columns: str, title: str | None = None) -> Table:
+    """A table of the house: names to the left, numbers to the right."""
     table = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
     )
@@ -153,7 +154,7 @@ def _print_sites(out: Console, sites: Sequence[SiteReport], full: bool) -> None:
         title = f"the {len(shown)} of {len(sites)} sites with the largest error"
     # A column that nothing was measured for is left out.
     columns = [name for name, cell in _SITE_COLUMNS.items() if any(cell(site) != "-" for site in sites)]
-    table = _table("site", "operator", *columns, title=title)
+    table = new_table("site", "operator", *columns, title=title)
     reasons: dict[tuple[str, str], list[str]] = {}
     for site in shown:
         table.add_row(escape(site.name), site.operator, *(_SITE_COLUMNS[name](site) for name in columns))
@@ -182,13 +183,13 @@ def _print_diagnostics(out: Console, sites: Sequence[SiteReport]) -> None:
 def _print_model(out: Console, report: Report) -> None:
     model = report.model
     if model.hidden_error is not None:
-        table = _table("end to end", "error of the last hidden state", "cosine")
+        table = new_table("end to end", "error of the last hidden state", "cosine")
         table.add_row("all tokens", number(model.hidden_error), number(model.hidden_cosine, ".5f"))
         out.print(table)
         _print_controls(out, report)
     if model.kl is None:
         return
-    table = _table("end to end", "KL", "top-1 kept", "ppl exact", "ppl", "change")
+    table = new_table("end to end", "KL", "top-1 kept", "ppl exact", "ppl", "change")
     spans: list[tuple[str, Any]] = [("all tokens", model)]
     spans += [(f"positions {span.start} to {span.stop - 1}", span) for span in model.by_position]
     for name, span in spans:
@@ -213,7 +214,7 @@ def _print_controls(out: Console, report: Report) -> None:
         what = "KL" if report.model.kl is not None else "error"
         whole = report.model.kl if report.model.kl is not None else report.model.hidden_error
         names = ("the operator", *(name.replace("_", " ") for name in report.model.controls))
-        table = _table(f"{what} end to end with", *names)
+        table = new_table(f"{what} end to end with", *names)
         table.add_row("at every replaced site", *map(number, (whole, *report.model.controls.values())))
         out.print(table)
 
@@ -233,7 +234,7 @@ def _print_cost(out: Console, report: Report) -> None:
     rows = [row for row in rows if row[1] is not None and row[2] is not None]
     if not rows:
         return
-    table = _table("forward" + (f", n = {cost.n}" if cost.n else ""), "exact", "replaced", "speed")
+    table = new_table("forward" + (f", n = {cost.n}" if cost.n else ""), "exact", "replaced", "speed")
     for name, exact, replaced in rows:
         spent = (f"{number(ms, '.1f')} ms" for ms in (exact, replaced))
         table.add_row(name, *spent, ratio_text(exact, replaced))

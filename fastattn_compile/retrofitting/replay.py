@@ -195,7 +195,8 @@ class Replay:
         if now is None:
             return graph.run(inputs, 0, {}, None)
         resumable = graph.resumable and len(self._graphs) == 1
-        start, alive = (0, {})
+        start: int = 0
+        alive: dict[torch.fx.Node, Any] = {}
         if resumable and now.take is None and not now.keep:
             start, alive = self._best_start(graph, now)
         record = Kept(now.serving, now.batch) if resumable and now.keep else None

@@ -23,6 +23,7 @@ from fastattn_compile.operators.base import (
 from fastattn_compile.operators.cast.config import CastConfig
 from fastattn_compile.operators.cast.cost import cast_cost
 from fastattn_compile.operators.cast.decoder import CastDecoder
+from fastattn_compile.operators.cast.losses import routing_loss
 from fastattn_compile.operators.cast.parameters import (
     check,
     initial,
@@ -156,6 +157,13 @@ class CastAttention(Operator[CastConfig]):
             inputs.query, inputs.key, inputs.value, inputs.scale, self.rule(inputs.key.shape[2]),
             unpacked(self.config, parameters, inputs.query.shape[1]), rows, inputs.key_padding,
         )  # fmt: skip
+
+    def routing_loss(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
+    ) -> Tensor | None:
+        """Softmax mass outside the clusters of a query, from the affinities that clusters are chosen by."""
+        check(self.config, parameters, inputs)
+        return routing_loss(self.config, inputs, parameters, rows)
 
     def diagnostics(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> dict[str, float]:
         """How tokens fall into clusters (specification 4).

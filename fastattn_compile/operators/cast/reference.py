@@ -20,7 +20,7 @@ from fastattn_compile.operators.exact.reference import compute_dtype, masked_sof
 
 
 @dataclass(frozen=True)
-class _Products:
+class Products:
     """Products of a sequence with surrogates: query ``(h, n, c)``, key ``(g, n, c)``; gate ``(p, n)``."""
 
     query: Tensor
@@ -28,12 +28,12 @@ class _Products:
     gate: Tensor | None
 
     @staticmethod
-    def of(query: Tensor, key: Tensor, weights: Weights) -> _Products:
+    def of(query: Tensor, key: Tensor, weights: Weights) -> Products:
         """Products of ``(h, n, d)`` queries and ``(g, n, d)`` keys."""
         gate = None
         if weights.gate is not None and weights.gate_bias is not None:
             gate = torch.einsum("hnd,phd->pn", query, weights.gate) + weights.gate_bias[:, None]
-        return _Products(
+        return Products(
             torch.einsum("hnd,chd->hnc", query, weights.query_surrogates),
             torch.einsum("gnd,cgd->gnc", key, weights.key_surrogates),
             gate,
@@ -128,7 +128,7 @@ def _sequence(
 ) -> tuple[Tensor, Tensor]:
     """CAST of one sequence, ``(h, n, d)``, ``(g, n, d)``, ``(g, n, e)`` to ``(h, n, e)`` and ``(h, n)``."""
     group = query.shape[0] // key.shape[0]
-    products = _Products.of(query, key, weights)
+    products = Products.of(query, key, weights)
     keys, values = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     scores = scale * (query @ keys.mT)
     near, pool, evicted = _masks(config, member)
@@ -211,7 +211,7 @@ def cast_attention(
     results = []
     for b in range(batch):
         with torch.no_grad():
-            products = _Products.of(query[b].to(wide), key[b].to(wide), weights.to(wide))
+            products = Products.of(query[b].to(wide), key[b].to(wide), weights.to(wide))
             member = clusters_of(*products.affinity(config, head_dim), config, real[b])
         results.append(_sequence(config, query[b], key[b], value[b], inputs.scale, weights.to(dtype), member))
     out, log_sum_exp = (torch.stack(x) for x in zip(*results))

@@ -64,6 +64,10 @@ def finished(inputs: AttentionInputs, out: Tensor, log_sum_exp: Tensor) -> Atten
     return AttentionOutput(out.to(inputs.value.dtype), log_sum_exp.to(wide))
 
 
+# Weight of even leaves beside the mass inside them.
+_BALANCE = 0.01
+
+
 class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
     """Base of the two operators."""
 
@@ -77,6 +81,17 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
     def learned(self) -> bool:
         """Whether there are planes to learn."""
         return self.config.height > 0
+
+    def routing_loss(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
+    ) -> Tensor | None:
+        """Softmax mass outside the leaves, and how unevenly keys fill them, weighted as the specification says."""
+        from fastattn_compile.operators.treeformer.losses import balance_loss, mass_loss
+
+        if not self.learned:
+            return None
+        mass = mass_loss(self.config, inputs, parameters, rows)
+        return mass + _BALANCE * balance_loss(self.config, inputs, parameters)
 
     def refusal(self, spec: SiteSpec) -> Support:
         """What neither form can serve."""

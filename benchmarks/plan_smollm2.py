@@ -1,0 +1,122 @@
+"""A plan for SmolLM2-135M under a budget, chosen on one text and measured on another.
+
+Sources of Python's standard library; the modules that the plan is chosen on and those it is measured on are different
+ones. Beside the plan stand controls of the same cost: one operator everywhere, candidates at random, a window. Cost is
+counted arithmetic with the choice of what is met, as a share of exact attention's.
+
+    python benchmarks/plan_smollm2.py                                    # n = 2048
+    python benchmarks/plan_smollm2.py --length 8192 --prior plan.json    # sensitivities of a shorter text
+
+A run that was stopped goes on where it was when it is given the same --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import Rows
+from smollm2 import calibration_ids, loaded
+
+from fastattn_compile.frontier import Point
+from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.plans import Plan
+from fastattn_compile.reporting.metrics import compare_logits, summarise
+from fastattn_compile.reporting.provenance import provenance
+from fastattn_compile.retrofitting.planning import plan
+from fastattn_compile.retrofitting.replay import Replay, Server
+
+RESULTS = Path(__file__).parent / "results" / "plan_smollm2.json"
+
+
+def batch(ids: torch.Tensor, every: int) -> dict[str, Any]:
+    """The whole text goes through the model; its head, a third of the arithmetic, serves every few positions."""
+    kept = torch.arange(every - 1, ids.shape[1], every)
+    return {"input_ids": ids, "use_cache": False, "logits_to_keep": kept}
+
+
+def serving(found: Plan, point: Point | None = None) -> dict[str, Server]:
+    if point is not None and point.choice and found.frontier is not None:
+        found = Plan.of_point(found.frontier, point.choice, {})
+    return {name: Server(site.build()) for name, site in found.sites.items() if site.operator != "exact"}
+
+
+def everywhere(found: Plan, label: str) -> dict[str, Server]:
+    """The window that a control is described by."""
+    width = int(label.partition("width=")[2].partition(",")[0])
+    return {name: Server(make_operator("window", width=width)) for name in found.sites}
+
+
+def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan) -> list[dict[str, Any]]:
+    """KL and top-1 on the evaluation text of the plan and of its controls."""
+    given = batch(ids, every)
+    assert found.frontier is not None
+    total = found.frontier.total_exact
+    share = found.provenance["search"]["cost_share"]
+    choices = [("plan", share, serving(found))]
+    for point in found.frontier.controls:
+        chosen = serving(found, point) if point.choice else everywhere(found, point.label)
+        choices.append((point.label, point.cost / total, chosen))
+    rows = []
+    with Replay(model).closed() as replay:
+        exact = replay.run(given).logits
+        for label, cost, chosen in choices:
+            summary = summarise(compare_logits(exact, replay.run(given, chosen).logits))
+            if summary is None:
+                raise ValueError("no token was counted")
+            rows.append({"label": label, "arithmetic": cost, "kl": summary.kl, "top1": summary.top1})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--max-drop", type=float, default=0.02)
+    parser.add_argument(
+        "--every", type=int, default=4, help="positions between predictions that are compared"
+    )
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--prior", type=Path)
+    parser.add_argument("--operators", type=json.loads, help="JSON: name to a list of options")
+    parser.add_argument("--folder", type=Path, required=True, help="for the plan and what was measured")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    given = loaded(args.length)
+    model = given.model
+    began = time.monotonic()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {stage} {done}/{total}", flush=True)
+
+    found = plan(
+        model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
+        max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
+        prior=Plan.load(args.prior) if args.prior else None, context={"text": "calibration modules"},
+    )  # fmt: skip
+    found.save(args.folder / "plan.json")
+    print(json.dumps(found.provenance["search"], indent=1), flush=True)
+    rows = held_out(model, given.inputs["input_ids"], args.every, found)
+    origin = provenance(
+        model, given.inputs, seed=0, context={"benchmark": "plan_smollm2", "text": given.source}
+    )
+    document = Rows(args.json, "fastattn.quality/1", ("n", "max_drop"), {"provenance": origin})
+    document.put(
+        {
+            "n": args.length, "max_drop": args.max_drop, "search": found.provenance["search"], "held_out": rows,
+            "curve": found.frontier.to_json()["curve"] if found.frontier else [],
+            "sites": {name: str(site.build()) for name, site in found.sites.items()},
+        }
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
