@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from rows import Rows
-from smollm2 import calibration_ids, loaded
+from smollm2 import calibration_ids, loaded, site
 
 from fastattn_compile.frontier import Point
+from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.metrics import compare_logits, summarise
@@ -45,22 +46,33 @@ def serving(found: Plan, point: Point | None = None) -> dict[str, Server]:
     return {name: Server(site.build()) for name, site in found.sites.items() if site.operator != "exact"}
 
 
-def everywhere(found: Plan, label: str) -> dict[str, Server]:
-    """The window that a control is described by."""
-    width = int(label.partition("width=")[2].partition(",")[0])
-    return {name: Server(make_operator("window", width=width)) for name in found.sites}
+def equal(name: str, option: str, spec: SiteSpec, share: float) -> tuple[Operator, float]:
+    """The operator with the least value of an option that costs at least a share of exact attention's arithmetic."""
+    exact = make_operator("exact").cost(spec).flops
+    low, high = 1, int(spec.key_len)
+    while low < high:
+        middle = (low + high) // 2
+        enough = make_operator(name, **{option: middle}).cost(spec).flops >= share * exact
+        low, high = (low, middle) if enough else (middle + 1, high)
+    operator = make_operator(name, **{option: low})
+    return operator, operator.cost(spec).flops / exact
 
 
-def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan) -> list[dict[str, Any]]:
+def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan, controls: bool) -> list[dict[str, Any]]:
     """KL and top-1 on the evaluation text of the plan and of its controls."""
     given = batch(ids, every)
     assert found.frontier is not None
     total = found.frontier.total_exact
     share = found.provenance["search"]["cost_share"]
     choices = [("plan", share, serving(found))]
-    for point in found.frontier.controls:
-        chosen = serving(found, point) if point.choice else everywhere(found, point.label)
-        choices.append((point.label, point.cost / total, chosen))
+    for name, option in (("barnes_hut", "open"), ("window", "width")):
+        operator, cost = equal(name, option, site(model, ids.shape[1]), share)
+        choices.append(
+            (f"the same everywhere: {operator}", cost, dict.fromkeys(found.sites, Server(operator)))
+        )
+    for point in found.frontier.controls if controls else ():
+        if point.label.startswith("at random"):
+            choices.append((point.label, point.cost / total, serving(found, point)))
     rows = []
     with Replay(model).closed() as replay:
         exact = replay.run(given).logits
@@ -85,6 +97,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--prior", type=Path)
     parser.add_argument("--operators", type=json.loads, help="JSON: name to a list of options")
+    parser.add_argument("--no-controls", action="store_true", help="no controls on the text it is chosen on")
+    parser.add_argument("--solve", type=float, help="take the plan of the folder for this budget; no search")
+    parser.add_argument("--memory", type=int, default=2048, help="MiB for states of passes")
     parser.add_argument("--folder", type=Path, required=True, help="for the plan and what was measured")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
@@ -97,21 +112,24 @@ def main() -> None:
     def progress(stage: str, done: int, total: int) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {stage} {done}/{total}", flush=True)
 
-    found = plan(
+    found = Plan.load(args.folder / "plan.json").solve(max_drop=args.solve) if args.solve else plan(
         model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
         max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
-        prior=Plan.load(args.prior) if args.prior else None, context={"text": "calibration modules"},
+        prior=Plan.load(args.prior) if args.prior else None, show_controls=not args.no_controls,
+        memory=args.memory << 20, context={"text": "calibration modules"},
     )  # fmt: skip
-    found.save(args.folder / "plan.json")
+    if not args.solve:
+        found.save(args.folder / "plan.json")
     print(json.dumps(found.provenance["search"], indent=1), flush=True)
-    rows = held_out(model, given.inputs["input_ids"], args.every, found)
+    rows = held_out(model, given.inputs["input_ids"], args.every, found, args.solve is None)
     origin = provenance(
         model, given.inputs, seed=0, context={"benchmark": "plan_smollm2", "text": given.source}
     )
     document = Rows(args.json, "fastattn.quality/1", ("n", "max_drop"), {"provenance": origin})
     document.put(
         {
-            "n": args.length, "max_drop": args.max_drop, "search": found.provenance["search"], "held_out": rows,
+            "n": args.length, "max_drop": args.solve or args.max_drop, "held_out": rows,
+            "search": found.provenance["search"],
             "curve": found.frontier.to_json()["curve"] if found.frontier else [],
             "sites": {name: str(site.build()) for name, site in found.sites.items()},
         }
