@@ -22,16 +22,17 @@ from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan
 
 def _places(lists: Lists, blocks: slice, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query positions ``(blocks, m, 1)`` and the first and last positions of slots, ``(blocks, 1, slots)``."""
-    place = torch.arange(blocks.start * block, blocks.stop * block, device=lists.index.device)
-    return place.view(-1, block, 1), lists.first[blocks, None].long(), lists.last[blocks, None].long()
+    rows = range(blocks.start * block, blocks.stop * block)
+    place = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=lists.index.device)
+    return place.view(-1, block, 1), lists.first[blocks, None], lists.last[blocks, None]
 
 
 class FarBias(ABC):
     """The bias of one part: some key heads of one sequence."""
 
     @abstractmethod
-    def at(self, blocks: slice) -> Tensor:
-        """What the queries of some blocks add to the scores of their slots, ``(u, r, blocks, m, slots)``."""
+    def add(self, scores: Tensor, blocks: slice) -> None:
+        """Adds what the queries of some blocks add to their slots; scores ``(u, r, blocks, m, slots)``, -inf where hidden."""
 
     def take(self, grad_scores: Tensor, blocks: slice) -> None:
         """Adds the gradients of scores, ``(u, r, blocks, m, slots)``, to that of the bias."""
@@ -65,12 +66,19 @@ class Decay(FarBias):
         self._log_mean = torch.cat([fine, *(side.log_mass - share for side in self._sides)], 1)
         self._log_mean.masked_fill_(self._log_mean == -torch.inf, 0)  # such rows are in no list
 
-    def at(self, blocks: slice) -> Tensor:
-        """From the nearest position of a row, and what its tokens add up to there."""
+    def add(self, scores: Tensor, blocks: slice) -> None:
+        """By the distance to the nearest position of a row, and what its tokens add up to there."""
         place, first, last = _places(self.lists, blocks, self.pattern.block)
-        distance = torch.maximum(place - last, first - place)
-        of_rows = self._log_mean[:, self.lists.index[blocks].long()]
-        return (of_rows[:, :, None] - self.slopes[:, None, None] * distance)[:, None]
+        of_rows = self._log_mean[:, self.lists.index[blocks]][:, None, :, None]
+        slopes = self.slopes[..., None, None, None]
+        if self.pattern.causal:
+            # What is seen stands behind: one number a query and one a row, counted from the block so that none is large.
+            start = place[:, :1]
+            scores += of_rows + slopes * (last - start)
+            scores -= slopes * (place - start)
+        else:
+            scores += of_rows
+            scores -= slopes * torch.maximum(place - last, first - place)
 
     def pool(self, tokens: Tensor, pooled: Tensor) -> None:
         """Fills the pooled rows ``(u, sides * plan.offsets[-1], c)`` with weighted means of tokens, 0 where none is."""
@@ -155,35 +163,56 @@ class ByDistance(FarBias):
         self._size = tables.shape[2] // (plan.levels + 1)
         slots = lists.index.shape[1]
         far = slots - pattern.near - pattern.sinks
-        level = torch.zeros(slots, dtype=torch.int64, device=tables.device)
+        level = torch.zeros(slots, dtype=torch.int32, device=tables.device)
         if plan.levels:
             each = far // plan.levels
-            level[slots - far :] = torch.arange(plan.levels, device=tables.device).repeat_interleave(each) + 1
-        self._begin = level * self._size
+            level[slots - far :] = torch.arange(
+                1, plan.levels + 1, dtype=torch.int32, device=tables.device
+            ).repeat_interleave(each)
+        self._begin = level[pattern.near :] * self._size
+        # The near field stands alike around every block.
+        inside = torch.arange(pattern.block, device=tables.device)[:, None]
+        near = torch.arange(pattern.near, device=tables.device) - pattern.block - inside
+        self._at_near = self._within(near)
+        self._near = self._found(self._at_near)
         self._gradient: Tensor | None = None
+        self._near_gradient = torch.zeros_like(self._near)
 
-    def _where(self, blocks: slice) -> Tensor:
-        """Places in the tables, ``(blocks, m, slots)``."""
-        place, first, _ = _places(self.lists, blocks, self.pattern.block)
+    def _within(self, distance: Tensor) -> Tensor:
+        """Places of distances in a table."""
         most = self._size // 2
-        return (first - place).clamp(-most, most) + (most + self._begin)
+        return distance.clamp(-most, most).add_(most)
 
-    def at(self, blocks: slice) -> Tensor:
-        """From the tables."""
-        where = self._where(blocks)
+    def _found(self, where: Tensor) -> Tensor:
+        """What stands at some places, ``(u, r, *where.shape)``."""
         return self.tables.index_select(2, where.flatten()).unflatten(2, where.shape)
+
+    def _beyond(self, blocks: slice) -> Tensor:
+        """Places of the slots after the near field in the tables, ``(blocks, m, slots)``."""
+        place, first, _ = _places(self.lists, blocks, self.pattern.block)
+        return self._within(first[..., self.pattern.near :] - place).add_(self._begin)
+
+    def add(self, scores: Tensor, blocks: slice) -> None:
+        """From the tables."""
+        near = self.pattern.near
+        scores[..., :near] += self._near[:, :, None]
+        scores[..., near:] += self._found(self._beyond(blocks))
 
     def take(self, grad_scores: Tensor, blocks: slice) -> None:
         """Adds the gradients of scores, in a fixed order."""
+        near = self.pattern.near
+        self._near_gradient += grad_scores[..., :near].sum(2)
+        self._add_up(grad_scores[..., near:], self._beyond(blocks))
+
+    def _add_up(self, grads: Tensor, where: Tensor) -> Tensor:
         units, group, size = self.tables.shape
         if self._gradient is None:
             self._gradient = self.tables.new_zeros(size, units * group)
-        rows = grad_scores.flatten(2).flatten(0, 1).T
-        self._gradient.index_add_(0, self._where(blocks).flatten(), rows)
+        return self._gradient.index_add_(0, where.flatten(), grads.flatten(2).flatten(0, 1).T)
 
-    def gradient(self) -> Tensor | None:
-        """What was added up."""
-        return self._gradient
+    def gradient(self) -> Tensor:
+        """What was added up; asked for once."""
+        return self._add_up(self._near_gradient, self._at_near)
 
 
 def row_cover(pattern: Pattern) -> int:

@@ -247,7 +247,7 @@ class Tile:
         tiling = self.tiling
         self.scores_blocks.copy_(part.lists.bias[blocks, None, None])
         if bias is not None:
-            self.scores_blocks.add_(bias.at(blocks).transpose(1, 2))
+            bias.add(self.scores_blocks.transpose(1, 2), blocks)
         if tiling.pattern.causal:
             self.own_block.add_(tiling.future)
         if tiling.pattern.banded:

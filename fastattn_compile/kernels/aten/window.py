@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn_compile.kernels.aten.score_bias import ScoreBias, score_bias
+from fastattn_compile.kernels.aten.window_bias import local_bias
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
     all_finite,
@@ -187,42 +187,6 @@ class LocalTiles:
         place = torch.arange(blocks.start * rows, blocks.stop * rows, device=self.fine.device)
         return (place + self.local.offset).unflatten(0, (-1, rows))
 
-    def distances(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Key less query position: of the sinks, ``(units, blocks, rows, sinks)``; of the stretch, ``(rows, span)``."""
-        local, device = self.local, self.fine.device
-        place = self.places(tile.blocks)
-        sinks = self.of_units(self.sink_place)[tile.units, None, None] - place[..., None]
-        stretch = torch.arange(local.span, device=device) - local.before
-        return sinks, stretch - torch.arange(local.rows, device=device)[:, None]
-
-    def heads(self, tile: Tile) -> Tensor:
-        """The key head of every unit of a tile."""
-        return torch.arange(tile.units.start, tile.units.stop, device=self.fine.device) % self.kv_heads
-
-    def add_bias(self, scores: Tensor, bias: ScoreBias, tile: Tile) -> None:
-        """Adds a bias to ``(units * blocks, r * rows, sinks + span)``."""
-        sinks, stretch = self.distances(tile)
-        split = self._split(scores, tile)
-        if self.local.sinks:
-            split[..., : self.local.sinks] += bias.at_each(self.heads(tile), sinks).transpose(1, 2)
-        split[..., self.local.sinks :] += bias.at(slice(None), stretch)[self.heads(tile), None]
-
-    def take_bias(self, gradient: Tensor | None, grad_scores: Tensor, bias: ScoreBias, tile: Tile) -> None:
-        """Adds the gradients of scores to those of the bias."""
-        if gradient is None:
-            return
-        sinks, stretch = self.distances(tile)
-        split, heads = self._split(grad_scores, tile), self.heads(tile)
-        if self.local.sinks:
-            bias.take_each(gradient, heads, split[..., : self.local.sinks].transpose(1, 2), sinks)
-        blocks = split[..., self.local.sinks :].sum(1)
-        of_heads = blocks.new_zeros(self.kv_heads, *blocks.shape[1:]).index_add_(0, heads, blocks)
-        bias.take(gradient, of_heads, stretch)
-
-    def _split(self, x: Tensor, tile: Tile) -> Tensor:
-        """``(units * blocks, r * rows, k)`` as ``(units, blocks, r, rows, k)``."""
-        return x.unflatten(0, (tile.units.stop - tile.units.start, -1)).unflatten(2, (self.group, -1))
-
     def queries(self, x: Tensor, tile: Tile, fill: float = 0.0) -> Tensor:
         """The tile's part of ``(b, h, n, c)`` as ``(units * blocks, r * rows, c)``; ``fill`` beyond the last
         query."""
@@ -335,12 +299,12 @@ def forward(
     clean = given if finite else [(without_nonfinite(x), without_nonfinite(y)) for x, y in given]
     out = tiles.empty(value.shape[3], value.dtype)
     log_sum_exp = tiles.empty(1, statistics_dtype(value))
-    added = score_bias(bias, tiles.kv_heads, tiles.dtype)
+    added = local_bias(bias, tiles)
     for tile in tiles.tiles():
         k, v = (tiles.gather(*x, tile) for x in clean)
         scores = torch.bmm(tiles.queries(query, tile) * scale, k.mT)
         if added is not None:
-            tiles.add_bias(scores, added, tile)
+            added.add(scores, tile)
         seen = tile.seen(scores)
         scores.masked_fill_(~seen, -torch.inf)
         weights = torch.empty_like(scores)
@@ -394,25 +358,23 @@ def backward(
     slope = (grad_out.to(tiles.dtype) * out).sum(-1)
     if grad_log_sum_exp is not None:
         slope = slope - grad_log_sum_exp
-    added = score_bias(bias, tiles.kv_heads, tiles.dtype)
-    of_bias = None if added is None else added.new_gradient(slice(None))
+    added = local_bias(bias, tiles)
     for tile in tiles.tiles():
         k, v = tiles.gather(keys, key_sinks, tile), tiles.gather(values, value_sinks, tile)
         q, grad_o = tiles.queries(query, tile), tiles.queries(grad_out, tile)
         lse = tiles.queries(log_sum_exp[..., None], tile, -torch.inf)
         scores = torch.bmm(q * scale, k.mT)
         if added is not None:
-            tiles.add_bias(scores, added, tile)
+            added.add(scores, tile)
         weights = probabilities_(scores.masked_fill_(~tile.seen(scores), -torch.inf), lse)
         tiles.scatter(*grad_values, tile, torch.bmm(weights.mT, grad_o))
         grad_scores = torch.bmm(grad_o, v.mT).sub_(tiles.queries(slope[..., None], tile))
         grad_scores.mul_(weights)
         if added is not None:
-            tiles.take_bias(of_bias, grad_scores, added, tile)
+            added.take(grad_scores, tile)
         grad_scores.mul_(scale)
         tiles.scatter(*grad_keys, tile, torch.bmm(grad_scores.mT, q))
         tiles.store(grad_query, tile, torch.bmm(grad_scores, k))
     grad_key, grad_value = (tiles.results_of_keys(tiles.tokens(*x)) for x in (grad_keys, grad_values))
-    if of_bias is not None and bias is not None:
-        of_bias = of_bias.T.contiguous().to(bias.dtype)
+    of_bias = None if added is None or bias is None else added.gradient(bias.dtype)
     return tiles.results(grad_query), grad_key.to(key.dtype), grad_value.to(value.dtype), of_bias
