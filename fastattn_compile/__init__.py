@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn_compile.version import __version__
 
 if TYPE_CHECKING:
+    from fastattn_compile import onnx
     from fastattn_compile.backend import fastattn
     from fastattn_compile.converting.convert import convert
     from fastattn_compile.integrations.hugging_face.cache import DecodingCache
@@ -75,12 +76,14 @@ _HOMES = {
 __all__ = [
     "BaseWeights", "BootstrapSchedule", "DecodingCache", "DistilStage", "FitSettings", "MaskStructure",
     "Plan", "PlannedSite", "Report", "Scan", "__version__", "attach", "attend", "capture", "convert",
-    "detach", "distil", "evaluate", "fastattn", "fit", "from_pretrained", "make_operator", "plan",
+    "detach", "distil", "evaluate", "fastattn", "fit", "from_pretrained", "make_operator", "onnx", "plan",
     "register_transformers", "report", "retrofit", "route", "save_pretrained", "scan", "unroute",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "onnx":
+        return importlib.import_module(f"{__name__}.onnx")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

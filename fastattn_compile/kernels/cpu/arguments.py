@@ -21,6 +21,7 @@ class BlockArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("b", "h", "g", "n", "d", "e", "m", "p", "sinks")),
         *((name, ctypes.c_int32) for name in ("causal", "weighted", "dtype", "threads")),
         ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("spread", "pool")),
     )
 
 

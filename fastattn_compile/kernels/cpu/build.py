@@ -63,19 +63,30 @@ def library(name: str) -> ctypes.CDLL:
     Raises:
         RuntimeError: It does not build.
     """
+    return compiled(source(name))
+
+
+def compiled(code: str) -> ctypes.CDLL:
+    """Source text, built for this machine and loaded; equal texts are built once.
+
+    Args:
+        code: C++ that includes nothing of ours.
+
+    Raises:
+        RuntimeError: It does not build.
+    """
     with _lock:
-        return _library(name)
+        return _compiled(code)
 
 
 @lru_cache(maxsize=None)
-def _library(name: str) -> ctypes.CDLL:
+def _compiled(code: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     # Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here.
     flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-march=native")
-    code = f"// {pick_vec_isa()} {_processor()}\n{source(name)}"
-    built: ctypes.CDLL = CppCodeCache.load(code, "cpu", extra_flags=flags)
+    built: ctypes.CDLL = CppCodeCache.load(f"// {pick_vec_isa()} {_processor()}\n{code}", "cpu", extra_flags=flags)
     return built
 
 

@@ -179,9 +179,7 @@ int run(const BlockArgs& a) {
   const Levels levels(a.n, a.m, a.p);
   const int64_t heads = a.b * a.g;
   std::vector<Head> all(heads);
-  bool finite = true;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic) reduction(&& : finite)
-  for (int64_t u = 0; u < heads; u++) {
+  parallel(a, heads, [&](int64_t u) {
     const int64_t batch = u / a.g, g = u % a.g;
     const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
     const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
@@ -189,22 +187,21 @@ int run(const BlockArgs& a) {
     choose_sinks(a, batch, all[u]);
     count(a, levels, all[u]);
     const bool good = pool(a, levels, all[u], real, key, all[u].key);
-    finite = pool(a, levels, all[u], real, value, all[u].value) && good && finite;
-  }
-  if (!finite) return 1;
+    all[u].finite = pool(a, levels, all[u], real, value, all[u].value) && good;
+  });
+  for (const Head& head : all)
+    if (!head.finite) return 1;
   if (a.grad_out) {
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-    for (int64_t u = 0; u < heads; u++) backward_head<T>(a, levels, all[u], u / a.g, u % a.g);
+    parallel(a, heads, [&](int64_t u) { backward_head<T>(a, levels, all[u], u / a.g, u % a.g); });
     return 0;
   }
   // Stretches of blocks long enough that filling the first block's slots does not count.
   const int64_t chunk = std::max<int64_t>(8, (levels.blocks * heads + 8 * a.threads - 1) / (8 * a.threads));
   const int64_t chunks = (levels.blocks + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t task = 0; task < heads * chunks; task++) {
+  parallel(a, heads * chunks, [&](int64_t task) {
     const int64_t u = task / chunks, from = task % chunks * chunk;
     forward_blocks<T>(a, levels, all[u], u / a.g, u % a.g, from, std::min(levels.blocks, from + chunk));
-  }
+  });
   return 0;
 }
 

@@ -33,15 +33,22 @@ def function(operator: Operator, spec: BodySpec, overload: str = "") -> ir.Funct
     query, key, value, *padding = inputs
     output = body.write(writer, operator, spec, BodyInputs(query, key, value, *padding))
     graph = ir.Graph(inputs, [output], nodes=writer.nodes, opset_imports={"": spec.opset}, name=body.op_type)
-    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in node_attributes(operator, spec, body)]
+    declared = [
+        ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in node_attributes(operator, spec, body)
+    ]
     return ir.Function(DOMAIN, body.op_type, overload, graph=graph, attributes=declared)
 
 
 def node_attributes(operator: Operator, spec: BodySpec, body: Body) -> Mapping[str, Any]:
-    """What the node says of itself, for native kernels and for readers."""
+    """What the node says of itself, for native kernels and for readers.
+
+    ONNX has no attributes in double precision: where the tensors do, ``scale_exact`` says the scale as text.
+    """
+    exact = {"scale_exact": repr(float(spec.scale))} if spec.dtype == ir.DataType.DOUBLE else {}
     return {
         **body.attributes(operator, spec),
         "scale": float(spec.scale),
+        **exact,
         "mask": str(spec.mask),
         "body_version": body.version,
     }

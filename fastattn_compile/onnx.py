@@ -1,0 +1,43 @@
+"""``fa.onnx``: converted models in ONNX Runtime with our native kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def library() -> str:
+    """The path of the native library, built at first use on a machine.
+
+    Hand it to ``SessionOptions.register_custom_ops_library`` of any ONNX Runtime from 1.17 on: nodes of the domain
+    ``fastattn`` then run as kernels instead of through the function that stands beside them.
+
+    Raises:
+        RuntimeError: There is no C++ compiler, or it fails.
+    """
+    from fastattn_compile.lowering.onnx.native.build import library_path
+
+    return str(library_path())
+
+
+def session(model: str | Path | bytes, options: Any = None, providers: list[Any] | None = None) -> Any:
+    """An ONNX Runtime session that runs our nodes by native kernels.
+
+    Args:
+        model: A path, or the bytes of a model.
+        options: ``onnxruntime.SessionOptions``; the library is registered in them. New ones when ``None``.
+        providers: Execution providers; the CPU's when ``None``.
+
+    Returns:
+        The ``onnxruntime.InferenceSession``.
+
+    Raises:
+        RuntimeError: There is no C++ compiler, or it fails. The model runs without the library, too: make the session
+            with onnxruntime itself.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions() if options is None else options
+    options.register_custom_ops_library(library())
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=providers or ["CPUExecutionProvider"])
