@@ -93,10 +93,11 @@ def far_error(
     log_sum_exp: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """Squared error of what an operator's far field adds on some rows, against exact attention over the far keys.
+    """Squared error of what an operator's far field adds on some rows, over the squared length of the exact output there.
 
-    The operator is one softmax over exact keys and summaries: with the near field's share ``z`` of the normaliser, the far
-    field adds ``out - z near``, which is compared with ``(1 - z)`` times exact attention over the far keys.
+    The operator is one softmax over exact keys and summaries: with the near field's share ``z`` of the normaliser, the
+    far field adds ``out - z near``, and so it does in exact attention. The difference is measured by the whole output: by
+    the far field's own length it would outweigh the output wherever the far field hardly matters.
 
     Args:
         operator: One that comes apart.
@@ -112,11 +113,10 @@ def far_error(
         value = value.masked_fill(~inputs.key_padding[:, None, :, None], 0)
     scores = inputs.scale * (inputs.query[:, :, rows].to(wide) @ key.mT) + inputs.added(rows).to(wide)
     visible = inputs.visible(rows)
-    met = operator.exact_keys(inputs, rows, parameters)
-    near_weights, near_sum = masked_softmax(scores, visible & met)
-    far_weights, far_sum = masked_softmax(scores, visible & ~met)
-    near, far = near_weights @ value, far_weights @ value
-    share = (near_sum - log_sum_exp[:, :, rows].to(wide)).exp().clamp(max=1)[..., None]
-    added, wanted = out[:, :, rows].to(wide) - share * near, (1 - share.detach()) * far
-    counted = (far_sum > -torch.inf)[..., None]
-    return ((added - wanted).square() * counted).sum() / (wanted.square() * counted).sum().clamp(min=1e-30)
+    near_weights, near_sum = masked_softmax(scores, visible & operator.exact_keys(inputs, rows, parameters))
+    weights, whole_sum = masked_softmax(scores, visible)
+    near, whole = near_weights @ value, weights @ value
+    share = (near_sum - log_sum_exp[:, :, rows].to(wide)).exp()[..., None]
+    exact_share = (near_sum - whole_sum).exp().nan_to_num(0.0)[..., None]
+    difference = (out[:, :, rows].to(wide) - share * near) - (whole - exact_share * near)
+    return difference.square().sum() / whole.square().sum().clamp(min=1e-30)
