@@ -107,7 +107,7 @@ def convert(
     prepared = prepare(source)
     choices, reasons = _choose(prepared, operator, options, named, longest)
     feeds = _feeds(inputs, prepared, length, seed)
-    tokens = _tokens(prepared, feeds, length)
+    tokens = _tokens(prepared, choices, feeds, length)
     if not choices:
         return Report(_kept(prepared, reasons, {}), provenance=_provenance(prepared, feeds))
     progress("run the original and each operator beside it", 0, 0)
@@ -202,9 +202,14 @@ def _feeds(
     return check_feeds(inputs, prepared.model)
 
 
-def _tokens(prepared: Prepared, feeds: Feeds, length: int) -> int:
-    """Tokens of the inputs, for the report."""
-    return max((a.shape[1] for a in feeds.values() if a.ndim >= 2 and a.dtype.kind in "iu"), default=length)
+def _tokens(prepared: Prepared, choices: Mapping[str, Operator], feeds: Feeds, length: int) -> int:
+    """Tokens the replaced sites meet, for the report: their fixed length, else that of token numbers in the inputs."""
+    sites = [line.site.spec.key_len for line in prepared.softmaxes if line.site is not None and line.name in choices]
+    fixed = [size for size in sites if isinstance(size, int)]
+    if fixed:
+        return max(fixed)
+    numbers = [a.shape[1] for a in feeds.values() if a.ndim >= 2 and a.dtype.kind in "iu"]
+    return max(numbers, default=length)
 
 
 def _replacements(prepared: Prepared, choices: Mapping[str, Operator], longest: int) -> list[Replacement]:

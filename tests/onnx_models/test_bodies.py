@@ -19,6 +19,7 @@ from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
 SMALL = {"block": 16, "rank": 4, "sinks": 3}
+OPTIONS: dict[str, dict[str, object]] = {"exact": {}, "fma": SMALL, "window": {"width": 20, "sinks": 3}}
 TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -66,6 +67,15 @@ def test_options_of_fma(options: dict[str, object], mask: str) -> None:
     check("fma", make_inputs(mask, length=200), **{**SMALL, **options})
 
 
+@pytest.mark.parametrize("options", [{"width": 30, "sinks": 3}, {"width": 9, "sinks": 0}], ids=str)
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "key_padding", "causal & key_padding", "causal & window(40)", "left(40) & right(3)"]
+)
+@pytest.mark.parametrize("length", [2, 64, 75, 200])
+def test_window(length: int, mask: str, options: dict[str, object]) -> None:
+    check("window", make_inputs(mask, length=length, value_dim=6), **options)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)], ids=str)
 def test_grouped_heads(heads: tuple[int, int]) -> None:
     check("fma", make_inputs("causal", heads=heads[0], kv_heads=heads[1], length=100), **SMALL)
@@ -77,15 +87,31 @@ def test_windows_of_exact() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
-def test_other_types(mask: str, dtype: torch.dtype) -> None:
-    check("fma", make_inputs(mask, length=150, dtype=dtype), **SMALL)
+@pytest.mark.parametrize("name", ["fma", "window"])
+def test_other_types(name: str, mask: str, dtype: torch.dtype) -> None:
+    check(name, make_inputs(mask, length=150, dtype=dtype), **OPTIONS[name])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
+def test_grouped_heads_of_a_window(heads: tuple[int, int]) -> None:
+    check("window", make_inputs("none", heads=heads[0], kv_heads=heads[1], length=100), width=15, sinks=4)
+
+
+def test_a_key_outside_the_window_is_not_seen() -> None:
+    inputs = make_inputs("causal", length=150)
+    model = attention_model(make_operator("window", width=20, sinks=3), spec_of(inputs))
+    (before,) = run(model, feeds_of(inputs))
+    inputs.key[:, :, 50] += 1.0
+    (after,) = run(model, feeds_of(inputs))
+    np.testing.assert_array_equal(np.delete(before, range(50, 70), 2), np.delete(after, range(50, 70), 2))
+    assert (before[:, :, 50:70] != after[:, :, 50:70]).all()
 
 
 @pytest.mark.parametrize("opset", [13, 15, 17, 18, 20, 23, 25])
-@pytest.mark.parametrize("name", ["exact", "fma"])
+@pytest.mark.parametrize("name", ["exact", "fma", "window"])
 def test_one_body_serves_every_opset(name: str, opset: int) -> None:
     inputs = make_inputs("causal & key_padding", length=75)
-    operator = make_operator(name, **(SMALL if name == "fma" else {}))
+    operator = make_operator(name, **OPTIONS[name])
     model = attention_model(operator, spec_of(inputs, opset))
     onnx.checker.check_model(model, full_check=True)
     out = torch.from_numpy(run(model, feeds_of(inputs))[0])
@@ -94,9 +120,10 @@ def test_one_body_serves_every_opset(name: str, opset: int) -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
-def test_the_reference_evaluator_agrees_with_the_runtime(mask: str) -> None:
+@pytest.mark.parametrize("name", ["fma", "window"])
+def test_the_reference_evaluator_agrees_with_the_runtime(name: str, mask: str) -> None:
     inputs = make_inputs(mask, length=60)  # the evaluator's GatherElements takes 64 entries at most
-    model = attention_model(make_operator("fma", **SMALL), spec_of(inputs))
+    model = attention_model(make_operator(name, **OPTIONS[name]), spec_of(inputs))
     (there,) = run(model, feeds_of(inputs))
     (here,) = onnx.reference.ReferenceEvaluator(model).run(None, feeds_of(inputs))
     np.testing.assert_allclose(here, there, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(there).max())

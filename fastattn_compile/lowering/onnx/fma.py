@@ -20,9 +20,9 @@ from fastattn_compile.lowering.onnx.body import (
     BodyInputs,
     BodySpec,
     hidden,
-    highest,
     only,
 )
+from fastattn_compile.lowering.onnx.blocks import Blocks, Met
 from fastattn_compile.lowering.onnx.writer import FAR, OnnxWriter
 from fastattn_compile.operators.base import Operator, Support, no
 from fastattn_compile.operators.fma.config import level_count
@@ -54,28 +54,15 @@ def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs)
     return _Writing(w, operator, spec, given).write()
 
 
-class _Writing:
-    """One body.
-
-    ``m`` block, ``p`` rank, ``b`` batch (1 where nothing depends on it), ``g`` key heads, ``k`` blocks, ``c`` channels,
-    ``r = group * m`` rows of a tile, ``t`` slots of a block.
-    """
+class _Writing(Blocks):
+    """One body. Besides what ``Blocks`` names: ``p`` rank."""
 
     def __init__(self, w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> None:
-        self.w, self.spec, self.padding = w, spec, given.key_padding
         config = operator.config
-        self.m, self.p, self.sinks, self.weighted = config.block, config.rank, config.sinks, config.scale_attn
-        self.causal = spec.mask.causal
-        self.levels = level_count(spec.longest, self.m)
-        self.near = (2 if self.causal else 3) * self.m
-        self.length = w.shape(given.key, 2)
-        self.blocks = self._checked(w.op("Div", w.op("Add", self.length, [self.m - 1]), [self.m]))
-        self.missing = w.op("Sub", w.op("Mul", self.blocks, [self.m]), self.length)
-        self.query, self.key, self.value = given.query, given.key, given.value
-        if self.padding is not None:
-            # What stands at padding may be NaN, and NaN times 0 still is.
-            mine = w.op("Unsqueeze", self.padding, [1, 3])
-            self.key, self.value = (w.op("Where", mine, x, 0.0) for x in (given.key, given.value))
+        self.p, self.weighted, self.causal = config.rank, config.scale_attn, spec.mask.causal
+        self.levels = level_count(spec.longest, config.block)
+        self.near = (2 if self.causal else 3) * config.block
+        super().__init__(w, spec, given, config.block, config.sinks, self.near + self._far_slots())
 
     def _checked(self, blocks: ir.Value) -> ir.Value:
         """The number of blocks; more than the levels can cover stop the run with an index out of range."""
@@ -83,106 +70,11 @@ class _Writing:
         over = w.cast(w.op("Greater", blocks, [1 << (self.levels + 1)]), ir.DataType.INT64)
         return w.op("Mul", blocks, w.op("Gather", [1], over, axis=0))
 
-    def write(self) -> ir.Value:
-        """The whole computation."""
-        w, spec = self.w, self.spec
-        real, taken = self._tokens()
-        counts = self._levels(w.cast(taken, spec.dtype), 1)
+    def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
+        counts = self._levels(self.w.cast(taken, self.spec.dtype), 1)
         keys, values = (self._rows(x, taken, counts, c) for x, c in self._sides())
         table, met = self._table()
-        bias = self._bias(real, counts, table, met)
-        query = self._tiles(w.op("Mul", self.query, spec.scale))
-        scores = self._product(query, w.op("Gather", keys, table, axis=2))
-        if not self.sinks:
-            attention = w.op("Softmax", w.op("Add", scores, bias), axis=-1)
-            out = w.op("MatMul", attention, w.op("Gather", values, table, axis=2))
-            return self._ungrouped(self._zeroed(out, bias))
-        sink_bias = self._sink_bias()
-        sink_keys, sink_values = (w.op("Unsqueeze", self._at_sinks(x), [2]) for x, _ in self._sides())
-        of_sinks = w.op("Add", self._product(query, sink_keys), sink_bias)
-        scores = w.op("Concat", w.op("Add", scores, bias), of_sinks, axis=-1)
-        attention = w.op("Softmax", scores, axis=-1)
-        slots = self.near + self._far_slots()
-        of_rows, of_sinks = w.op("Split", attention, [slots, self.sinks], outputs=2, axis=-1)
-        out = w.op("MatMul", of_rows, w.op("Gather", values, table, axis=2))
-        out = w.op("Add", out, w.op("MatMul", of_sinks, sink_values))
-        return self._ungrouped(self._zeroed(out, bias, sink_bias))
-
-    def _sides(self) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]]:
-        return (self.key, self.spec.head_dim), (self.value, self.spec.value_dim)
-
-    def _product(self, query: ir.Value, keys: ir.Value) -> ir.Value:
-        return self.w.op("MatMul", query, self.w.op("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-
-    # Tiles of queries.
-
-    def _tiles(self, query: ir.Value) -> ir.Value:
-        """``(b, h, n, d)`` as ``(b, g, k, r, d)``."""
-        w, spec = self.w, self.spec
-        padded = w.op("Pad", query, w.join([0, 0, 0, 0, 0, 0, self.missing, 0]))
-        if spec.group == 1:
-            return w.op("Reshape", padded, [0, 0, -1, self.m, spec.head_dim])
-        # Heads are told apart before blocks, so that both counts are numbers.
-        split = w.op("Reshape", padded, [0, spec.kv_heads, spec.group, -1, self.m * spec.head_dim])
-        moved = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
-        return w.op("Reshape", moved, [0, 0, 0, spec.group * self.m, spec.head_dim])
-
-    def _ungrouped(self, out: ir.Value) -> ir.Value:
-        """``(b, g, k, r, e)`` as ``(b, h, n, e)``."""
-        w, spec = self.w, self.spec
-        if spec.group > 1:
-            split = w.op("Reshape", out, [0, 0, 0, spec.group, self.m * spec.value_dim])
-            out = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
-        whole = w.op("Reshape", out, [0, spec.heads, -1, spec.value_dim])
-        return w.slice(whole, 0, self.length, 2)
-
-    def _zeroed(self, out: ir.Value, *biases: ir.Value) -> ir.Value:
-        """Only padding can hide every key of a query."""
-        if self.padding is None:
-            return out
-        w = self.w
-        best = [highest(w, bias, self.spec) for bias in biases]
-        most = best[0] if len(best) == 1 else w.op("Max", *best)
-        seen = w.op("Greater", most, hidden(self.spec) / 2)
-        return w.op("Mul", out, w.cast(seen, self.spec.dtype))
-
-    # Tokens and sinks.
-
-    def _tokens(self) -> tuple[ir.Value, ir.Value]:
-        """Which tokens are there, and which are pooled (not the sinks), both ``(b, 1, n', 1)`` boolean."""
-        w, sinks = self.w, self.sinks
-        if self.padding is None:
-            places = w.op("Reshape", w.range(w.op("Mul", self.blocks, [self.m])), [1, 1, -1, 1])
-            real = w.op("Less", places, self.length)
-            if not sinks:
-                return real, real
-            # Short of tokens the last one stands for the sinks that do not exist; their bias hides them.
-            numbers = w.constant(np.arange(sinks))
-            self._places = w.op("Unsqueeze", w.op("Min", numbers, w.op("Sub", self.length, [1])), [0])
-            self._exists = w.op("Unsqueeze", w.op("Less", numbers, self.length), [0])
-            return real, w.op("And", real, w.op("GreaterOrEqual", places, [sinks]))
-        found = w.op("Pad", w.cast(self.padding, ir.DataType.INT32), w.join([0, 0, 0, self.missing]))
-        real = w.cast(w.op("Unsqueeze", found, [1, 3]), ir.DataType.BOOL)
-        if not sinks:
-            return real, real
-        rank = w.op("Mul", w.op("CumSum", found, w.constant(1)), found)  # the first real token is number 1
-        int32 = ir.DataType.INT32
-        wanted = w.constant(np.arange(1, sinks + 1).reshape(1, -1, 1), int32)
-        same = w.op("Equal", w.op("Unsqueeze", rank, [1]), wanted)
-        self._places = w.op("ArgMax", w.cast(same, int32), axis=2, keepdims=0)
-        total = w.op("ReduceSum", found, [1], keepdims=1)
-        self._exists = w.op("Less", w.constant(np.arange(sinks).reshape(1, -1), int32), total)
-        late = w.op("Greater", rank, w.constant(sinks, int32))
-        return real, w.op("Unsqueeze", late, [1, 3])
-
-    def _at_sinks(self, x: ir.Value) -> ir.Value:
-        """The tokens that are sinks, ``(b, g, s, c)``."""
-        w = self.w
-        if self.padding is None:
-            return w.op("Gather", x, w.op("Squeeze", self._places, [0]), axis=2)
-        target = w.join([w.shape(x, 0), w.shape(x, 1), self.sinks, w.shape(x, 3)])
-        places = w.op("Expand", w.op("Unsqueeze", self._places, [1, 3]), target)
-        return w.op("GatherElements", x, places, axis=2)
+        return Met(keys, values, table, self._bias(real, counts, table, met))
 
     def _sink_bias(self) -> ir.Value:
         """The sink slots serve blocks apart from the sink's own; nearer ones meet it as a token: ``(b, 1, k, 1, s)``."""
