@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import sympy
 
 from fastattn_compile.converting.delta import (
     cost_report,
@@ -27,6 +28,7 @@ from fastattn_compile.errors import ConversionError, OptionError
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.onnx.rewrite import Placed, Replacement, can_replace, rewrite
+from fastattn_compile.passes.onnx.sizes import symbol
 from fastattn_compile.passes.site import NOT_ATTENTION
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.document import Report, SiteReport
@@ -203,11 +205,19 @@ def _feeds(
 
 
 def _tokens(prepared: Prepared, choices: Mapping[str, Operator], feeds: Feeds, length: int) -> int:
-    """Tokens the replaced sites meet, for the report: their fixed length, else that of token numbers in the inputs."""
-    sites = [line.site.spec.key_len for line in prepared.softmaxes if line.site is not None and line.name in choices]
-    fixed = [size for size in sites if isinstance(size, int)]
-    if fixed:
-        return max(fixed)
+    """Keys of the longest replaced site on these inputs; that of token numbers where no site tells it."""
+    dims = {
+        symbol(str(dim.value)): array.shape[at]
+        for value in prepared.model.graph.inputs
+        if (array := feeds.get(value.name or "")) is not None and value.shape is not None
+        for at, dim in enumerate(value.shape)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    }
+    sites = [line.site for line in prepared.softmaxes if line.site is not None and line.name in choices]
+    sizes = [sympy.sympify(site.spec.key_len).subs(dims) for site in sites]
+    known = [int(size) for size in sizes if size.is_Integer]
+    if known:
+        return max(known)
     numbers = [a.shape[1] for a in feeds.values() if a.ndim >= 2 and a.dtype.kind in "iu"]
     return max(numbers, default=length)
 

@@ -69,7 +69,8 @@ def test_options_of_fma(options: dict[str, object], mask: str) -> None:
 
 @pytest.mark.parametrize("options", [{"width": 30, "sinks": 3}, {"width": 9, "sinks": 0}], ids=str)
 @pytest.mark.parametrize(
-    "mask", ["none", "causal", "key_padding", "causal & key_padding", "causal & window(40)", "left(40) & right(3)"]
+    "mask",
+    ["none", "causal", "key_padding", "causal & key_padding", "causal & window(40)", "left(40) & right(3)"],
 )
 @pytest.mark.parametrize("length", [2, 64, 75, 200])
 def test_window(length: int, mask: str, options: dict[str, object]) -> None:

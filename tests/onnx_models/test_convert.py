@@ -241,3 +241,10 @@ def test_a_bias_keeps_a_site_as_it_is(tmp_path: Path, operator: str) -> None:
     assert [site.operator for site in report.sites] == ["exact"]
     assert "add no bias" in report.sites[0].reason
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_report_tells_the_length_of_the_inputs_that_were_given() -> None:
+    model = export(Attention(fused=True, causal=True), torch.randn(1, 24, 32))
+    given = {"x": np.random.default_rng(0).standard_normal((1, 96, 32)).astype(np.float32)}
+    report = fa.convert(model, operator="fma", options={"block": 16}, inputs=given, repeats=1, threads=1)
+    assert report.cost is not None and report.cost.n == 96
