@@ -20,6 +20,26 @@ def library() -> str:
     return str(library_path())
 
 
+def export(module: Any, args: tuple[Any, ...], *, longest: int = 8192, **options: Any) -> Any:
+    """``torch.onnx.export(dynamo=True)`` of a model that calls our operators: nodes with their functions beside them.
+
+    Args:
+        module: The model.
+        args: Example inputs.
+        longest: Longest sequence the exported model must serve where the length is free.
+        options: Of ``torch.onnx.export``, for example ``dynamic_shapes`` and ``opset_version``.
+
+    Returns:
+        The ``onnx.ModelProto``.
+
+    Raises:
+        ConversionError: A call cannot be said in ONNX.
+    """
+    from fastattn_compile.lowering.onnx.export import export as exported
+
+    return exported(module, args, longest, **options)
+
+
 def session(model: str | Path | bytes, options: Any = None, providers: list[Any] | None = None) -> Any:
     """An ONNX Runtime session that runs our nodes by native kernels.
 
