@@ -33,7 +33,12 @@ LADDERS: Mapping[str, Sequence[Options]] = {
         {"open": 28},
         {"open": 48},
         {"open": 64},
-        {"open": 96, "beam": 48},
+        # On long sequences what the beam drops is lost before leaves are opened: it grows with them.
+        {"open": 64, "beam": 64},
+        {"open": 96, "beam": 96},
+        {"open": 128, "beam": 128},
+        # Some sites have keys of a node far apart: there the variance tells which to open, elsewhere it costs twice.
+        {"open": 48, "beam": 48, "select": "cumulant"},
         {"open": 32, "group": 8},
         {"open": 96, "beam": 48, "group": 8},
     ),

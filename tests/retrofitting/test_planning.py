@@ -7,8 +7,9 @@ from torch import nn
 
 import fastattn_compile as fa
 from fastattn_compile.errors import CheckpointError, ModelLoadError, NumericError, OptionError, PlanError
-from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.operators.registry import make_operator, operator_names
 from fastattn_compile.reporting.evaluate import evaluate
+from fastattn_compile.retrofitting.candidates import LADDERS, wanted_operators
 from fastattn_compile.retrofitting.replay import Replay, Server
 
 LADDER = {
@@ -268,6 +269,14 @@ def test_bad_input(model):
         found_by(half)
     with pytest.raises(NumericError, match="metric"):
         found_by(model, metric=lambda result, exact, batch: float("nan"))
+
+
+def test_every_operator_has_a_ladder_that_can_be_made():
+    named = [name for name in operator_names() if name != "exact"]
+    assert set(LADDERS) == set(named)
+    tried = wanted_operators(named)
+    assert len(tried) == sum(len(ladder) for ladder in LADDERS.values())
+    assert {operator.name for operator, _ in wanted_operators(None)} == {"barnes_hut", "window", "fma"}
 
 
 def test_nan_stops_with_the_name_of_the_site(model, monkeypatch):
