@@ -20,7 +20,17 @@ def prefix(inputs: AttentionInputs, length: int) -> AttentionInputs:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sinks": 0}, {"scale_attn": False}, {"rank": 8}, {"basis": "depthwise"}], ids=str
+    "options",
+    [
+        {},
+        {"sinks": 0},
+        {"scale_attn": False},
+        {"rank": 8},
+        {"basis": "depthwise"},
+        {"basis": "dense"},
+        {"basis": "recursive"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "mask",

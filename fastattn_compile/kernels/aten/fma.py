@@ -60,7 +60,7 @@ def forward(
         scale: Factor on the scores.
         pattern: Who meets whom.
         key_padding: ``(b, n)`` boolean, true where a token is real.
-        weights: For a learned pattern, for every level key weight ``(d, rank, width)``, key bias ``(d,
+        weights: For a learned pattern, for every level key weight ``(d, rank, width)`` (dense ``(d, rank, d, width)``), key bias ``(d,
             rank)``, value weight ``(e, rank, width)``, value bias ``(e, rank)``; further levels are not read.
         bias: Added by distance: ``(h,)`` slopes of ALiBi (not with a learned pattern), ``(h, 2 N - 1)`` numbers with
             ``N >= n``, or ``None``.

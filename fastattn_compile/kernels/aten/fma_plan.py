@@ -29,6 +29,7 @@ class Pattern:
         right: Largest distance ahead that is visible, ``None`` for any; 0 when ``causal``.
         weighted: A pooled row counts as many keys as it stands for.
         learned: Every pooled row covers its whole group, else its part of the group.
+        dense: Learned rows mix channels: weights ``(c, rank, c, width)`` in place of ``(c, rank, width)``.
         sides: Sets of pooled rows: 2 when the queries after a group and those before it meet rows of their own.
     """
 
@@ -41,6 +42,7 @@ class Pattern:
     weighted: bool = True
     learned: bool = False
     sides: int = 1
+    dense: bool = False
 
     @property
     def near(self) -> int:

@@ -79,6 +79,17 @@ def _by_channel(tokens: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(tokens.permute(2, 0, 1), (0, missing)).contiguous()
 
 
+def _by_group(tokens: Tensor, width: int) -> Tensor:
+    """``(u, n, c)`` as ``(u, groups, width * c)``, filled up with 0."""
+    missing = -tokens.shape[1] % width
+    return torch.nn.functional.pad(tokens, (0, 0, 0, missing)).unflatten(1, (-1, width)).flatten(2)
+
+
+def _dense_matrix(weight: Tensor) -> Tensor:
+    """Weight ``(c, rank, c', width)`` as the matrix ``(width * c', rank * c)`` that pools a flattened group."""
+    return weight.permute(3, 2, 1, 0).reshape(weight.shape[3] * weight.shape[2], -1)
+
+
 def _used(level: int, plan: Plan, pattern: Pattern) -> slice:
     """The pooled rows of the groups of a level that hold tokens."""
     groups = -(-plan.blocks // (1 << level))
@@ -88,18 +99,27 @@ def _used(level: int, plan: Plan, pattern: Pattern) -> slice:
 def combine_levels(
     tokens: Tensor, pooled: Tensor, factor: Tensor, weights: Sequence[Tensor], plan: Plan, pattern: Pattern
 ) -> None:
-    """Learned rows of every level, channel by channel: ``bias + factor * sum_t weight[c, r, t] x[t, c]``.
+    """Learned rows of every level, ``bias + factor * sum_t weight[c, r, t] x[t, c]``, or over all channels if dense.
 
     Args:
         tokens: ``(u, blocks * block, c)``, 0 where a token is not pooled.
         pooled: ``(u, plan.offsets[-1], c)``, receives the rows.
         factor: ``(plan.offsets[-1],)``, tokens of a group over those that are pooled.
-        weights: For every level weight ``(c, rank, width)`` and bias ``(c, rank)``.
+        weights: For every level weight ``(c, rank, width)``, dense ``(c, rank, c, width)``, and bias ``(c, rank)``.
         plan: The plan.
         pattern: The pattern.
     """
     pooled.zero_()
     units, channels = tokens.shape[0], tokens.shape[2]
+    if pattern.dense:
+        for level in range(plan.levels):
+            used = _used(level, plan, pattern)
+            weight, bias = (x.to(tokens.dtype) for x in weights[2 * level : 2 * level + 2])
+            x = _by_group(tokens, pattern.block << level)
+            rows = (x @ _dense_matrix(weight)).unflatten(2, (pattern.rank, channels))
+            scaled = rows * factor[used].view(-1, pattern.rank, 1) + bias.T
+            pooled[:, used] = scaled.flatten(1, 2)
+        return
     by_channel = _by_channel(tokens, pattern.block << max(0, plan.levels - 1))
     for level in range(plan.levels):
         width, used = pattern.block << level, _used(level, plan, pattern)
@@ -128,6 +148,20 @@ def combine_levels_backward(
         pattern: The pattern.
     """
     units, channels = tokens.shape[0], tokens.shape[2]
+    if pattern.dense:
+        for level in range(plan.levels):
+            used, width = _used(level, plan, pattern), pattern.block << level
+            grad = grad_pooled[:, used].unflatten(1, (-1, pattern.rank))
+            grad_weights[2 * level + 1].add_(grad.sum((0, 1)).T)
+            scaled = (grad * factor[used].view(-1, pattern.rank, 1)).flatten(2)
+            x = _by_group(tokens, width)
+            of_matrix = x.flatten(0, 1).mT @ scaled.flatten(0, 1)
+            grad_weights[2 * level].add_(
+                of_matrix.view(width, channels, pattern.rank, channels).permute(3, 2, 1, 0)
+            )
+            spread = scaled @ _dense_matrix(weights[2 * level].to(tokens.dtype)).mT
+            grad_tokens += spread.view(units, -1, channels)[:, : tokens.shape[1]]
+        return
     by_channel = _by_channel(tokens, pattern.block << max(0, plan.levels - 1))
     grad_by_channel = torch.zeros_like(by_channel)
     for level in range(plan.levels):

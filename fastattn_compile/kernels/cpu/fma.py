@@ -21,7 +21,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:
         value: ``(b, g, n, e)``.
         pattern: Who meets whom.
     """
-    if pattern.learned or pattern.banded:
+    served = Pattern(pattern.block, pattern.rank, pattern.sinks, pattern.causal, None, pattern.right, pattern.weighted)
+    if pattern.banded or pattern != served:
         return f"it serves the mean basis without a window, not {pattern}"
     return type_obstacle(query, key, value) or obstacle("fma")
 

@@ -363,6 +363,8 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str
     """Why these kernels cannot serve a call; empty when they can."""
     if level_count(key.shape[2], pattern.block) == 0:
         return "a sequence of at most two blocks has no pooled rows"
+    if pattern.dense:
+        return "learned rows that mix channels"
     if pattern.sinks > 64:
         return f"{pattern.sinks} sinks, a tile holds up to 64"
     return tensor_obstacle(query, key, value)

@@ -31,6 +31,8 @@ from fastattn_compile.operators.fma.config import level_count
 def _supports(operator: Operator, spec: BodySpec) -> Support:
     if operator.config.basis != "mean":
         return no(f"its ONNX body serves the mean basis only, not {operator.config.basis!r}")
+    if operator.config.boundary != "clean":
+        return no(f"its ONNX body serves the clean boundary only, not {operator.config.boundary!r}")
     plain = type(operator.config)(
         block=operator.config.block, rank=operator.config.rank, sinks=operator.config.sinks,
         scale_attn=operator.config.scale_attn,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from fastattn_compile.operators.base import OperatorConfig
 
-BASES = ("mean", "depthwise")
+BASES = ("mean", "depthwise", "dense", "recursive")
+BOUNDARIES = ("clean", "zero_pad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,15 @@ class FmaConfig(OperatorConfig):
         rank: Pooled rows that stand for one group at every level; divides ``block``.
         basis: How a group is pooled: ``"mean"``, row ``r`` is the mean of the ``r``-th part of the group;
             ``"depthwise"``, every row is a learned combination of the group's tokens, channel by channel,
-            that starts as the mean.
+            that starts as the mean; ``"dense"``, the same over all channels of the head; ``"recursive"``, the
+            finest level is pooled as in ``"depthwise"`` and every further one merges the rows of its two children
+            by weights that all levels share, so that the number of parameters does not depend on the length.
         scale_attn: A pooled row counts as many keys as it stands for (adds ``log(count)`` to its score).
             Turning it off is for models trained so.
         sinks: First real tokens of a sequence that every query keeps meeting exactly; at most ``block``.
+        boundary: What stands before the first token: ``"clean"``, nothing; ``"zero_pad"``, keys and values of 0
+            that are attended, as in the published code. For weights trained so; causal, without sinks, with
+            ``block`` times a power of two tokens, and without decoding.
     """
 
     block: int = 64
@@ -30,6 +36,7 @@ class FmaConfig(OperatorConfig):
     basis: str = "mean"
     scale_attn: bool = True
     sinks: int = 4
+    boundary: str = "clean"
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -46,6 +53,10 @@ class FmaConfig(OperatorConfig):
             raise ValueError(f"sinks must be between 0 and block ({self.block}), got {self.sinks}")
         if self.basis not in BASES:
             raise ValueError(f"unknown basis {self.basis!r}; bases: {', '.join(BASES)}")
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(f"unknown boundary {self.boundary!r}; boundaries: {', '.join(BOUNDARIES)}")
+        if self.boundary == "zero_pad" and self.sinks:
+            raise ValueError(f"boundary 'zero_pad' has no sinks, got sinks={self.sinks}; set sinks to 0")
 
 
 def level_count(length: int, block: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn_compile.operators.base import Cost, SiteSpec
 from fastattn_compile.operators.exact.cost import pairs_between, traffic, visible_pairs
+from fastattn_compile.operators.fma.basis import parameter_layout
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.mask import MaskStructure
 
@@ -105,9 +107,12 @@ def multipole_cost(config: FmaConfig, spec: SiteSpec) -> Cost:
     levels = level_count(length, config.block)
     # Means add every token once and then halve; learned rows read every token at every level.
     per_token = (1 if levels else 0) if config.basis == "mean" else 2 * config.rank * levels
-    pooling = float(spec.batch * spec.kv_heads * length * per_token * channels)
+    products = spec.head_dim**2 + spec.value_dim**2 if config.basis == "dense" else channels
+    pooling = float(spec.batch * spec.kv_heads * length * per_token * products)
     learned = 0
-    if config.basis == "depthwise":
-        learned = sum(channels * config.rank * ((config.block << level) + 1) for level in range(levels))
+    for name, shape in parameter_layout(config, levels, spec.head_dim, spec.value_dim):
+        learned += math.prod(shape)
+        if config.basis == "recursive" and name.endswith("merge"):  # unfolded once a call, level by level
+            pooling += sum(2.0 * math.prod(shape) * (config.block << level) for level in range(levels))
     moved = traffic(spec) + learned * spec.dtype.itemsize
     return Cost(attention + pooling, moved, (near + far) / max(1, length))

@@ -35,12 +35,18 @@ class FmaDecoder(Decoder):
         operator: The operator.
         scale: Factor on the scores.
         parameters: Learned parameters, in order; they bound the length.
+        combinations: For the recursive basis what its parameters unfold to, which bounds the length instead.
     """
 
     def __init__(
-        self, operator: FastMultipoleAttention, scale: float, parameters: tuple[Tensor, ...] = ()
+        self,
+        operator: FastMultipoleAttention,
+        scale: float,
+        parameters: tuple[Tensor, ...] = (),
+        combinations: tuple[Tensor, ...] | None = None,
     ) -> None:
-        self.operator, self.scale, self.parameters = operator, scale, parameters
+        self.operator, self.scale, self.given = operator, scale, parameters
+        self.parameters = parameters = parameters if combinations is None else combinations
         config = operator.config
         self.block, self.rank = config.block, config.rank
         self.levels = len(parameters) // 4 if operator.learned else (LONGEST // config.block).bit_length()
@@ -58,7 +64,7 @@ class FmaDecoder(Decoder):
                 f"decoding needs a causal mask and as many queries as keys, got {inputs.mask}, "
                 f"{inputs.query.shape[2]} queries and {inputs.key.shape[2]} keys"
             )
-        output = self.operator.forward(inputs, self.parameters)
+        output = self.operator.forward(inputs, self.given)
         batch, kv_heads, length, _ = inputs.key.shape
         device, dtype = inputs.key.device, torch.promote_types(inputs.value.dtype, torch.float32)
         self._bias, self._shared = self._make_bias(inputs, dtype), 1
@@ -144,6 +150,8 @@ class FmaDecoder(Decoder):
             return sums[:, :, :, None].expand(-1, -1, -1, self.rank, -1)
         groups = F.pad(tokens, (0, 0, 0, 2 * width - count)).unflatten(2, (2, -1))
         weight = self.parameters[4 * level + 2 * side].to(tokens.dtype)
+        if weight.dim() == 4:
+            return torch.einsum("bgjtc,xrct->bgjrx", groups, weight)
         return torch.einsum("bgjtc,crt->bgjrc", groups, weight)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
@@ -201,7 +209,11 @@ class FmaDecoder(Decoder):
                 for at in range(self.levels):
                     weight = self.parameters[4 * at + 2 * side].to(sums.dtype)
                     offset = int(inside[at]) % int(self._widths[at])
-                    sums[:, :, at, 1, int(child[at])] += taken[:, :, None] * weight[:, :, offset].T
+                    if weight.dim() == 4:
+                        rows = torch.einsum("bgc,xrc->bgrx", taken, weight[..., offset])
+                    else:
+                        rows = taken[:, :, None] * weight[:, :, offset].T
+                    sums[:, :, at, 1, int(child[at])] += rows
             else:
                 row = inside % self._widths * self.rank // self._widths
                 sums[:, :, level, 1, child, row] += taken[:, :, None] * (1 if weights is None else weights)

@@ -28,6 +28,8 @@ from fastattn_compile.operators.documents import (
     reference_documents,
 )
 from fastattn_compile.operators.exact.operator import exact_backward, exact_forward, refuse_extras
+from fastattn_compile.operators.fma import boundary
+from fastattn_compile.operators.fma.basis import mean_start, parameter_layout, unfold, unfold_backward
 from fastattn_compile.operators.fma.config import FmaConfig, level_count
 from fastattn_compile.operators.fma.cost import multipole_cost
 from fastattn_compile.operators.fma.decode import FmaDecoder
@@ -37,6 +39,9 @@ from fastattn_compile.operators.fma.reference import (
     near_field,
     sink_tokens,
 )
+
+# Tokens that a decoder with the recursive basis serves: its unfolded weights grow with them.
+DECODED = 1 << 15
 
 _TERMS = {
     "chunk": "chunked attention",
@@ -55,6 +60,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     """
 
     name = "fma"
+    implementation = 2
     config_type = FmaConfig
 
     def supports(self, spec: SiteSpec) -> Support:
@@ -79,14 +85,17 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
         if mask.left is not None and mask.left < 0:
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
-        return refuse_extras(spec, "alibi", "bucketed")
+        extras = refuse_extras(spec, "alibi", "bucketed")
+        if extras and self.config.boundary == "zero_pad":
+            return no(boundary.obstacle(self.config, spec))
+        return extras
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
         self._check_parameters(inputs, parameters)
         if inputs.segments is not None:
             return reference_documents(lambda one: self.reference(one, parameters), inputs)
-        return multipole_attention(self.config, inputs, parameters)
+        return self._bounded(multipole_attention(self.config, inputs, parameters))
 
     def forward(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """A few blocks of queries at a time, in O(n) memory."""
@@ -94,13 +103,12 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         if inputs.segments is not None:
             return forward_documents(lambda one: self.forward(one, parameters), inputs, self.config.block)
         if self._levels(inputs) == 0:
-            return exact_forward(inputs)
+            return self._bounded(exact_forward(inputs))
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
-        return AttentionOutput(
-            *fma_kernels.forward(
-                q, k, v, scale, pattern, inputs.key_padding, used, bias_of_rows(self.config, inputs)
-            )
+        bias = bias_of_rows(self.config, inputs)
+        return self._bounded(
+            AttentionOutput(*fma_kernels.forward(q, k, v, scale, pattern, inputs.key_padding, used, bias))
         )
 
     def backward(
@@ -125,7 +133,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         grad_query, grad_key, grad_value, learned, of_bias = fma_kernels.backward(
             q, k, v, scale, pattern, out, lse, grad_out, grad_log_sum_exp, *facts
         )
-        unused = tuple(torch.zeros_like(p) for p in parameters[len(used) :])
+        if self.config.basis == "recursive":
+            learned = unfold_backward(parameters, self._levels(inputs), learned)
+        unused = tuple(torch.zeros_like(p) for p in parameters[len(learned) :])
         if inputs.bias is not None and inputs.bias.dim() == 1:
             of_bias = None
         return Gradients(grad_query, grad_key, grad_value, learned + unused, of_bias)
@@ -152,17 +162,26 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         return multipole_cost(self.config, spec)
 
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
-        """The last two blocks, the sinks and four groups a level: O(block + rank * log n) rows."""
+        """The last two blocks, the sinks and four groups a level: O(block + rank * log n) rows.
+
+        None for the boundary ``"zero_pad"``, whose outputs depend on the length of the whole sequence. The recursive basis
+        is unfolded for ``DECODED`` tokens.
+        """
+        if self.config.boundary == "zero_pad":
+            return None
+        if self.config.basis == "recursive":
+            unfolded = unfold(parameters, level_count(DECODED, self.config.block))
+            return FmaDecoder(self, scale, parameters, unfolded)
         return FmaDecoder(self, scale, parameters)
 
     @property
     def comes_apart(self) -> bool:
-        """Fine keys and pooled rows stand in one softmax."""
-        return True
+        """Fine keys and pooled rows stand in one softmax; zero keys are neither."""
+        return self.config.boundary == "clean"
 
     @property
     def learned(self) -> bool:
-        """The depthwise basis is learned, the mean is not."""
+        """Every basis but the mean is learned."""
         return self.config.basis != "mean"
 
     def parameter_shapes(self, spec: SiteSpec) -> dict[str, tuple[int, ...]]:
@@ -170,39 +189,32 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         return dict(self._parameters(spec))
 
     def initial_parameters(self, spec: SiteSpec, sample: AttentionInputs | None = None) -> dict[str, Tensor]:
-        """The combinations that are means of the parts of a group, without bias (specification 5.1)."""
-        initial = {}
-        for name, shape in self._parameters(spec):
-            initial[name] = torch.zeros(shape)
-            if len(shape) == 3:
-                part = shape[2] // shape[1]
-                for row in range(shape[1]):
-                    initial[name][:, row, row * part : (row + 1) * part] = 1 / part
-        return initial
+        """Whatever the basis, means of the parts of a group, without bias (specification 5.1)."""
+        return {name: mean_start(shape) for name, shape in self._parameters(spec)}
 
     def _parameters(self, spec: SiteSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if self.config.basis == "mean":
-            return
-        rank = self.config.rank
-        for level in range(level_count(int(spec.key_len), self.config.block)):
-            width = self.config.block << level
-            for side, channels in (("key", spec.head_dim), ("value", spec.value_dim)):
-                yield f"{side}_weight_{level + 1}", (channels, rank, width)
-                yield f"{side}_bias_{level + 1}", (channels, rank)
+        levels = level_count(int(spec.key_len), self.config.block)
+        return parameter_layout(self.config, levels, spec.head_dim, spec.value_dim)
 
     def _levels(self, inputs: AttentionInputs) -> int:
         return level_count(inputs.key.shape[2], self.config.block)
 
     def _used(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The parameters of the levels that this length has."""
+        """Combinations for the levels that this length has."""
+        if self.config.basis == "recursive":
+            return unfold(parameters, self._levels(inputs))
         return parameters[: 4 * self._levels(inputs)]
 
     def _pattern(self, inputs: AttentionInputs) -> Pattern:
         config, mask = self.config, inputs.mask
         return Pattern(
             config.block, config.rank, config.sinks, mask.causal, mask.left, mask.right,
-            config.scale_attn, config.basis == "depthwise",
+            config.scale_attn, self.learned, dense=config.basis == "dense",
         )  # fmt: skip
+
+    def _bounded(self, output: AttentionOutput) -> AttentionOutput:
+        """With the zero keys of the boundary, if it has them."""
+        return output if self.config.boundary == "clean" else boundary.with_phantoms(self.config, output)
 
     def _check_parameters(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> None:
         """Refuses parameters that are not those of this configuration, sizes and length."""
@@ -211,10 +223,15 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             if parameters:
                 raise ValueError(f"fma with basis 'mean' has no parameters, got {len(parameters)}")
             return
-        if len(parameters) % 4:
-            raise ValueError(f"fma with basis 'depthwise' takes 4 parameters a level, got {len(parameters)}")
+        recursive = self.config.basis == "recursive"
+        if recursive and len(parameters) != 6:
+            raise ValueError(f"fma with basis 'recursive' takes 6 parameters, got {len(parameters)}")
+        if not recursive and len(parameters) % 4:
+            raise ValueError(
+                f"fma with basis {self.config.basis!r} takes 4 parameters a level, got {len(parameters)}"
+            )
         needed, given = self._levels(inputs), len(parameters) // 4
-        if given < needed:
+        if not recursive and given < needed:
             made_for = self.config.block << (given + 1)
             raise ValueError(
                 f"the parameters of this fma were created for at most {made_for} tokens ({given} levels), "

@@ -88,17 +88,45 @@ def _learned_rows(x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor) -> Te
     Args:
         x: ``(b, g, 1, n, c)``.
         pooled: ``(b, n)`` boolean, the tokens that take part.
-        weight: ``(c, rank, width)``.
+        weight: ``(c, rank, width)``, or over all channels ``(c, rank, c, width)``.
         bias: ``(c, rank)``.
 
     Returns:
         ``(b, g, 1, groups * rank, c)``.
     """
-    width = weight.shape[2]
+    width = weight.shape[-1]
     tokens = _split(x.masked_fill(~pooled[:, None, None, :, None], 0), width)
     gain = (width / _counts(pooled, width).clamp(min=1)).to(x.dtype)[:, None, None, :, None, None]
-    rows = torch.einsum("bgumtc,crt->bgumrc", tokens, weight.to(x.dtype))
+    if weight.dim() == 4:
+        rows = torch.einsum("bgumtc,xrct->bgumrx", tokens, weight.to(x.dtype))
+    else:
+        rows = torch.einsum("bgumtc,crt->bgumrc", tokens, weight.to(x.dtype))
     return (gain * rows + bias.to(x.dtype).T).flatten(-3, -2)
+
+
+def _merged_rows(
+    x: Tensor, pooled: Tensor, width: int, weight: Tensor, bias: Tensor, merge: Tensor
+) -> Tensor:
+    """Rows of the recursive basis: those of the finest groups, merged two by two up to groups of ``width``.
+
+    Args:
+        x: ``(b, g, 1, n, c)``.
+        pooled: ``(b, n)`` boolean, the tokens that take part.
+        width: Tokens of a group.
+        weight: ``(c, rank, block)``.
+        bias: ``(c, rank)``, added at every level.
+        merge: ``(c, rank, 2 * rank)``.
+
+    Returns:
+        ``(b, g, 1, groups * rank, c)``.
+    """
+    weight, bias, merge = (w.to(x.dtype) for w in (weight, bias, merge))
+    tokens = _split(x.masked_fill(~pooled[:, None, None, :, None], 0), width)
+    rows = torch.einsum("bgumatc,crt->bgumarc", tokens.unflatten(-2, (-1, weight.shape[2])), weight)
+    while rows.shape[-3] > 1:
+        rows = torch.einsum("bgumasc,crs->bgumarc", rows.unflatten(-3, (-1, 2)).flatten(-3, -2), merge)
+    gain = (width / _counts(pooled, width).clamp(min=1)).to(x.dtype)[:, None, None, :, None, None]
+    return (gain * rows.squeeze(-3) + bias.T).flatten(-3, -2)
 
 
 def _counts(pooled: Tensor, width: int) -> Tensor:
@@ -179,8 +207,12 @@ def _level(
     seen = seen & (count > 0)[:, None]
 
     if config.basis != "mean":
-        pooled_key = _learned_rows(key, pooled, weights[0], weights[1])
-        pooled_value = _learned_rows(value, pooled, weights[2], weights[3])
+        if config.basis == "recursive":
+            pooled_key = _merged_rows(key, pooled, width, *weights[:3])
+            pooled_value = _merged_rows(value, pooled, width, *weights[3:])
+        else:
+            pooled_key = _learned_rows(key, pooled, *weights[:2])
+            pooled_value = _learned_rows(value, pooled, *weights[2:])
         added = _mean_bias(inputs, count.shape[1] // rank, cover)
         if inputs.bias is not None:
             added = added.repeat_interleave(rank, -1)
@@ -210,7 +242,7 @@ def multipole_attention(
     Args:
         config: The configuration.
         inputs: The tensors; queries and keys stand at the same positions.
-        parameters: For the depthwise basis four tensors a level: weight and bias of keys, of values.
+        parameters: As ``basis.parameter_layout`` lists them.
     """
     inputs = dataclasses.replace(inputs, bias=bias_of_rows(config, inputs))
     query, key, value = grouped(inputs)
@@ -233,7 +265,7 @@ def multipole_attention(
         )
     ]
     for level in range(level_count(length, config.block)):
-        weights = parameters[4 * level : 4 * level + 4]
+        weights = parameters if config.basis == "recursive" else parameters[4 * level : 4 * level + 4]
         levels += _level(config, config.block << level, weights, inputs, key, value, real & ~sink)
 
     batch = max(x.visible.shape[0] for x in levels)
