@@ -30,7 +30,7 @@ OPERATORS = {
     "fma": ("fma", {"block": 8, "rank": 2, "sinks": 3}),
     "fma-depthwise": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "depthwise"}),
     "fma-dense": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "dense"}),
-    "fma-recursive": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "recursive"}),
+    "fma-recursive": ("fma", {"block": 8, "rank": 4, "sinks": 3, "basis": "recursive"}),
     "conv_basis": ("conv_basis", {"k": 9, "sinks": 3}),
     "cast": ("cast", {"clusters": 5, "clustering": "sa_topk", "combine": "lse", "select": "key"}),
     "cast-causal": (
