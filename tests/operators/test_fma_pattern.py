@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import make_inputs
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn_compile.kernels.aten.fma_plan import Pattern, make_plan
 from fastattn_compile.operators.base import AttentionInputs
@@ -106,7 +107,7 @@ def count_by_definition(config: FmaConfig, inputs: AttentionInputs) -> int:
     return round(float(output.log_sum_exp.exp().sum()))
 
 
-@pytest.mark.parametrize("basis", ["mean", "depthwise"])
+@pytest.mark.parametrize("basis", ["mean", "depthwise", "dense", "recursive"])
 @pytest.mark.parametrize(
     "mask", ["none", "causal", "causal & window(21)", "left(30)", "right(13) & left(22)"]
 )
@@ -143,6 +144,27 @@ def test_cost_counts_work_and_traffic():
     assert cost.flops == 2 * 2 * 4 * sum(pairs(config, CAUSAL, 128)) * 14 + pooling
     assert cost.bytes == 2 * (2 * 4 * 128 * 14 + 2 * 2 * 128 * 14)
     assert cost.flops < ExactAttention().cost(spec).flops
+
+
+@pytest.mark.parametrize("basis", ["mean", "depthwise", "dense"])
+def test_cost_counts_the_products_that_pool(basis):
+    """Products of the reference, counted by torch: its scores are dense, so what the basis adds is the difference."""
+
+    def counted(rank):
+        operator = make_operator("fma", block=8, rank=rank, sinks=0, basis=basis)
+        inputs = make_inputs("causal", length=128, value_dim=6)
+        parameters = tuple(operator.initial_parameters(inputs.spec()).values())
+        with FlopCounterMode(display=False) as counter:
+            operator.reference(inputs, parameters)
+        rows = sum(rank * (128 // (8 << level)) for level in range(3))
+        dense_scores = 2 * 2 * 4 * 128 * (128 + rows) * 14
+        pairs_only = 2 * 2 * 4 * sum(pairs(operator.config, CAUSAL, 128)) * 14
+        return counter.get_total_flops() - dense_scores, operator.cost(inputs.spec()).flops - pairs_only
+
+    for rank in (1, 2):
+        done, stated = counted(rank)
+        # Means are sums, which the counter does not see; every other basis pools by products.
+        assert (done, stated) == (0, 2 * 2 * 128 * 14) if basis == "mean" else done == stated
 
 
 def test_cost_grows_like_n_log_n():
