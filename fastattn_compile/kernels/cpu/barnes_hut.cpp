@@ -26,10 +26,14 @@ struct Nodes {
 struct Tree {
   int64_t dk, dv;
   std::vector<float> key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
+  std::vector<float> fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
   std::vector<float> bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
   std::vector<Nodes> levels;
   Head head;
 };
+
+// Whether a group of queries fills vectors: then they meet what they opened side by side, a query a lane.
+bool fills_vectors(const BarnesHutArgs& args) { return args.group % W == 0; }
 
 template <typename T>
 bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
@@ -54,6 +58,10 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
     for (size_t c = 0; c < x->size(); c += W) zeros += load(x->data() + c) * splat(0.f);
   for (int j = 0; j < W; j++) zero += zeros[j];
   if (zero != 0.f) return false;
+  if (fills_vectors(args)) {
+    tree.fours.resize(tokens * a.d);
+    for (int64_t t = 0; t < tokens; t += 4) transpose_rows(&tree.key[t * dk], dk, a.d, &tree.fours[t * a.d], 4);
+  }
   tree.levels.resize(args.levels);
   std::vector<float> counts, below_counts;
   int64_t width = args.leaf;
@@ -336,51 +344,185 @@ void finish(const BlockArgs& a, const Tree& tree, int64_t leaf_width, int64_t ba
   for (; c < dv; c += W) columns(c, std::integral_constant<int, 1>());
 }
 
-template <typename T>
-void forward_blocks(const BarnesHutArgs& args, const Levels& none, const Tree& tree, int64_t batch, int64_t g, int64_t from, int64_t to) {
-  const BlockArgs& a = args.block;
-  const T* key = (const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1];
-  const T* value = (const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1];
-  Slots<T> slots(a, none, tree.head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, a.real ? a.real + batch * a.n : nullptr);
-  const int64_t heads = a.h / a.g, dk = tree.dk, dv = tree.dv;
-  std::vector<float> tile(a.d * QT), scores(slots.total * QT), near(dv * QT), rows(QT * std::max(dk, dv)), voices(heads * dk), weights;
-  std::vector<float> queries(heads * a.m * dk, 0.f), outs(heads * a.m * dv, 0.f);
-  std::vector<Query> all(heads * a.m), together;
-  Chooser chooser(args, tree);
-  for (int64_t i = from; i < to; i++) {
-    slots.enter(i, [](int64_t, int64_t) {});
-    const int64_t count = std::min(a.m, a.n - i * a.m);
-    for (int64_t h = 0; h < heads; h++)
-      for (int64_t first = 0; first < count; first += QT) {
-        const int64_t here = std::min<int64_t>(QT, count - first), token = i * a.m + first;
-        const T* q = (const T*)a.query + batch * a.query_strides[0] + (g * heads + h) * a.query_strides[1] + token * a.query_strides[2];
-        transpose_in(q, a.query_strides[2], here, a.d, a.scale * LOG2E, rows.data(), tile.data());
-        score(slots, tile.data(), first, scores.data());
-        vec most[NV], sum[NV];
-        weigh(slots, first, scores.data(), near.data(), most, sum);
-        const int64_t at = h * a.m + first;
-        transpose_out(near.data(), dv, here, a.e, nullptr, rows.data(), &outs[at * dv]);
-        for (int64_t r = 0; r < here; r++) {
-          for (int64_t c = 0; c < a.d; c++) queries[(at + r) * dk + c] = widen(q[r * a.query_strides[2] + c]) * (a.scale * LOG2E);
-          all[at + r] = {&queries[(at + r) * dk], &outs[(at + r) * dv], most[r / W][r % W], sum[r / W][r % W], g * heads + h, token + r};
-        }
+// The tokens of some leaves in fours, with a bias that hides what is in no leaf of them.
+struct Opened {
+  std::vector<int64_t> token;
+  std::vector<float> bias;
+
+  void set(const Tree& tree, const std::vector<int32_t>& leaves, int64_t width) {
+    token.clear(), bias.clear();
+    for (const int32_t leaf : leaves)
+      for (int64_t t = leaf * width; t < (leaf + 1) * width; t++) {
+        if (token.empty() || token.back() != t / 4 * 4) token.push_back(t / 4 * 4), bias.insert(bias.end(), 4, NEG_INF);
+        bias[bias.size() - 4 + t % 4] = tree.bias[t];
       }
-    for (int64_t first = 0; first < count; first += args.group) {
-      const int64_t token = i * a.m + first, stop = std::min(count, first + args.group);
-      speak(args, batch, g, token, voices.data(), (const T*)a.query, dk);
-      std::vector<int32_t> leaves = chooser.open(token, voices.data(), heads);
-      std::sort(leaves.begin(), leaves.end());
-      together.clear();
-      for (int64_t h = 0; h < heads; h++)
-        for (int64_t r = first; r < stop; r++) together.push_back(all[h * a.m + r]);
-      size_t n = 0;
-      for (; n + 4 <= together.size(); n += 4) finish<4, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-      if (together.size() - n == 3) finish<3, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-      if (together.size() - n == 2) finish<2, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-      if (together.size() - n == 1) finish<1, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+  }
+};
+
+// A tile of queries of a head on its way, (channel, query): queries, the output without its division, and what it was taken over.
+struct Tile {
+  std::vector<float> query, out;
+  alignas(64) float most[QT], sum[QT];
+};
+
+// The far field of the W queries of a tile from lane `lane` on, added to what the tile has.
+void far_lanes(const Tree& tree, int64_t d, int64_t e, const Opened& opened, Tile& tile, int64_t lane, std::vector<float>& weights) {
+  const int64_t count = opened.token.size();
+  weights.resize((count + 1) * 4 * W);
+  const float* queries = &tile.query[lane];
+  vec top = load(tile.most + lane);
+  for (int64_t i = 0; i < count; i += 2) {  // two fours at a time: eight sums hide how long one takes
+    const float *one = &tree.fours[opened.token[i] * d], *two = &tree.fours[opened.token[std::min(i + 1, count - 1)] * d];
+    vec s[8] = {};
+    for (int64_t c = 0; c < d; c++, one += 4, two += 4) {
+      const vec q = load(queries + c * QT);
+      for (int r = 0; r < 4; r++) s[r] += splat(one[r]) * q, s[4 + r] += splat(two[r]) * q;
+    }
+    for (int r = 0; r < 8; r++) {
+      if (i * 4 + r >= count * 4) break;
+      s[r] += opened.bias[i * 4 + r];
+      store(&weights[(i * 4 + r) * W], s[r]);
+      top = vmax(top, s[r]);
     }
   }
+  const vec before = load(tile.most + lane), base = top == NEG_INF ? vec{} : top, by = exp2v(before - base);
+  vec sum = load(tile.sum + lane) * by;
+  for (int64_t i = 0; i < count * 4; i++) {
+    const vec weight = exp2v(load(&weights[i * W]) - base);
+    store(&weights[i * W], weight);
+    sum += weight;
+  }
+  store(tile.most + lane, base), store(tile.sum + lane, sum);
+  for (int64_t c = 0; c < e; c += R) {
+    vec out[R];
+    for (int r = 0; r < R; r++) out[r] = load(&tile.out[(c + r) * QT + lane]) * by;
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t t = 0; t < 4; t++) {
+        const vec weight = load(&weights[(i * 4 + t) * W]);
+        const float* value = &tree.value[(opened.token[i] + t) * tree.dv + c];
+        for (int r = 0; r < R; r++) out[r] += splat(value[r]) * weight;
+      }
+    for (int r = 0; r < R; r++) store(&tile.out[(c + r) * QT + lane], out[r]);
+  }
 }
+
+// Near and far fields of some blocks of queries.
+template <typename T>
+class Walk {
+ public:
+  Walk(const BarnesHutArgs& args, const Levels& none, const Tree& tree, int64_t batch, int64_t g)
+      : args(args), a(args.block), tree(tree), batch(batch), g(g), heads(a.h / a.g), parts((a.m + QT - 1) / QT),
+        slots(a, none, tree.head, {at((const T*)a.key, a.key_strides), a.key_strides[2], a.d},
+              {at((const T*)a.value, a.value_strides), a.value_strides[2], a.e}, a.real ? a.real + batch * a.n : nullptr),
+        chooser(args, tree), tiles(heads * parts), scores(slots.total * QT), rows(QT * std::max(tree.dk, tree.dv)),
+        voices(heads * tree.dk) {
+    for (Tile& tile : tiles) tile.query.resize(a.d * QT), tile.out.resize(tree.dv * QT);
+  }
+
+  void block(int64_t i) {
+    first_token = i * a.m, count = std::min(a.m, a.n - first_token);
+    near(i);
+    for (int64_t first = 0; first < count; first += args.group) {
+      speak(args, batch, g, first_token + first, voices.data(), (const T*)a.query, tree.dk);
+      leaves = chooser.open(first_token + first, voices.data(), heads);
+      std::sort(leaves.begin(), leaves.end());
+      const int64_t stop = std::min(count, first + args.group);
+      if (fills_vectors(args)) lanes(first, stop);
+      else one_by_one(first, stop);
+    }
+    if (fills_vectors(args)) give();
+  }
+
+ private:
+  const BarnesHutArgs& args;
+  const BlockArgs& a;
+  const Tree& tree;
+  const int64_t batch, g, heads, parts;
+  Slots<T> slots;
+  Chooser chooser;
+  std::vector<Tile> tiles;  // (heads, parts)
+  std::vector<float> scores, rows, voices, weights, queries, outs;
+  std::vector<Query> all, together;
+  std::vector<int32_t> leaves;
+  Opened opened;
+  int64_t first_token = 0, count = 0;
+
+  const T* at(const T* base, const int64_t* strides) const { return base + batch * strides[0] + g * strides[1]; }
+  const T* query(int64_t h, int64_t token) const {
+    return (const T*)a.query + batch * a.query_strides[0] + (g * heads + h) * a.query_strides[1] + token * a.query_strides[2];
+  }
+
+  void near(int64_t i) {
+    slots.enter(i, [](int64_t, int64_t) {});
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t first = 0; first < count; first += QT) {
+        Tile& tile = tiles[h * parts + first / QT];
+        const int64_t here = std::min<int64_t>(QT, count - first);
+        transpose_in(query(h, first_token + first), a.query_strides[2], here, a.d, a.scale * LOG2E, rows.data(), tile.query.data());
+        score(slots, tile.query.data(), first, scores.data());
+        vec most[NV], sum[NV];
+        weigh(slots, first, scores.data(), tile.out.data(), most, sum);
+        for (int j = 0; j < NV; j++) {
+          // Who met nothing near starts from nothing, not from a score of 0.
+          store(tile.most + j * W, sum[j] > 0.f ? most[j] : splat(NEG_INF));
+          store(tile.sum + j * W, sum[j]);
+        }
+      }
+    if (!fills_vectors(args)) rows_of_queries();
+  }
+
+  // Queries and their near outputs as rows.
+  void rows_of_queries() {
+    const int64_t dk = tree.dk, dv = tree.dv;
+    queries.resize(heads * a.m * dk, 0.f), outs.resize(heads * a.m * dv, 0.f), all.resize(heads * a.m);
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t first = 0; first < count; first += QT) {
+        const Tile& tile = tiles[h * parts + first / QT];
+        const int64_t here = std::min<int64_t>(QT, count - first), to = h * a.m + first;
+        transpose_out(tile.out.data(), dv, here, a.e, nullptr, rows.data(), &outs[to * dv]);
+        for (int64_t r = 0; r < here; r++) {
+          const T* from = query(h, first_token + first + r);
+          for (int64_t c = 0; c < a.d; c++) queries[(to + r) * dk + c] = widen(from[c]) * (a.scale * LOG2E);
+          all[to + r] = {&queries[(to + r) * dk], &outs[(to + r) * dv], tile.most[r], tile.sum[r], g * heads + h, first_token + first + r};
+        }
+      }
+  }
+
+  void lanes(int64_t first, int64_t stop) {
+    opened.set(tree, leaves, args.leaf);
+    if (opened.token.empty()) return;
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t lane = first; lane < stop; lane += W)
+        far_lanes(tree, a.d, a.e, opened, tiles[h * parts + lane / QT], lane % QT, weights);
+  }
+
+  void one_by_one(int64_t first, int64_t stop) {
+    together.clear();
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t r = first; r < stop; r++) together.push_back(all[h * a.m + r]);
+    size_t n = 0;
+    for (; n + 4 <= together.size(); n += 4) finish<4, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+    if (together.size() - n == 3) finish<3, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+    if (together.size() - n == 2) finish<2, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+    if (together.size() - n == 1) finish<1, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+  }
+
+  // Divides, and writes outputs.
+  void give() {
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t first = 0; first < count; first += QT) {
+        Tile& tile = tiles[h * parts + first / QT];
+        const int64_t here = std::min<int64_t>(QT, count - first), token = first_token + first;
+        float by[QT], *lse = a.log_sum_exp + (batch * a.h + g * heads + h) * a.n + token;
+        for (int64_t r = 0; r < here; r++) {
+          by[r] = tile.sum[r] > 0.f ? 1.f / tile.sum[r] : 0.f;
+          lse[r] = tile.sum[r] > 0.f ? (tile.most[r] + std::log2(tile.sum[r])) * LN2 : NEG_INF;
+        }
+        T* to = (T*)a.out + batch * a.out_strides[0] + (g * heads + h) * a.out_strides[1] + token * a.out_strides[2];
+        transpose_out(tile.out.data(), a.out_strides[2], here, a.e, by, rows.data(), to);
+      }
+  }
+};
 
 template <typename T>
 int run(const BarnesHutArgs& args) {
@@ -397,7 +539,8 @@ int run(const BarnesHutArgs& args) {
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic)
   for (int64_t task = 0; task < heads * chunks; task++) {
     const int64_t u = task / chunks, from = task % chunks * chunk;
-    forward_blocks<T>(args, none, trees[u], u / a.g, u % a.g, from, std::min(none.blocks, from + chunk));
+    Walk<T> walk(args, none, trees[u], u / a.g, u % a.g);
+    for (int64_t i = from; i < std::min(none.blocks, from + chunk); i++) walk.block(i);
   }
   return 0;
 }
