@@ -1,0 +1,253 @@
+// The tree of mean keys of Barnes-Hut attention, and the choice of leaves: what a group of queries opens. Sizes as in blocks.h.
+#pragma once
+#include "blocks.h"
+
+extern "C" {
+struct BarnesHutArgs {
+  BlockArgs block;
+  int64_t leaf, fanout, group, levels;
+  int64_t keep[40];  // candidates of each level that are expanded; of level 0 that are opened
+};
+}
+
+namespace {
+
+// The nodes of one level: mean keys, filled up to whole vectors, and the base-2 logarithm of how many tokens a node holds.
+struct Nodes {
+  int64_t count, width;
+  std::vector<float> key, log_count;
+};
+
+struct Tree {
+  int64_t dk, dv;
+  std::vector<float> key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
+  std::vector<float> fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
+  std::vector<float> bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
+  std::vector<Nodes> levels;
+  Head head;
+};
+
+// Whether a group of queries fills vectors: then they meet what they opened side by side, a query a lane.
+bool fills_vectors(const BarnesHutArgs& args) { return args.group % W == 0; }
+
+template <typename T>
+bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
+  const BlockArgs& a = args.block;
+  const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
+  const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
+  const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+  choose_sinks(a, batch, tree.head);
+  const int64_t dk = tree.dk = round_up(a.d, W), dv = tree.dv = round_up(a.e, W), tokens = round_up(round_up(a.n, args.leaf), 4) + 4;
+  tree.key.assign(tokens * dk, 0.f);
+  tree.value.assign(tokens * dv, 0.f);
+  tree.bias.assign(tokens, NEG_INF);
+  float zero = 0.f;
+  for (int64_t i = 0; i < a.n; i++) {
+    if (real && !real[i]) continue;
+    for (int64_t c = 0; c < a.d; c++) tree.key[i * dk + c] = widen(key[i][c]);
+    for (int64_t c = 0; c < a.e; c++) tree.value[i * dv + c] = widen(value[i][c]);
+    if (tree.head.pooled[i]) tree.bias[i] = 0.f;
+  }
+  vec zeros = {};
+  for (const auto* x : {&tree.key, &tree.value})
+    for (size_t c = 0; c < x->size(); c += W) zeros += load(x->data() + c) * splat(0.f);
+  for (int j = 0; j < W; j++) zero += zeros[j];
+  if (zero != 0.f) return false;
+  if (fills_vectors(args)) {
+    tree.fours.resize(tokens * a.d);
+    for (int64_t t = 0; t < tokens; t += 4) transpose_rows(&tree.key[t * dk], dk, a.d, &tree.fours[t * a.d], 4);
+  }
+  tree.levels.resize(args.levels);
+  std::vector<float> counts, below_counts;
+  int64_t width = args.leaf;
+  for (int64_t l = 0; l < args.levels; l++, width *= args.fanout) {
+    Nodes& nodes = tree.levels[l];
+    nodes.width = width;
+    nodes.count = l ? (tree.levels[l - 1].count + args.fanout - 1) / args.fanout : (a.n + args.leaf - 1) / args.leaf;
+    nodes.key.assign((nodes.count + 4) * dk, 0.f);
+    counts.assign(nodes.count, 0.f);
+    // Sums first: of tokens, or of the sums that stand in the level below until it is done.
+    const int64_t members = l ? tree.levels[l - 1].count : a.n, per = l ? args.fanout : args.leaf;
+    const float* from = l ? tree.levels[l - 1].key.data() : tree.key.data();
+    for (int64_t i = 0; i < members; i++) {
+      if (!l && !tree.head.pooled[i]) continue;
+      counts[i / per] += l ? below_counts[i] : 1.f;
+      for (int64_t c = 0; c < dk; c += W) {
+        float* to = &nodes.key[i / per * dk + c];
+        store(to, load(to) + load(from + i * dk + c));
+      }
+    }
+    below_counts = counts;
+    nodes.log_count.resize(nodes.count + 4, NEG_INF);
+    for (int64_t i = 0; i < nodes.count; i++) nodes.log_count[i] = counts[i] > 0.f ? std::log2(counts[i]) : NEG_INF;
+  }
+  for (Nodes& nodes : tree.levels)
+    for (int64_t i = 0; i < nodes.count; i++) {
+      if (nodes.log_count[i] == NEG_INF) continue;
+      const float by = std::exp2(-nodes.log_count[i]);
+      for (int64_t c = 0; c < dk; c += W) store(&nodes.key[i * dk + c], load(&nodes.key[i * dk + c]) * by);
+    }
+  return true;
+}
+
+// The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first.
+class Best {
+ public:
+  std::vector<int32_t> ids;
+  std::vector<float> scores;
+
+  void clear() { ids.clear(), scores.clear(); }
+  void add(int64_t id, float score) {
+    if (score > NEG_INF) ids.push_back((int32_t)id), scores.push_back(score);
+  }
+
+  // Cuts both lists to the best, in the order in which they came.
+  void keep(int64_t k) {
+    const int64_t count = ids.size();
+    if (count <= k) return;
+    keys.assign(round_up(count, W), std::numeric_limits<int32_t>::min());
+    for (int64_t i = 0; i < count; i++) {
+      int32_t bits;
+      std::memcpy(&bits, &scores[i], 4);
+      keys[i] = bits ^ ((bits >> 31) & 0x7fffffff);
+    }
+    int64_t low = std::numeric_limits<int32_t>::min(), high = (int64_t)*std::max_element(keys.begin(), keys.begin() + count) + 1;
+    low = *std::min_element(keys.begin(), keys.begin() + count);
+    while (high - low > 1) {  // at least k at `low` and above, fewer at `high`
+      const int64_t middle = low + (high - low) / 2, there = at_least((int32_t)middle);
+      if (there == k) {
+        low = middle;
+        break;
+      }
+      (there > k ? low : high) = middle;
+    }
+    int64_t spare = k - at_least_above((int32_t)low), to = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const bool equal = keys[i] == low;
+      if (keys[i] < low || (equal && spare <= 0)) continue;
+      spare -= equal;
+      ids[to] = ids[i], scores[to++] = scores[i];
+    }
+    ids.resize(to), scores.resize(to);
+  }
+
+ private:
+  std::vector<int32_t> keys;
+
+  int64_t at_least(int32_t bound) const {
+    veci found = {};
+    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] >= bound;
+    int64_t total = 0;
+    for (int j = 0; j < W; j++) total += found[j];
+    return total;
+  }
+  int64_t at_least_above(int32_t bound) const {
+    veci found = {};
+    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] > bound;
+    int64_t total = 0;
+    for (int j = 0; j < W; j++) total += found[j];
+    return total;
+  }
+};
+
+// A stretch of keys outside the near field, [begin, end).
+struct Stretch {
+  int64_t begin, end;
+};
+
+class Chooser {
+ public:
+  Chooser(const BarnesHutArgs& args, const Tree& tree) : args(args), a(args.block), tree(tree) {}
+
+  // The leaves that the queries from `first` on open. `voices` are (heads, dk), scaled to base-2 scores.
+  const std::vector<int32_t>& open(int64_t first, const float* voices, int64_t heads) {
+    const int64_t block = first / a.m;
+    stretches.clear();
+    stretches.push_back({0, std::max<int64_t>(0, (block - 1) * a.m)});
+    if (!a.causal) stretches.push_back({(block + 2) * a.m, std::numeric_limits<int64_t>::max()});
+    const int64_t top = args.levels - 1;
+    listed.clear();
+    for (int64_t i = 0; i < tree.levels[top].count; i++) listed.push_back((int32_t)i);
+    for (int64_t l = top; l >= 0; l--) {
+      rank(l, voices, heads);
+      best.keep(args.keep[l]);
+      if (l) expand(l);
+    }
+    return best.ids;
+  }
+
+ private:
+  const BarnesHutArgs& args;
+  const BlockArgs& a;
+  const Tree& tree;
+  std::vector<Stretch> stretches;
+  std::vector<int32_t> listed;
+  std::vector<float> scores;  // (heads, listed)
+  Best best;
+
+  bool far(const Nodes& nodes, int64_t i) const {
+    for (const Stretch& s : stretches)
+      if (i * nodes.width >= s.begin && (s.end == std::numeric_limits<int64_t>::max() || (i + 1) * nodes.width <= s.end)) return true;
+    return false;
+  }
+
+  // Estimated masses of the listed nodes that lie in the far field.
+  void rank(int64_t l, const float* voices, int64_t heads) {
+    const Nodes& nodes = tree.levels[l];
+    best.clear();
+    const int64_t count = listed.size();
+    scores.resize(heads * count);
+    for (int64_t i = 0; i < count;) {  // children of a node follow each other
+      int64_t run = 1;
+      while (run < 4 && i + run < count && listed[i + run] == listed[i] + run) run++;
+      for (int64_t h = 0; h < heads; h++) {
+        four s;
+        const float* voice = voices + h * tree.dk;
+        dot4<1>(&voice, &nodes.key[listed[i] * tree.dk], tree.dk, tree.dk, &s);
+        for (int64_t r = 0; r < run; r++)
+          scores[h * count + i + r] = far(nodes, listed[i + r]) ? s[r] + nodes.log_count[listed[i + r]] : NEG_INF;
+      }
+      i += run;
+    }
+    if (heads == 1) {
+      for (int64_t i = 0; i < count; i++) best.add(listed[i], scores[i]);
+      return;
+    }
+    // Several heads: the sum of the shares each gives a node, as a logarithm.
+    for (int64_t h = 0; h < heads; h++) {
+      float* s = &scores[h * count];
+      float most = NEG_INF, total = 0.f;
+      for (int64_t i = 0; i < count; i++) most = std::max(most, s[i]);
+      if (most == NEG_INF) return;
+      for (int64_t i = 0; i < count; i++) total += std::exp2(s[i] - most);
+      const float whole = most + std::log2(total);
+      for (int64_t i = 0; i < count; i++) s[i] -= whole;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      float most = NEG_INF, total = 0.f;
+      for (int64_t h = 0; h < heads; h++) most = std::max(most, scores[h * count + i]);
+      if (most == NEG_INF) continue;
+      for (int64_t h = 0; h < heads; h++) total += std::exp2(scores[h * count + i] - most);
+      best.add(listed[i], most + std::log2(total));
+    }
+  }
+
+  // Children of what was kept on a level, and of the nodes that reach beyond the far field.
+  void expand(int64_t l) {
+    const int64_t below = tree.levels[l - 1].count, width = tree.levels[l].width;
+    listed.clear();
+    const auto children = [&](int64_t node) {
+      for (int64_t c = node * args.fanout; c < std::min(below, (node + 1) * args.fanout); c++) listed.push_back((int32_t)c);
+    };
+    for (const int32_t node : best.ids) children(node);
+    int64_t crossed[4], count = 0;
+    for (const Stretch& s : stretches)
+      for (const int64_t edge : {s.begin, s.end}) {
+        if (edge >= a.n || edge % width == 0) continue;
+        const int64_t node = edge / width;
+        if (std::find(crossed, crossed + count, node) == crossed + count) children(crossed[count++] = node);
+      }
+  }
+};
+
+}  // namespace
