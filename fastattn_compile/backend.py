@@ -16,7 +16,13 @@ from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.options import Options, parse_options
 from fastattn_compile.passes.analyse import Analysis, analyse
-from fastattn_compile.passes.choose import Choice, choose_measured, choose_operator, choose_planned
+from fastattn_compile.passes.choose import (
+    Choice,
+    choose_measured,
+    choose_operator,
+    choose_planned,
+    is_decoding,
+)
 from fastattn_compile.passes.learned import take_parameters
 from fastattn_compile.passes.names import module_ids
 from fastattn_compile.passes.rewrite import Replacement, rewrite
@@ -36,6 +42,7 @@ class Decision:
         reason: Why.
         error: Measured relative output error, when it was measured at compile time.
         softmax: What was found.
+        decoding: It is a step of generation, which stays exact whatever serves the site.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Decision:
     reason: str
     error: float | None
     softmax: Softmax
+    decoding: bool = False
 
 
 @dataclass
@@ -149,11 +157,12 @@ def records(model: torch.nn.Module | None = None) -> list[CompiledGraph]:
 
 
 def decisions(model: torch.nn.Module | None = None) -> list[Decision]:
-    """What was done with each softmax of a model; the latest compilation of a site counts."""
+    """What was done with each softmax of a model; the latest compilation of a site counts, decoding steps last."""
     latest: dict[str, Decision] = {}
     for record in records(model):
         for decision in record.decisions:
-            latest[decision.name] = decision
+            if decision.name not in latest or not decision.decoding:
+                latest[decision.name] = decision
     return list(latest.values())
 
 
@@ -216,6 +225,7 @@ def _decision(choice: Choice) -> Decision:
         choice.reason,
         choice.error,
         choice.line,
+        is_decoding(choice.line),
     )
 
 

@@ -18,6 +18,15 @@ from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
 Measure = Callable[[Sequence[Site], Operator], Mapping[str, float]]
 
 
+DECODING = "one query against the keys of a cache: a decoding step is linear already and stays exact"
+
+
+def is_decoding(line: Softmax) -> bool:
+    """Whether a site attends a single query to many keys, as a step of generation does."""
+    spec = line.site.spec if line.site is not None else None
+    return spec is not None and isinstance(spec.query_len, int) and spec.query_len == 1 and spec.key_len != 1
+
+
 @dataclass(frozen=True)
 class Choice:
     """What serves a site.
@@ -159,6 +168,8 @@ def choose_measured(
 def _serve(line: Softmax, operator: Operator, reason: str, learned: Collection[str] = ()) -> Choice:
     if line.status != TAKEN or line.site is None:
         return Choice(line, None, line.reason)
+    if operator.name != "exact" and is_decoding(line):
+        return Choice(line, None, DECODING)
     if operator.learned and line.name not in learned:
         return Choice(
             line,
@@ -173,6 +184,7 @@ def _strictly(choices: list[Choice], strict: bool, named: set[str] | None = None
     refused = [
         c for c in choices
         if c.operator is None and c.line.status != NOT_ATTENTION and (named is None or c.line.name in named)
+        and not is_decoding(c.line)
     ]  # fmt: skip
     if strict and refused:
         lines = "\n".join(f"  {c.line.name} ({c.line.source}): {c.reason}" for c in refused)

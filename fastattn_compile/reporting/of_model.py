@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from fastattn_compile.backend import Decision, records
+from fastattn_compile.backend import Decision, decisions, records
 from fastattn_compile.reporting.document import Report, ReportError, SiteReport
 from fastattn_compile.reporting.provenance import versions
 
@@ -29,12 +29,14 @@ def report(model: torch.nn.Module | None = None) -> Report:
             "nothing was compiled for this model yet; "
             'call torch.compile(model, backend="fastattn") and run it once'
         )
-    sites: dict[str, SiteReport] = {}
+    watched: dict[str, list[float]] = {}
     for record in found:
-        watched = record.monitor.errors if record.monitor is not None else {}
-        for decision in record.decisions:
-            if decision.softmax.status != "not_attention":
-                sites[decision.name] = _site(decision, watched.get(decision.name, []))
+        watched.update(record.monitor.errors if record.monitor is not None else {})
+    sites = {
+        decision.name: _site(decision, watched.get(decision.name, []))
+        for decision in decisions(model)
+        if decision.softmax.status != "not_attention"
+    }
     calls = sum(len(errors) for r in found if r.monitor is not None for errors in r.monitor.errors.values())
     return Report(tuple(sites.values()), provenance={"versions": versions(), "monitored_calls": calls})
 

@@ -48,10 +48,12 @@ def build(kind: str, attention: str = "eager", seed: int = 0) -> transformers.Pr
 
 
 def causal_lm(kind: str = "llama", attention: str = "sdpa", seed: int = 0) -> transformers.PreTrainedModel:
-    """A tiny language model, in evaluation mode."""
+    """A tiny language model, in evaluation mode, that no token ends."""
     torch.manual_seed(seed)
     config = configuration(kind)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def inputs_of(kind: str, length: int, padding: str = "") -> dict[str, Tensor]:
