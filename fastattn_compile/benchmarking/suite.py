@@ -60,7 +60,9 @@ def run_suite(
     device = torch.device(cases[0].device)
     kept = _kept(out, device) if resume and out is not None and out.exists() else {}
     rates = best_rates(device, cases[0].torch_dtype)
-    rows: list[dict[str, Any]] = []
+    # Rows of other cases stay in the document that a run goes on with.
+    asked = {_row_key(_as_row(case)) for case in cases}
+    rows = [row for key, row in kept.items() if key not in asked]
     document: dict[str, Any] = {}
     for at, case in enumerate(cases):
         progress(f"{case.operator} n={case.n} {case.dtype} {case.direction}", at, len(cases))

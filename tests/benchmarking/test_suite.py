@@ -67,6 +67,8 @@ def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured == [200]
     assert document["rows"][0] == first
     assert json.loads(out.read_text()) == document
+    other = run_suite([dataclasses.replace(SMALL, n=50)], seconds=0, memory=False, out=out, resume=True)
+    assert [row["n"] for row in other["rows"]] == [100, 200, 50]  # rows of other cases are not lost
     monkeypatch.setattr(suite, "device_name", lambda device: "another machine")
     with pytest.raises(OptionError, match=r"was measured on .*, this is another machine"):
         run_suite(cases, out=out, resume=True)
