@@ -32,10 +32,13 @@ _KEYS = [
     (64, 64, 0, 8, 1, True), (32, 64, 0, 8, 1, True), (32, 32, 0, 4, 1), (32, 32, 0, 8, 1), (16, 16, 0, 4, 1),
 ]  # fmt: skip
 _SINKS = [(64, 0, 0, 4, 2), (64, 0, 0, 4, 1), (32, 0, 0, 4, 2), (32, 0, 0, 4, 1), (16, 0, 0, 4, 1)]
+_STEPS = [
+    (16, 64, 64, 4, 2), (16, 64, 64, 8, 2), (16, 32, 32, 8, 2), (16, 16, 16, 8, 2), (16, 16, 16, 8, 1), (16, 16, 16, 4, 1)
+]  # fmt: skip
 _BANDS = list(dict.fromkeys((rows, columns, 0, *rest) for rows, columns, _, *rest in _WALKS))
 CANDIDATES = {
     "fma_fwd": _WALKS, "fma_dq": _WALKS, "fma_far": _FAR, "fma_dkv": _KEYS, "fma_sinks": _SINKS,
-    "window_fwd": _BANDS, "window_dq": _BANDS, "window_dkv": _KEYS,
+    "fma_decode": _STEPS, "window_fwd": _BANDS, "window_dq": _BANDS, "window_dkv": _KEYS,
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from fastattn_compile.kernels.gpu.fma_pool import fma_pool, fma_spread
 
 # Registers and programs on a multiprocessor of each launch of a row, as they were when the row was chosen.
 RECORDED = json.loads((Path(__file__).parent / "fma_recorded.json").read_text())
-# Sinks are 16 keys at most by default: less than Hopper's instruction takes.
-SMALL = {"fma_sinks", "window_sinks"}
+# Sinks are 16 keys at most by default, and queries of one step 16: less than Hopper's instruction takes.
+SMALL = {"fma_sinks", "window_sinks", "fma_decode"}
 
 
 def rows():

@@ -7,6 +7,7 @@ from typing import Any
 from fastattn_compile.kernels.gpu.aot import Report, compiled
 from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
 from fastattn_compile.kernels.gpu.fma_configs import Config
+from fastattn_compile.kernels.gpu.fma_decode import fma_decode
 from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_sinks
 from fastattn_compile.kernels.gpu.window import window_dkv, window_dq, window_fwd
 
@@ -16,18 +17,22 @@ KERNELS = {
     "fma_far": fma_far,
     "fma_dkv": fma_dkv,
     "fma_sinks": fma_sinks,
+    "fma_decode": fma_decode,
     "window_fwd": window_fwd,
     "window_dq": window_dq,
     "window_dkv": window_dkv,
 }
 
-_FLOATS = "MASS", "LSE", "DELTA", "RUNS_K", "RUNS_V", "CELLS_K", "CELLS_V"
-_TYPES = {**dict.fromkeys(_FLOATS, "*fp32"), "SINK": "*i32", "POOLED": "*u8", "FINE": "*u8", "scale": "fp32"}
-_OF_KIND = "Q", "K", "V", "ROWS_K", "ROWS_V", "OUT", "GRAD", "DQ"
+_FLOATS = "MASS", "LSE", "DELTA", "RUNS_K", "RUNS_V", "CELLS_K", "CELLS_V", "SUMS_K", "SUMS_V", "COUNT"
+_LONGS = "RING_PLACE", "SINK_PLACE", "FOUND"
+_TYPES = {
+    **dict.fromkeys(_FLOATS, "*fp32"), **dict.fromkeys(_LONGS, "*i64"), "SINK": "*i32", "POOLED": "*u8", "FINE": "*u8", "scale": "fp32",
+}  # fmt: skip
+_OF_KIND = "Q", "K", "V", "ROWS_K", "ROWS_V", "OUT", "GRAD", "DQ", "RING_K", "RING_V", "SINK_K", "SINK_V"
 _CASE: dict[str, Any] = {
     "G": 1, "BLOCK": 64, "RANK": 4, "SINKS": 4, "BS": 16, "BANDED": False, "PADDED": False,
     "LEARNED": False, "HAS_GRAD_LSE": False, "GRAD_LSE": None, "LOG2S": 4, "CELL": 16, "ALL": False, "SPREAD": True,
-    "q_d": 1, "k_d": 1, "v_d": 1,
+    "q_d": 1, "k_d": 1, "v_d": 1, "WEIGHTED": True, "BR": 16, "BL": 8,
 }  # fmt: skip
 
 

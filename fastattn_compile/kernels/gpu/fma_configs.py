@@ -97,13 +97,43 @@ _ROWS = """
     window_fwd sm_90 half 128 64 64 0 4 2
     window_dq sm_90 half 128 64 32 0 4 2
     window_dkv sm_90 half 128 64 64 0 8 2
+    fma_fwd sm_90 half 256 64 16 16 8 2
+    fma_dq sm_90 half 256 16 16 16 8 1
+    fma_far sm_90 half 256 32 0 32 8 1
+    fma_dkv sm_90 half 256 32 64 0 8 1 split
+    fma_sinks sm_90 half 256 64 0 0 4 1
+    fma_dq sm_90 float 64 16 32 32 4 1
+    fma_far sm_90 float 64 32 0 32 4 1
+    fma_dkv sm_90 float 64 32 64 0 8 2
+    fma_sinks sm_90 float 64 64 0 0 4 2
+    fma_far sm_90 float 128 16 0 16 4 1
+    fma_dkv sm_90 float 128 16 16 0 4 1
+    fma_sinks sm_90 float 128 16 0 0 4 1
+    fma_decode sm_90 half 64 16 64 64 4 2
+    fma_decode sm_90 half 128 16 64 64 8 2
+    fma_decode sm_90 half 256 16 16 16 8 2
+    fma_decode sm_90 float 64 16 64 64 8 2
+    fma_decode sm_90 float 128 16 16 16 8 2
+    fma_decode sm_80 half 64 16 64 64 4 2
+    fma_decode sm_80 half 128 16 64 64 8 2
+    fma_decode sm_80 half 256 16 16 16 8 2
+    fma_decode sm_80 float 64 16 64 64 8 2
+    fma_decode sm_100 half 64 16 64 64 4 2
+    fma_decode sm_100 half 128 16 64 64 8 2
+    fma_decode sm_100 float 64 16 32 32 8 2
+    fma_decode gfx942 half 64 16 64 64 4 2
+    fma_decode gfx942 half 128 16 64 64 4 2
+    fma_decode gfx942 half 256 16 16 16 8 2
+    fma_decode gfx942 float 64 16 64 64 4 2
+    fma_decode gfx942 float 128 16 64 64 4 2
+    fma_decode gfx942 float 256 16 16 16 8 2
 """
 
 # Where the search found none: they may spill, and are right all the same.
 _SMALL = {
     "fma_fwd": Config(16, 16, 16), "fma_dq": Config(16, 16, 16), "fma_far": Config(16, 0, 16),
     "fma_dkv": Config(16, 16, 0), "fma_sinks": Config(16, 0, 0), "window_fwd": Config(16, 16, 0),
-    "window_dq": Config(16, 16, 0), "window_dkv": Config(16, 16, 0),
+    "window_dq": Config(16, 16, 0), "window_dkv": Config(16, 16, 0), "fma_decode": Config(16, 16, 16),
 }  # fmt: skip
 
 

@@ -1,17 +1,20 @@
 """Decoding by fast multipole attention: the last two blocks, the sinks, and of every level four groups of pooled rows.
 
 A query meets at each level the groups of the parent before its own (specification 5.2). So a level keeps that parent's
-pooled rows and those of its own parent while it fills: O(block + rank * log n) rows in all, whatever was decoded before.
+pooled rows and those of its own parent while it fills, each at its number modulo 2: where a parent begins, the one that no
+query will meet again makes room. O(block + rank * log n) rows in all, whatever was decoded before.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
@@ -28,8 +31,8 @@ class FmaDecoder(Decoder):
     """Causal fast multipole attention, one token at a time.
 
     Sizes: ``b`` batch, ``g`` key heads, ``l`` levels, ``p`` rank, ``c`` channels. Pooled sums stand as ``(b, g, l, 2, 2, p,
-    c)``: the parent before and the own parent, its two children. Under ALiBi every query head pools its own way, so that
-    ``g`` counts query heads.
+    c)``: the parents of even and odd number, their two children. Under ALiBi every query head pools its own way, so that
+    ``g`` counts query heads. Exact rows are kept in the type of the prompt's keys and values.
 
     Args:
         operator: The operator.
@@ -72,6 +75,7 @@ class FmaDecoder(Decoder):
         if weighted:
             self._shared, kv_heads = inputs.group, inputs.query.shape[1]
         self._left, self._length, sinks = inputs.mask.left, length, self.operator.config.sinks
+        self._prompt = length
         real = inputs.key_padding
         if real is None:
             real = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -88,7 +92,7 @@ class FmaDecoder(Decoder):
         self._sums: list[Tensor] = []
         pooled = real & ~first
         for x in (inputs.key, inputs.value):
-            x = x.to(dtype).masked_fill(~real[:, None, :, None], 0).repeat_interleave(self._shared, 1)
+            x = x.masked_fill(~real[:, None, :, None], 0).repeat_interleave(self._shared, 1)
             ring = x.new_zeros(batch, kv_heads, 2 * self.block, x.shape[3])
             ring[:, :, recent % (2 * self.block)] = x[:, :, recent]
             held = x.new_zeros(batch, kv_heads, sinks, x.shape[3])
@@ -98,7 +102,7 @@ class FmaDecoder(Decoder):
                 self._sink_place[sequence, : len(place)] = place
             self._rings.append(ring)
             self._sinks.append(held)
-            self._sums.append(self._pooled(x * pooled[:, None, :, None], len(self._sums)))
+            self._sums.append(self._pooled(x.to(dtype) * pooled[:, None, :, None], len(self._sums)))
         one = pooled[:, None, :, None].to(dtype)
         self._counts = self._pooled(one, None)
         # What a row's tokens weigh together: their number, unless a bias weighs them.
@@ -121,13 +125,14 @@ class FmaDecoder(Decoder):
         return DecodeTable(bias, covers, self.block)
 
     def _pooled(self, x: Tensor, side: int | None) -> Tensor:
-        """Sums of the parents of the last token, ``(b, g, l, 2, 2, p, c)``; counts when ``side`` is ``None``."""
+        """Sums of the last token's parent and the one before, ``(b, g, l, 2, 2, p, c)``; counts without a ``side``."""
         length, stretches = x.shape[2], []
         for level in range(self.levels):
-            parent = 2 * self.block << level
-            start = (length - 1) // parent * parent
-            for begin in (start - parent, start):
-                stretches.append(self._rows(x[:, :, max(0, begin) : max(0, begin + parent)], level, side))
+            width = 2 * self.block << level
+            own = (length - 1) // width
+            for parity in range(2):
+                begin = (own - (own - parity) % 2) * width
+                stretches.append(self._rows(x[:, :, max(0, begin) : max(0, begin + width)], level, side))
         return torch.stack(stretches, 2).unflatten(2, (self.levels, 2))
 
     def _rows(self, tokens: Tensor, level: int, side: int | None) -> Tensor:
@@ -164,11 +169,16 @@ class FmaDecoder(Decoder):
 
         Raises:
             RuntimeError: ``prefill`` was not called.
-            ValueError: The learned parameters were created for shorter sequences.
+            ValueError: The learned parameters were created for shorter sequences, or the type is not the prompt's.
         """
         if self._length is None:
             raise RuntimeError("call prefill before step")
         now = self._length
+        for name, x, held in zip(("key", "value"), (key, value), self._rings):
+            if x.dtype != held.dtype:
+                raise ValueError(
+                    f"the prompt's {name}s were {held.dtype}, the {name} of this token is {x.dtype}"
+                )
         if now >= 2 * self.block << self.levels:
             raise ValueError(
                 f"the parameters of this fma were created for at most {now} tokens; create them for a longer length"
@@ -178,6 +188,8 @@ class FmaDecoder(Decoder):
                 f"the bias lists distances of {now} tokens; prefill with a longer one, (heads, 2 N - 1)"
             )
         self._length += 1
+        if select("fma decode", {"triton": partial(self._triton_obstacle, query, key, value)}) == "triton":
+            return self._by_triton(now, query, key, value)
         key, value = (x.repeat_interleave(self._shared, 1) for x in (key, value))
         self._take(now, key, value)
         return self._attend(now, query, value.dtype)
@@ -185,15 +197,15 @@ class FmaDecoder(Decoder):
     def _take(self, now: int, key: Tensor, value: Tensor) -> None:
         """Puts a token into the ring, among the sinks or into the pooled rows of every level."""
         parents = 2 * self._widths
-        roll = torch.zeros_like(parents, dtype=torch.bool) if now == 0 else now % parents == 0
-        becomes_sink = self._found < self.operator.config.sinks
+        own, fresh = now // parents % 2, now % parents == 0
+        found = self._found + now - self._prompt  # every token after the prompt is real
+        becomes_sink = found < self.operator.config.sinks
         slot = now % (2 * self.block)
         self._ring_place[:, slot] = now
         for sequence in becomes_sink.nonzero().flatten().tolist():
-            self._sink_place[sequence, self._found[sequence]] = now
+            self._sink_place[sequence, found[sequence]] = now
             for held, x in zip(self._sinks, (key, value)):
-                held[sequence, :, self._found[sequence]] = x[sequence, :, 0].to(held.dtype)
-        self._found = self._found + becomes_sink
+                held[sequence, :, found[sequence]] = x[sequence, :, 0]
         level = torch.arange(self.levels, device=parents.device)
         inside = now % parents
         child = inside // self._widths
@@ -202,8 +214,8 @@ class FmaDecoder(Decoder):
             None if self._bias is None else self._bias.weights(torch.tensor([now], device=parents.device))
         )
         for side, (sums, ring, x) in enumerate(zip(self._sums, self._rings, (key, value))):
-            ring[:, :, slot] = x[:, :, 0].to(ring.dtype)
-            self._roll(sums, roll)
+            ring[:, :, slot] = x[:, :, 0]
+            sums[:, :, level[fresh], own[fresh]] = 0
             taken = x[:, :, 0].to(sums.dtype) * kept[:, None, None]
             if self.operator.learned:
                 for at in range(self.levels):
@@ -213,27 +225,43 @@ class FmaDecoder(Decoder):
                         rows = torch.einsum("bgc,xrc->bgrx", taken, weight[..., offset])
                     else:
                         rows = taken[:, :, None] * weight[:, :, offset].T
-                    sums[:, :, at, 1, int(child[at])] += rows
+                    sums[:, :, at, int(own[at]), int(child[at])] += rows
             else:
                 row = inside % self._widths * self.rank // self._widths
-                sums[:, :, level, 1, child, row] += taken[:, :, None] * (1 if weights is None else weights)
+                sums[:, :, level, own, child, row] += taken[:, :, None] * (1 if weights is None else weights)
         if weights is not None:
-            self._roll(self._masses, roll)
+            self._masses[:, :, level[fresh], own[fresh]] = 0
             row = inside % self._widths * self.rank // self._widths
-            self._masses[:, :, level, 1, child, row] += kept[:, None, None, None] * weights
-        self._roll(self._counts, roll)
+            self._masses[:, :, level, own, child, row] += kept[:, None, None, None] * weights
+        self._counts[:, :, level[fresh], own[fresh]] = 0
         if self.operator.learned:
-            self._counts[:, :, level, 1, child] += kept[:, None, None, None, None]
+            self._counts[:, :, level, own, child] += kept[:, None, None, None, None]
         else:
             row = inside % self._widths * self.rank // self._widths
-            self._counts[:, :, level, 1, child, row] += kept[:, None, None, None]
+            self._counts[:, :, level, own, child, row] += kept[:, None, None, None]
 
-    @staticmethod
-    def _roll(sums: Tensor, roll: Tensor) -> None:
-        """On levels where a new parent begins, the own one becomes the one before."""
-        if bool(roll.any()):
-            sums[:, :, roll, 0] = sums[:, :, roll, 1]
-            sums[:, :, roll, 1] = 0
+    def _triton_obstacle(self, query: Tensor, key: Tensor, value: Tensor) -> str:
+        if self.operator.learned:
+            return "rows are learned combinations of their tokens"
+        if self._bias is not None:
+            return "it adds no bias by distance to the scores"
+        reason = gpu_obstacle(query, key, value)
+        if reason:
+            return reason
+        from fastattn_compile.kernels.gpu import fma_decode
+
+        return fma_decode.obstacle(query, key, value, self.operator.config.sinks)
+
+    def _by_triton(self, now: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
+        from fastattn_compile.kernels.gpu import fma_decode
+
+        left = -1 if self._left is None else self._left
+        return AttentionOutput(
+            *fma_decode.step(
+                query, key, value, *self._rings, self._ring_place, *self._sinks, self._sink_place, self._found, *self._sums,
+                self._counts, now, self._prompt, left, self.scale, self.operator.config.scale_attn,
+            )
+        )  # fmt: skip
 
     def _attend(self, now: int, query: Tensor, dtype: torch.dtype) -> AttentionOutput:
         config, learned = self.operator.config, self.operator.learned
@@ -243,16 +271,17 @@ class FmaDecoder(Decoder):
         seen_sinks = (self._sink_place >= 0) & (own - self._sink_place // self.block > 1)
         # The parent before, as far as it exists; its second child only for queries in a second child.
         parent = now // (2 * self._widths)
+        level, before = torch.arange(self.levels, device=parent.device), (parent - 1) % 2
         second = now // self._widths % 2
         children = torch.arange(2, device=parent.device)
         met = (parent > 0)[:, None] & (children <= second[:, None])
-        counts = self._counts[:, 0, :, 0].squeeze(-1)  # (b, l, 2, p)
+        counts = self._counts[:, 0, level, before].squeeze(-1)  # (b, l, 2, p)
         seen_far = met[None, :, :, None] & (counts > 0)
         cover = self._widths if learned else self._widths // self.rank
         offset = torch.arange(self.rank, device=parent.device) * (0 if learned else 1)
         group = (2 * (parent - 1))[:, None] + children
         first = (group * self._widths[:, None])[..., None] + offset * cover[:, None, None]
-        masses = self._masses[:, :, :, 0].squeeze(-1)
+        masses = self._masses[:, :, level, before].squeeze(-1)
         if isinstance(self._bias, DecodeSlopes):
             seen_far = seen_far & (masses > 0).any(1)  # else nothing of it is left to weigh
         if self._left is not None:
@@ -263,21 +292,22 @@ class FmaDecoder(Decoder):
             )
         rows = []
         for side in range(2):
-            sums = self._sums[side][:, :, :, 0]
+            sums = self._sums[side][:, :, level, before]
             if learned:
                 gain = self._widths[:, None, None] / counts.clamp(min=1)
                 bias = torch.stack([self.parameters[4 * at + 2 * side + 1].T for at in range(self.levels)])
                 far = sums * gain[:, None, ..., None] + bias[:, None].to(sums.dtype)
             else:
                 far = sums / masses.masked_fill(masses == 0, 1)[..., None]
-            rows.append(torch.cat([self._sinks[side], self._rings[side], far.flatten(2, 4)], 2))
+            fine = torch.cat([self._sinks[side], self._rings[side]], 2).to(sums.dtype)
+            rows.append(torch.cat([fine, far.flatten(2, 4)], 2))
         mass = counts / self.rank if learned else counts
         weight = mass.clamp(min=1e-30).log() if config.scale_attn else torch.zeros_like(mass)
         seen = torch.cat([seen_sinks, seen_near, seen_far.flatten(1)], 1)
-        fine = torch.zeros(
+        none = torch.zeros(
             seen.shape[0], seen.shape[1] - weight[0].numel(), dtype=weight.dtype, device=weight.device
         )
-        bias = torch.cat([fine, weight.flatten(1)], 1)[:, None]
+        bias = torch.cat([none, weight.flatten(1)], 1)[:, None]
         if self._bias is not None:
             exact = self._bias.fine(torch.cat([self._sink_place, near], 1), now)
             pooled = (
