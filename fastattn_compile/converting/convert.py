@@ -23,6 +23,7 @@ from fastattn_compile.converting.delta import (
     site_reports,
 )
 from fastattn_compile.converting.feeds import Feeds, check_feeds, load_feeds, make_feeds
+from fastattn_compile.converting.learned import Learned, parameters_of, stored_parameters
 from fastattn_compile.converting.source import Prepared, Source, prepare
 from fastattn_compile.errors import ConversionError, OptionError
 from fastattn_compile.operators.base import Operator
@@ -39,6 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 LONGEST = 8192
 _CANDIDATE = "fma"
+_UNTRAINED = "its parameters start from these inputs, nobody has fitted them"
 
 
 def scan_onnx(source: Source) -> Scan:
@@ -82,7 +84,9 @@ def convert(
         operator: Serve every site with this operator. With neither it nor a plan, ``fma`` is tried and kept where the
             error of a site is within ``tolerance`` (0.01 when not given).
         options: Fields of its configuration.
-        plan: Serve each site as a plan says, by the names that ``scan_onnx`` gives.
+        plan: Serve each site as a plan says, by the names that ``scan_onnx`` gives. Of a folder that
+            ``fa.save_pretrained`` wrote the fitted parameters are taken, too; else learned parameters are what they
+            start with, from these inputs.
         tolerance: Largest relative error of a site (95th percentile). With an operator or a plan, more is a failure.
         inputs: Arrays by name, or the path of an ``.npz`` file; made from the model's signature when ``None``.
         length: Tokens of the inputs that are made.
@@ -113,7 +117,9 @@ def convert(
     if not choices:
         return Report(_kept(prepared, reasons, {}), provenance=_provenance(prepared, feeds))
     progress("run the original and each operator beside it", 0, 0)
-    before, exact, own = _shadow(source, choices, feeds, threads, longest)
+    learned, fresh = parameters_of(source, choices, stored_parameters(plan), feeds, threads, longest)
+    reasons.update({name: f"{reasons[name]}; {_UNTRAINED}" for name in fresh})
+    before, exact, own = _shadow(source, choices, learned, feeds, threads, longest)
     limit = tolerance if tolerance is not None else 0.01
     over = {name: q.p95 for name, q in own.items() if q is not None and q.p95 > limit}
     if operator is None and named is None:
@@ -129,7 +135,7 @@ def convert(
             f"{over[worst]:.3g}; nothing was written"
         )
     progress("run the converted model", 0, 0)
-    after, inside, placed, converted = _converted(source, choices, feeds, threads, longest)
+    after, inside, placed, converted = _converted(source, choices, learned, feeds, threads, longest)
     names = [v.name or "" for v in prepared.model.graph.outputs]
     _validate(names, before, after)
     causal = all(item.site.spec.mask.causal for item in placed)
@@ -222,20 +228,27 @@ def _tokens(prepared: Prepared, choices: Mapping[str, Operator], feeds: Feeds, l
     return max(numbers, default=length)
 
 
-def _replacements(prepared: Prepared, choices: Mapping[str, Operator], longest: int) -> list[Replacement]:
+def _replacements(
+    prepared: Prepared, choices: Mapping[str, Operator], learned: Learned, longest: int
+) -> list[Replacement]:
     return [
-        Replacement(line.site, choices[line.name], longest)
+        Replacement(line.site, choices[line.name], longest, learned.get(line.name, {}))
         for line in prepared.softmaxes
         if line.site is not None and line.name in choices
     ]
 
 
 def _shadow(
-    source: Source, choices: Mapping[str, Operator], feeds: Feeds, threads: int, longest: int
+    source: Source,
+    choices: Mapping[str, Operator],
+    learned: Learned,
+    feeds: Feeds,
+    threads: int,
+    longest: int,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Runs the original with every operator beside its site: outputs, outputs of the sites, the sites' own errors."""
     prepared = prepare(source)
-    placed = rewrite(prepared.model, _replacements(prepared, choices, longest), replace=False)
+    placed = rewrite(prepared.model, _replacements(prepared, choices, learned, longest), replace=False)
     exact_names = expose(prepared.model, [item.original for item in placed], "fastattn_exact_")
     own_names = expose(prepared.model, [item.output for item in placed], "fastattn_own_")
     outputs = run_in_folder(prepared.model, feeds, "the original model", threads)
@@ -246,11 +259,16 @@ def _shadow(
 
 
 def _converted(
-    source: Source, choices: Mapping[str, Operator], feeds: Feeds, threads: int, longest: int
+    source: Source,
+    choices: Mapping[str, Operator],
+    learned: Learned,
+    feeds: Feeds,
+    threads: int,
+    longest: int,
 ) -> tuple[dict[str, Any], dict[str, Any], list[Placed], ir.Model]:
     """Runs the converted model: outputs, outputs of the sites, what was written, and the model itself."""
     prepared = prepare(source)
-    placed = rewrite(prepared.model, _replacements(prepared, choices, longest))
+    placed = rewrite(prepared.model, _replacements(prepared, choices, learned, longest))
     prepared.forget_inferred()
     exposed = prepared.model.clone()
     values = {v.name: v for node in exposed.graph for v in node.outputs}

@@ -190,6 +190,22 @@ def from_pretrained(model: nn.Module | None, folder: str | Path, *, check: bool 
     return model
 
 
+def learned_parameters(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The learned parameters of a saved retrofit by site and name.
+
+    Args:
+        folder: From ``save_pretrained``.
+
+    Raises:
+        CheckpointError: The folder is damaged, or is no retrofit.
+    """
+    manifest = Manifest.load(folder)
+    stored = _read_tensors(manifest, folder)
+    return {
+        site: {name: stored[f"{site}::{name}"] for name in names} for site, names in manifest.learned.items()
+    }
+
+
 def _written_before(target: Path) -> tuple[str, ...]:
     """Files of an earlier save, which a new one must not leave beside its own."""
     try:

@@ -12,38 +12,63 @@ import onnxruntime
 import torch
 
 from fastattn_compile.lowering.onnx.body import DOMAIN, BodySpec
-from fastattn_compile.lowering.onnx.function import function, node_attributes
+from fastattn_compile.lowering.onnx.function import function, node_attributes, node_inputs
 from fastattn_compile.lowering.onnx.registry import body_of, supported
 from fastattn_compile.lowering.onnx.writer import attribute
 from fastattn_compile.operators.base import Operator
 
 
-def attention_model(operator: Operator, spec: BodySpec, layers: int = 1) -> onnx.ModelProto:
-    """Inputs query, key, value[, key_padding] of any length; output of one attention node, or of several in a row."""
+def attention_model(
+    operator: Operator,
+    spec: BodySpec,
+    layers: int = 1,
+    parameters: tuple[torch.Tensor, ...] = (),
+    length: int | None = None,
+) -> onnx.ModelProto:
+    """Inputs query, key, value[, key_padding], of any length where it is not given; learned parameters are initialisers;
+    output of one attention node, or of several in a row.
+    """
     assert supported(operator, spec), supported(operator, spec).reason
-    body, real = body_of(operator), ir.TensorType(spec.dtype)
+    body, real, n = body_of(operator), ir.TensorType(spec.dtype), length or "n"
     sizes = {
         "query": (spec.heads, spec.head_dim), "key": (spec.kv_heads, spec.head_dim),
         "value": (spec.kv_heads, spec.value_dim),
     }  # fmt: skip
     inputs = [
-        ir.Value(name=name, type=real, shape=ir.Shape(["batch", heads, "n", channels]))
+        ir.Value(name=name, type=real, shape=ir.Shape(["batch", heads, n, channels]))
         for name, (heads, channels) in sizes.items()
     ]
     if spec.mask.key_padding:
         boolean = ir.TensorType(ir.DataType.BOOL)
-        inputs.append(ir.Value(name="key_padding", type=boolean, shape=ir.Shape(["batch", "n"])))
+        inputs.append(ir.Value(name="key_padding", type=boolean, shape=ir.Shape(["batch", n])))
+    learned = []
+    for name, value in zip(operator.parameter_shapes(spec.site()), parameters, strict=True):
+        tensor = ir.tensor(value.numpy(), name=name)
+        learned.append(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        )
     attributes = [attribute(k, v) for k, v in node_attributes(operator, spec, body).items()]
-    query, nodes = inputs[0], []
+    query, nodes, padding = inputs[0], [], inputs[3] if spec.mask.key_padding else None
     for layer in range(layers):
         nodes.append(
-            ir.Node(DOMAIN, body.op_type, [query, *inputs[1:]], attributes, name=f"attention_{layer}")
+            ir.Node(
+                DOMAIN,
+                body.op_type,
+                node_inputs([query, *inputs[1:3]], padding, learned),
+                attributes,
+                name=f"attention_{layer}",
+            )
         )
         query = nodes[-1].outputs[0]
         query.name = f"out_{layer}"
-    query.type, query.shape = real, ir.Shape(["batch", spec.heads, "n", spec.value_dim])
+    query.type, query.shape = real, ir.Shape(["batch", spec.heads, n, spec.value_dim])
     graph = ir.Graph(
-        inputs, [query], nodes=nodes, opset_imports={"": spec.opset, DOMAIN: 1}, name="attention"
+        inputs,
+        [query],
+        nodes=nodes,
+        initializers=learned,
+        opset_imports={"": spec.opset, DOMAIN: 1},
+        name="attention",
     )
     return ir.to_proto(ir.Model(graph, ir_version=10, functions=[function(operator, spec)]))
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_models.helpers import attention_model, run
-from oracle import assert_as_good_as, cast, make_inputs, relative_error
+from oracle import assert_as_good_as, cast, make_inputs, make_parameters, relative_error
 
 from fastattn_compile.lowering.onnx.body import BodySpec
 from fastattn_compile.lowering.onnx.registry import supported
@@ -19,12 +19,26 @@ from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
 SMALL = {"block": 16, "rank": 4, "sinks": 3}
-OPTIONS: dict[str, dict[str, object]] = {"exact": {}, "fma": SMALL, "window": {"width": 20, "sinks": 3}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "exact": {},
+    "fma": SMALL,
+    "window": {"width": 20, "sinks": 3},
+    "linformer": {"rank": 8},
+}
+SERVED = [name for name in OPTIONS if name != "exact"]
+BIDIRECTIONAL = ["linformer"]
 TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.float64: ir.DataType.DOUBLE,
 }
+
+
+def served(name: str, mask: str) -> str:
+    """The mask, as far as the operator has it."""
+    if name in BIDIRECTIONAL:
+        mask = mask.replace("causal & ", "").replace("causal", "none")
+    return mask
 
 
 def spec_of(inputs: AttentionInputs, opset: int = 18, longest: int = 1024) -> BodySpec:
@@ -43,13 +57,14 @@ def feeds_of(inputs: AttentionInputs) -> dict[str, np.ndarray]:
 
 def check(name: str, inputs: AttentionInputs, **options: object) -> None:
     operator = make_operator(name, **options)
-    model = attention_model(operator, spec_of(inputs))
+    learned = make_parameters(operator, inputs)
+    model = attention_model(operator, spec_of(inputs), parameters=learned)
     out = torch.from_numpy(run(model, feeds_of(inputs))[0])
-    oracle = operator.reference(cast(inputs, torch.float64)).out
+    oracle = operator.reference(cast(inputs, torch.float64), tuple(p.double() for p in learned)).out
     if inputs.value.dtype == torch.float64:  # no wider type to judge by: a few roundings
         assert relative_error(out, oracle) <= 8 * torch.finfo(torch.float64).eps
         return
-    assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs).out)
+    assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs, learned).out)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "key_padding", "causal & key_padding"])
@@ -77,6 +92,21 @@ def test_window(length: int, mask: str, options: dict[str, object]) -> None:
     check("window", make_inputs(mask, length=length, value_dim=6), **options)
 
 
+@pytest.mark.parametrize("sharing", ["heads", "none", "key_value"])
+@pytest.mark.parametrize("mask", ["none", "key_padding"])
+@pytest.mark.parametrize("length", [16, 75, 200])
+def test_linformer(length: int, mask: str, sharing: str) -> None:
+    check("linformer", make_inputs(mask, length=length, value_dim=6), rank=16, sharing=sharing)
+
+
+def test_a_sequence_longer_than_the_projections_stops_the_run() -> None:
+    inputs = make_inputs("none", length=40)
+    operator = make_operator("linformer", rank=8)
+    model = attention_model(operator, spec_of(inputs), parameters=make_parameters(operator, inputs))
+    with pytest.raises(Exception, match="dimension"):
+        run(model, feeds_of(make_inputs("none", length=41)))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)], ids=str)
 def test_grouped_heads(heads: tuple[int, int]) -> None:
     check("fma", make_inputs("causal", heads=heads[0], kv_heads=heads[1], length=100), **SMALL)
@@ -88,9 +118,23 @@ def test_windows_of_exact() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
-@pytest.mark.parametrize("name", ["fma", "window"])
+@pytest.mark.parametrize("name", SERVED)
 def test_other_types(name: str, mask: str, dtype: torch.dtype) -> None:
-    check(name, make_inputs(mask, length=150, dtype=dtype), **OPTIONS[name])
+    check(name, make_inputs(served(name, mask), length=150, dtype=dtype), **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_length_that_is_a_number(name: str) -> None:
+    inputs = make_inputs(served(name, "causal & key_padding"), length=90)
+    operator = make_operator(name, **OPTIONS[name])
+    learned = make_parameters(operator, inputs)
+    free, fixed = (
+        run(attention_model(operator, spec_of(inputs), parameters=learned, length=length), feeds_of(inputs))[
+            0
+        ]
+        for length in (None, 90)
+    )
+    np.testing.assert_allclose(fixed, free, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(free).max())
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
@@ -109,22 +153,26 @@ def test_a_key_outside_the_window_is_not_seen() -> None:
 
 
 @pytest.mark.parametrize("opset", [13, 15, 17, 18, 20, 23, 25])
-@pytest.mark.parametrize("name", ["exact", "fma", "window"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_one_body_serves_every_opset(name: str, opset: int) -> None:
-    inputs = make_inputs("causal & key_padding", length=75)
+    inputs = make_inputs(served(name, "causal & key_padding"), length=75)
     operator = make_operator(name, **OPTIONS[name])
-    model = attention_model(operator, spec_of(inputs, opset))
+    learned = make_parameters(operator, inputs)
+    model = attention_model(operator, spec_of(inputs, opset), parameters=learned)
     onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     out = torch.from_numpy(run(model, feeds_of(inputs))[0])
-    wanted = operator.reference(inputs).out
+    wanted = operator.reference(inputs, learned).out
     assert (out - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
-@pytest.mark.parametrize("name", ["fma", "window"])
+@pytest.mark.parametrize("name", SERVED)
 def test_the_reference_evaluator_agrees_with_the_runtime(name: str, mask: str) -> None:
-    inputs = make_inputs(mask, length=60)  # the evaluator's GatherElements takes 64 entries at most
-    model = attention_model(make_operator(name, **OPTIONS[name]), spec_of(inputs))
+    # The evaluator's GatherElements takes 64 entries at most.
+    inputs = make_inputs(served(name, mask), length=60)
+    operator = make_operator(name, **OPTIONS[name])
+    model = attention_model(operator, spec_of(inputs), parameters=make_parameters(operator, inputs))
     (there,) = run(model, feeds_of(inputs))
     (here,) = onnx.reference.ReferenceEvaluator(model).run(None, feeds_of(inputs))
     np.testing.assert_allclose(here, there, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(there).max())
@@ -157,6 +205,6 @@ def test_bodies_are_lean() -> None:
 def test_what_a_body_cannot_say_is_refused() -> None:
     spec = spec_of(make_inputs("causal & window(9)", length=8))
     assert "without a window" in supported(make_operator("fma"), spec).reason
-    assert "no ONNX body yet" in supported(make_operator("linformer"), spec).reason
+    assert "no ONNX body yet" in supported(make_operator("cast"), spec).reason
     plain = spec_of(make_inputs("causal", length=8))
     assert "mean basis" in supported(make_operator("fma", basis="depthwise"), plain).reason

@@ -216,7 +216,9 @@ def test_the_command(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert CliRunner().invoke(app, [*words, "--tolerance", "1e-9"]).exit_code == 3
     assert CliRunner().invoke(app, ["scan", "in.onnx"]).exit_code == 0
     assert CliRunner().invoke(app, ["convert", "nothing.onnx"]).exit_code == 2
-    result = CliRunner().invoke(app, ["convert", "in.onnx", "--operator", "linformer", "-o", "no.onnx"])
+    result = CliRunner().invoke(
+        app, ["convert", "in.onnx", "--operator", "linformer", "-o", "no.onnx"]
+    )  # causal
     assert result.exit_code == 4
     assert not Path("no.onnx").exists()
 
@@ -248,3 +250,43 @@ def test_the_report_tells_the_length_of_the_inputs_that_were_given() -> None:
     given = {"x": np.random.default_rng(0).standard_normal((1, 96, 32)).astype(np.float32)}
     report = fa.convert(model, operator="fma", options={"block": 16}, inputs=given, repeats=1, threads=1)
     assert report.cost is not None and report.cost.n == 96
+
+
+def _bidirectional() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(Attention(fused=True, causal=False) for _ in range(2))).eval()
+
+
+def test_learned_parameters_start_from_the_inputs_and_are_weights_of_the_model(tmp_path: Path) -> None:
+    model = export(_bidirectional(), torch.randn(2, 20, 32))
+    report = fa.convert(model, tmp_path / "out.onnx", operator="linformer", options={"rank": 8}, **FAST)
+    assert [site.operator for site in report.sites] == ["linformer", "linformer"]
+    assert all("nobody has fitted them" in site.reason for site in report.sites)
+    made = onnx.load(str(tmp_path / "out.onnx"))
+    onnx.checker.check_model(made, full_check=True)
+    onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True)
+    nodes = [n for n in made.graph.node if n.domain == "fastattn"]
+    assert {name for n in nodes for name in n.input[4:]} <= {i.name for i in made.graph.initializer}
+    assert [len(n.input) for n in nodes] == [6, 6]
+
+
+def test_a_fitted_retrofit_is_what_it_is_in_torch(tmp_path: Path) -> None:
+    module, x = _bidirectional(), torch.randn(1, 96, 32)
+    plan = fa.Plan({"1": fa.PlannedSite("linformer", {"rank": 8})})
+    for bundle in fa.attach(module, plan, x).values():
+        for parameter in bundle.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    fa.save_pretrained(module, tmp_path / "fitted", plan=plan)
+    with torch.no_grad():
+        compiled = torch.compile(
+            module, backend="fastattn", options={"plan": plan, "compiler": "eager", "quiet": True}
+        )
+        wanted = compiled(x).numpy()
+    model = export(_bidirectional(), torch.randn(2, 20, 32))
+    report = fa.convert(
+        model, tmp_path / "out.onnx", plan=tmp_path / "fitted", longest=96, **{**FAST, "length": 96}
+    )
+    assert [site.operator for site in report.sites] == ["exact", "linformer"]
+    assert not any("nobody has fitted" in site.reason for site in report.sites)
+    (got,) = run(onnx.load(str(tmp_path / "out.onnx")), {"x": x.numpy()})
+    assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(got)

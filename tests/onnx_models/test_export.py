@@ -49,15 +49,33 @@ def test_what_has_no_body_is_refused() -> None:
         fa.onnx.export(Model("none", "cast").eval(), (torch.randn(1, 64, 32),))
 
 
-def test_learned_parameters_are_refused() -> None:
-    class Learned(Model):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-            projections = torch.ones(1, 8, 64) / 64
-            return fa.attend(q, k, v, self.operator, parameters=(projections, projections))[0]
+class Learned(torch.nn.Module):
+    """Projections of 128 positions."""
 
-    with pytest.raises(ConversionError, match="learned parameters"):
-        fa.onnx.export(Learned("none", "linformer", rank=8).eval(), (torch.randn(1, 64, 32),))
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.operator = torch.nn.Linear(32, 96), fa.make_operator("linformer", rank=8)
+        self.keys, self.values = (torch.nn.Parameter(torch.randn(1, 8, 128) / 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y, _ = fa.attend(q, k, v, self.operator, parameters=(self.keys, self.values))
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_learned_parameters_are_inputs_of_the_node() -> None:
+    module = Learned().eval()
+    length = torch.export.Dim("length", min=8, max=128)
+    model = fa.onnx.export(
+        module, (torch.randn(1, 64, 32),), dynamic_shapes=({1: length},), input_names=["x"], longest=128
+    )
+    (node,) = [n for n in model.graph.node if n.domain == "fastattn"]
+    assert (node.op_type, list(node.input[3:])) == ("Linformer", ["", "keys", "values"])
+    assert {"keys", "values"} <= {i.name for i in model.graph.initializer}
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(2, 100, 32)[:1]
+    with torch.no_grad():
+        np.testing.assert_allclose(run(model, {"x": x.numpy()})[0], module(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_several_operators_in_one_model() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from fastattn_compile.lowering.onnx.writer import OnnxWriter
-from fastattn_compile.operators.base import Operator, Support, no
+from fastattn_compile.operators.base import Operator, SiteSpec, Support, no
 from fastattn_compile.operators.mask import MaskStructure
 
 DOMAIN = "fastattn"
@@ -47,6 +47,12 @@ class BodySpec:
         """Query heads that share a key head."""
         return self.heads // self.kv_heads
 
+    def site(self) -> SiteSpec:
+        """The site as an operator sees it, at its longest."""
+        return SiteSpec(
+            1, self.heads, self.kv_heads, self.longest, self.longest, self.head_dim, self.value_dim, mask=self.mask
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BodyInputs:
@@ -57,12 +63,14 @@ class BodyInputs:
         key: ``(batch, kv_heads, n, head_dim)``.
         value: ``(batch, kv_heads, n, value_dim)``.
         key_padding: ``(batch, n)`` boolean, true where a token is real; ``None`` without padding.
+        parameters: Learned parameters, in the operator's order.
     """
 
     query: ir.Value
     key: ir.Value
     value: ir.Value
     key_padding: ir.Value | None = None
+    parameters: tuple[ir.Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,13 @@ def highest(w: OnnxWriter, bias: ir.Value, spec: BodySpec) -> ir.Value:
     if spec.opset < 18:
         return w.op("ReduceMax", bias, axes=[-1], keepdims=1)
     return w.op("ReduceMax", bias, [-1], keepdims=1)
+
+
+def merged(w: OnnxWriter, query: ir.Value, spec: BodySpec) -> ir.Value:
+    """``(b, h, n, d)`` as ``(b, g, group * n, d)``: the query heads of a key head one after another."""
+    if spec.group == 1:
+        return query
+    return w.op("Reshape", query, [0, spec.kv_heads, -1, spec.head_dim])
 
 
 def grouped(w: OnnxWriter, query: ir.Value, spec: BodySpec) -> ir.Value:

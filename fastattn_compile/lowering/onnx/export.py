@@ -12,7 +12,7 @@ import torch
 
 from fastattn_compile.errors import ConversionError
 from fastattn_compile.lowering.onnx.body import DOMAIN, DOMAIN_VERSION, BodySpec
-from fastattn_compile.lowering.onnx.function import function, node_attributes
+from fastattn_compile.lowering.onnx.function import function, node_attributes, node_inputs
 from fastattn_compile.lowering.onnx.registry import body_of, supported
 from fastattn_compile.lowering.onnx.writer import attribute
 from fastattn_compile.operators.base import Operator
@@ -22,6 +22,7 @@ from fastattn_compile.operators.registry import operator_from_token, operator_na
 
 _CALL = "Call"  # what a call is in the graph until the exporter is done
 _FIRST_IR_WITH_OVERLOADS = 10
+_FURTHER = 12  # more than any operator has learned parameters
 
 
 def export(
@@ -39,8 +40,8 @@ def export(
         The model; its calls are nodes of the domain ``fastattn`` with a function beside them.
 
     Raises:
-        ConversionError: A call cannot be said in ONNX: it has learned parameters, a bias or packed documents, or its
-            operator has no body for the site.
+        ConversionError: A call cannot be said in ONNX: it has a bias or packed documents, or its operator has no body for
+            the site.
     """
     table = {torch_op(name): _call for name in operator_names()}
     table.update(options.pop("custom_translation_table", None) or {})
@@ -70,10 +71,10 @@ def _call(
     """One call as a node that still carries all it was told."""
     import onnxscript
 
-    for what, given in (("segments", segments), ("bias", bias), ("learned parameters", parameters or None)):
+    for what, given in (("segments", segments), ("bias", bias)):
         if given is not None:
             raise ConversionError(f"{site or 'a call'} has {what}, which cannot be said in ONNX yet")
-    inputs = [query, key, value] + ([] if key_padding is None else [key_padding])
+    inputs = [query, key, value, *([] if key_padding is None else [key_padding]), *parameters]
     told = {"scale_exact": repr(float(scale)), "mask": mask, "config": config, "site": site}
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION), _CALL)(*inputs, **told)
 
@@ -88,10 +89,14 @@ def _schema() -> Iterator[None]:
         _CALL, DOMAIN, DOMAIN_VERSION,
         inputs=[
             *(parameter(name, "T") for name in ("query", "key", "value")),
-            parameter("key_padding", "tensor(bool)", param_option=optional),
+            # Padding where the mask has it, and learned parameters; the exporter does not understand variadic inputs.
+            *(parameter(f"further_{i}", f"P{i}", param_option=optional) for i in range(_FURTHER)),
         ],
         outputs=[parameter("output", "T"), parameter("log_sum_exp", "S")],
-        type_constraints=[("T", real, ""), ("S", ["tensor(float)", "tensor(double)"], "")],
+        type_constraints=[
+            ("T", real, ""), ("S", ["tensor(float)", "tensor(double)"], ""),
+            *((f"P{i}", [*real, "tensor(bool)"], "") for i in range(_FURTHER)),
+        ],
         attributes=[
             schema.Attribute(name, schema.AttrType.STRING, required=True)
             for name in ("scale_exact", "mask", "config", "site")
@@ -120,9 +125,10 @@ def _settle(model: ir.Model, longest: int) -> None:
             raise ConversionError(
                 f"{told['site'] or 'a call'}: its log-sum-exp is used, which the ONNX node does not give"
             )
-        old = node.outputs[0]
+        old, (query, key, value, *further) = node.outputs[0], node.inputs
+        padding = further.pop(0) if spec.mask.key_padding else None
         new = ir.Node(
-            DOMAIN, made.name, list(node.inputs),
+            DOMAIN, made.name, node_inputs([query, key, value], padding, further),
             [attribute(k, v) for k, v in node_attributes(operator, spec, body).items()],
             overload=made.overload, name=f"fastattn_{number}_{body.op_type}",
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -22,21 +22,33 @@ def function(operator: Operator, spec: BodySpec, overload: str = "") -> ir.Funct
         overload: Tells functions of one name apart (ONNX IR version 10).
 
     Returns:
-        ``fastattn::<name>(query, key, value[, key_padding]) -> (output)``.
+        ``fastattn::<name>(query, key, value[, key_padding[, parameters...]]) -> (output)``. A node without padding but
+        with parameters leaves the fourth input out, as ONNX does: by an empty name.
     """
     body = body_of(operator)
     if body is None:
         raise ValueError(f"{operator.name} has no ONNX body")
-    names = ["query", "key", "value"] + (["key_padding"] if spec.mask.key_padding else [])
+    learned = operator.parameter_shapes(spec.site())
+    padded = spec.mask.key_padding or bool(learned)
+    names = ["query", "key", "value", *(["key_padding"] if padded else []), *learned]
     inputs = [ir.Value(name=name) for name in names]
     writer = OnnxWriter(spec.dtype)
-    query, key, value, *padding = inputs
-    output = body.write(writer, operator, spec, BodyInputs(query, key, value, *padding))
+    padding = inputs[3] if spec.mask.key_padding else None
+    given = BodyInputs(*inputs[:3], padding, tuple(inputs[4:]))
+    output = body.write(writer, operator, spec, given)
     graph = ir.Graph(inputs, [output], nodes=writer.nodes, opset_imports={"": spec.opset}, name=body.op_type)
     declared = [
         ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in node_attributes(operator, spec, body)
     ]
     return ir.Function(DOMAIN, body.op_type, overload, graph=graph, attributes=declared)
+
+
+def node_inputs(
+    tensors: Sequence[ir.Value], padding: ir.Value | None, parameters: Sequence[ir.Value]
+) -> list[ir.Value | None]:
+    """The inputs of a node in the order of its function."""
+    between = [padding] if padding is not None or parameters else []
+    return [*tensors, *between, *parameters]
 
 
 def node_attributes(operator: Operator, spec: BodySpec, body: Body) -> Mapping[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastattn_compile.lowering.onnx import exact, fma, window
+from fastattn_compile.lowering.onnx import exact, fma, linformer, window
 from fastattn_compile.lowering.onnx.body import Body, BodySpec
 from fastattn_compile.operators.base import Operator, Support, no
 
-_BODIES = {"exact": exact.BODY, "fma": fma.BODY, "window": window.BODY}
+_BODIES = {"exact": exact.BODY, "fma": fma.BODY, "window": window.BODY, "linformer": linformer.BODY}
 
 
 def body_of(operator: Operator) -> Body | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -11,10 +12,10 @@ import onnx_ir.passes.common as ir_passes
 import torch
 
 from fastattn_compile.lowering.onnx.body import DOMAIN, DOMAIN_VERSION, BodySpec
-from fastattn_compile.lowering.onnx.function import function, node_attributes
+from fastattn_compile.lowering.onnx.function import function, node_attributes, node_inputs
 from fastattn_compile.lowering.onnx.registry import body_of, supported
 from fastattn_compile.lowering.onnx.writer import OnnxWriter
-from fastattn_compile.operators.base import Operator, Support, no
+from fastattn_compile.operators.base import Operator, SiteSpec, Support, no
 from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.mask_structure import emit
@@ -38,11 +39,21 @@ class Replacement:
         site: The site.
         operator: Its operator.
         longest: Tokens of the longest sequence that will come; the site's own length where it is a number.
+        parameters: Learned parameters, in the operator's order; they become initialisers of the model.
     """
 
     site: Site
     operator: Operator
     longest: int
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def settled(self) -> SiteSpec:
+        """The site at its longest, so that an operator can compare lengths with numbers."""
+        spec = self.site.spec
+        if isinstance(spec.key_len, int):
+            return spec
+        query_len = self.longest if spec.query_len == spec.key_len else spec.query_len
+        return dataclasses.replace(spec, query_len=query_len, key_len=self.longest)
 
     def body_spec(self, opset: int) -> BodySpec | None:
         """What the body is written for, ``None`` when a size it needs is not a number."""
@@ -68,13 +79,15 @@ def can_replace(replacement: Replacement, opset: int) -> Support:
     if strange:
         return no(f"a fused node would have to be taken apart to reach {strange[0]}")
     if opset < 13:
-        return no(f"the bodies need opset 13 or later, the model has {opset}; raise it with onnx.version_converter first")
+        return no(
+            f"the bodies need opset 13 or later, the model has {opset}; raise it with onnx.version_converter first"
+        )
     spec = replacement.body_spec(opset)
     if spec is None:
         return no(f"heads and channels must be numbers, and the type a real one: {site.spec}")
     if site.spec.bias != "none":
         return no(f"the ONNX bodies add no bias to the scores ({site.spec.bias})")
-    support = replacement.operator.supports(site.spec)
+    support = replacement.operator.supports(replacement.settled())
     return supported(replacement.operator, spec) if support else support
 
 
@@ -86,11 +99,13 @@ class Placed:
         site: Its site.
         output: What it gives, in the layout of the site's own output.
         original: The output it stands for.
+        inputs: What it reads, in canonical layout: query, key, value, and key padding where there is any.
     """
 
     site: Site
     output: ir.Value
     original: ir.Value
+    inputs: tuple[ir.Value, ...] = ()
 
 
 def rewrite(model: ir.Model, replacements: Sequence[Replacement], *, replace: bool = True) -> list[Placed]:
@@ -158,12 +173,13 @@ def _write(
         canonical(site.key, [kept], [groups.key], [groups.channels]),
         canonical(site.value, [kept], [groups.key], [groups.value_channels]),
     ]
-    if site.mask.key_padding is not None:
-        inputs.append(_padding(writer, layout, site))
+    padding = _padding(writer, layout, site) if site.mask.key_padding is not None else None
+    learned = _initialisers(model, replacement, number)
     made = functions[key]
     output = writer.op(
-        made.name, *inputs, domain=DOMAIN, **node_attributes(replacement.operator, spec, body)
-    )
+        made.name, *node_inputs(inputs, padding, learned), domain=DOMAIN,
+        **node_attributes(replacement.operator, spec, body),
+    )  # fmt: skip
     node = output.producer()
     node.overload = made.overload
     node.name = f"fastattn_{number}_{body.op_type}"
@@ -177,7 +193,26 @@ def _write(
     )
     result.type, result.shape = original.type, original.shape
     producer.graph.insert_before(producer, writer.nodes)
-    return Placed(site, result, original)
+    return Placed(site, result, original, (*inputs, *([] if padding is None else [padding])))
+
+
+def _initialisers(model: ir.Model, replacement: Replacement, number: int) -> list[ir.Value]:
+    """The learned parameters as weights of the model."""
+    wanted = replacement.operator.parameter_shapes(replacement.settled())
+    got = {name: tuple(value.shape) for name, value in replacement.parameters.items()}
+    if list(got) != list(wanted):
+        raise ValueError(
+            f"{replacement.site.name}: {replacement.operator} has parameters {wanted}, got {got}"
+        )
+    made = []
+    for name, value in replacement.parameters.items():
+        tensor = ir.tensor(value.detach().cpu().numpy(), name=f"fastattn_{number}_{name}")
+        initialiser = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+        )
+        model.graph.register_initializer(initialiser)
+        made.append(initialiser)
+    return made
 
 
 def _dimension(query: ir.Value, site: Site) -> int | None:
