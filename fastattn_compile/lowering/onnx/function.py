@@ -33,8 +33,9 @@ def function(operator: Operator, spec: BodySpec, overload: str = "") -> ir.Funct
     names = ["query", "key", "value", *(["key_padding"] if padded else []), *learned]
     inputs = [ir.Value(name=name) for name in names]
     writer = OnnxWriter(spec.dtype)
-    padding = inputs[3] if spec.mask.key_padding else None
-    given = BodyInputs(*inputs[:3], padding, tuple(inputs[4:]))
+    query, key, value, *further = inputs
+    padding = further[0] if spec.mask.key_padding else None
+    given = BodyInputs(query, key, value, padding, tuple(further[1:]))
     output = body.write(writer, operator, spec, given)
     graph = ir.Graph(inputs, [output], nodes=writer.nodes, opset_imports={"": spec.opset}, name=body.op_type)
     declared = [
@@ -44,7 +45,7 @@ def function(operator: Operator, spec: BodySpec, overload: str = "") -> ir.Funct
 
 
 def node_inputs(
-    tensors: Sequence[ir.Value], padding: ir.Value | None, parameters: Sequence[ir.Value]
+    tensors: Sequence[ir.Value | None], padding: ir.Value | None, parameters: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
     """The inputs of a node in the order of its function."""
     between = [padding] if padding is not None or parameters else []
