@@ -19,7 +19,15 @@ class GrowingRows:
         self._store = rows
 
     def append(self, rows: Tensor) -> None:
-        """Adds rows at the end; all other dimensions are those of the rows before."""
+        """Adds rows at the end; all other dimensions are those of the rows before.
+
+        Raises:
+            ValueError: The type is another.
+        """
+        if self._store is not None and rows.dtype != self._store.dtype:
+            raise ValueError(
+                f"the prompt's rows are {self._store.dtype}, those of this token are {rows.dtype}"
+            )
         length = self.length + rows.shape[self.dim]
         if self._store is None or self._store.shape[self.dim] < length:
             shape = list(rows.shape)

@@ -7,12 +7,13 @@ import torch
 from dense import check
 from oracle import assert_as_good_as, make_inputs
 
+from fastattn_compile.kernels import barnes_hut as face
 from fastattn_compile.kernels.aten import barnes_hut as aten
 from fastattn_compile.kernels.aten import barnes_hut_tree as aten_tree
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.aten.window import LocalTiles
+from fastattn_compile.kernels.dispatch import use_kernels
 from fastattn_compile.kernels.gpu import barnes_hut, barnes_hut_tree
-from fastattn_compile.operators.barnes_hut.decode import BarnesHutDecoder
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
@@ -146,31 +147,41 @@ def test_the_same_gradients_every_time(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"select": "bound", "share_group": False, "group": 4}, {"select": "sampled", "group": 4}],
-    ids=str,
-)
-def test_decoding(config, device, monkeypatch):
+DECODED = {
+    "shared": ({}, torch.float32),
+    "own": ({"select": "bound", "share_group": False, "group": 4}, torch.float32),
+    "sampled": ({"select": "sampled", "group": 4}, torch.float32),
+    "float16": ({}, torch.float16),
+    "bfloat16": ({}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", DECODED)
+def test_decoding(case, device, monkeypatch):
+    config, kind = DECODED[case]
     length, steps, pad = 70, 3, not config
     operator = make_operator("barnes_hut", block=16, leaf=2, fanout=2, open=4, beam=4, sinks=3, **config)
-    inputs = make_inputs(
-        "causal & key_padding" if pad else "causal & window(50)", length=length + steps, head_dim=16
-    )
+    mask = "causal & key_padding" if pad else "causal & window(50)"
+    sizes = {} if kind == torch.float32 else {"batch": 1, "heads": 2, "kv_heads": 1}
+    inputs = make_inputs(mask, length=length + steps, head_dim=16, dtype=kind, **sizes)
     tensors = [x.to(device) for x in (inputs.query, inputs.key, inputs.value)]
     padding = None if inputs.key_padding is None else inputs.key_padding[:, :length].to(device)
 
-    def decode(dtype, triton):
-        monkeypatch.setattr(BarnesHutDecoder, "_by_triton", lambda self, query: triton)
+    if device == "cpu":
+        monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
+
+    def decode(dtype, kernels):
         decoder = operator.decoder(inputs.scale)
         prompt = [x[:, :, :length].to(dtype) for x in tensors]
-        decoder.prefill(AttentionInputs(*prompt, inputs.scale, inputs.mask, padding))
-        return [
-            decoder.step(*(x[:, :, i : i + 1].to(dtype) for x in tensors))
-            for i in range(length, length + steps)
-        ]
+        with use_kernels("aten"):
+            decoder.prefill(AttentionInputs(*prompt, inputs.scale, inputs.mask, padding))
+        with use_kernels(kernels):
+            return [
+                decoder.step(*(x[:, :, i : i + 1].to(dtype) for x in tensors))
+                for i in range(length, length + steps)
+            ]
 
-    judged = decode(torch.float32, True), decode(torch.float64, False), decode(torch.float32, False)
+    judged = decode(kind, "triton"), decode(torch.float64, "aten"), decode(kind, "aten")
     for got, oracle, formula in zip(*judged, strict=True):
         assert_as_good_as(got.out, oracle=oracle.out, formula=formula.out)
         assert_as_good_as(got.log_sum_exp, oracle=oracle.log_sum_exp, formula=formula.log_sum_exp)

@@ -6,8 +6,10 @@ without ``TRITON_INTERPRET``: a kernel is made for the interpreter or for the co
 
 import pytest
 
-from fastattn_compile.kernels.gpu import barnes_hut, cast, coarse, conv, counting_sort, leaf, leaf_decode
+from fastattn_compile.kernels.gpu import barnes_hut_attend as attend
+from fastattn_compile.kernels.gpu import barnes_hut_gradients as of_keys
 from fastattn_compile.kernels.gpu import barnes_hut_tree as tree
+from fastattn_compile.kernels.gpu import cast, coarse, conv, counting_sort, leaf, leaf_decode
 from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT
 from fastattn_compile.kernels.gpu.op_configs import configs
@@ -37,12 +39,12 @@ KERNELS = {
     "leaf_fwd": (leaf.leaf_fwd, LISTS, LEAF),
     "leaf_dq": (leaf.leaf_dq, LISTS, {**LEAF, **NO_SLOPE}),
     "leaf_dkv": (leaf.leaf_dkv, LISTS, {**LEAF, "ADD": False}),
-    "bh_fwd": (barnes_hut.bh_fwd, TREE, {**GROUP, "GROUP": 16}),
-    "bh_fwd_few": (barnes_hut.bh_fwd, TREE, {**GROUP, "GROUP": 1}),
-    "bh_dq": (barnes_hut.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 16}),
-    "bh_dq_few": (barnes_hut.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 1}),
-    "bh_dkv": (barnes_hut.bh_dkv, TREE, {"BLOCK": 64, "SINKS": 0, "CAUSAL": True, "SINK": None}),
-    "bh_far_dkv": (barnes_hut.bh_far_dkv, TREE, {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16}),
+    "bh_fwd": (attend.bh_fwd, TREE, {**GROUP, "GROUP": 16}),
+    "bh_fwd_few": (attend.bh_fwd, TREE, {**GROUP, "GROUP": 1}),
+    "bh_dq": (attend.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 16}),
+    "bh_dq_few": (attend.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 1}),
+    "bh_dkv": (of_keys.bh_dkv, TREE, {"BLOCK": 64, "SINKS": 0, "CAUSAL": True, "SINK": None}),
+    "bh_far_dkv": (of_keys.bh_far_dkv, TREE, {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16}),
 }  # fmt: skip
 # Kernels whose tiles of products have fewer rows than Hopper's instruction takes.
 SMALL = {"bh_fwd_few", "bh_dq_few", "bh_far_dkv"}
@@ -138,7 +140,7 @@ FIXED = {
     "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 0}, HEAVY, True),
     "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 1}, HEAVY, True),
     "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 2}, HEAVY, True),
-    "bh_far_sum": (barnes_hut.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
+    "bh_far_sum": (of_keys.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
     "conv_profile": (conv.conv_profile, {**WAVES, "scale": "fp64", "uncovered": "fp64"}, PROFILE, LIGHT, False),
     "conv_weights": (conv.conv_weights, {**WAVES, "limit": "fp64"}, {"B": 256}, LIGHT, False),
     "conv_multiply": (conv.conv_multiply, WAVES, {"CONJUGATE": True, "ADD": False, "B": 256}, LIGHT, False),

@@ -106,7 +106,7 @@ def fma_fwd(
             begin, end, place, FINE, batch * fine_b, left, right, BLOCK, CAUSAL, BANDED, PADDED, BN
         )
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
-        largest, mass, acc = meet(q, k, v, 0.0, seen, scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     for begin in range(0, levels * (2 * RANK if CAUSAL else 4 * RANK), BF):
         row, there, weight, seen = far_keys(
             begin, first, last, place, MASS + batch * mass_b, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
@@ -119,7 +119,7 @@ def fma_fwd(
             place, SINK + batch * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
         )
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
-        largest, mass, acc = meet(q, k, v, 0.0, seen, scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     e = tl.arange(0, BE)
     at = (batch * heads * G + of_group) * length + place
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]

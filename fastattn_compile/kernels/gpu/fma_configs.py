@@ -127,6 +127,11 @@ _ROWS = """
     fma_decode gfx942 float 64 16 64 64 4 2
     fma_decode gfx942 float 128 16 64 64 4 2
     fma_decode gfx942 float 256 16 16 16 8 2
+    window_fwd sm_90 half 256 64 32 0 8 2
+    window_dq sm_90 half 256 64 16 0 8 2
+    window_dkv sm_90 half 256 64 64 0 8 2 split
+    window_fwd sm_90 float 64 64 32 0 4 2
+    window_dkv sm_90 float 64 32 64 0 8 2
 """
 
 # Where the search found none: they may spill, and are right all the same.

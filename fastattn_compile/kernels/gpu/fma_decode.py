@@ -81,7 +81,7 @@ def fma_decode(
         v = rows_of(RING_V, slot, E, 1, there & (slot != slot_now), E, BE)
         k = tl.where(new[:, None], k_now[None, :], k).to(tl.float32)
         v = tl.where(new[:, None], v_now[None, :], v).to(tl.float32)
-        largest, mass, acc = meet(q, k, v, 0.0, there[None, :], scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, there[None, :], scale, largest, mass, acc, PRECISION)
     for begin in range(0, reached * 2 * RANK, BF):
         slot = begin + tl.arange(0, BF)
         level, r = slot // (2 * RANK), slot % (2 * RANK)
@@ -107,7 +107,7 @@ def fma_decode(
         there = (place >= farthest) & (own - place // BLOCK > 1)
         k = rows_of(SINK_K, i, D, 1, there, D, BD).to(tl.float32)
         v = rows_of(SINK_V, i, E, 1, there, E, BE).to(tl.float32)
-        largest, mass, acc = meet(q, k, v, 0.0, there[None, :], scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, there[None, :], scale, largest, mass, acc, PRECISION)
         # Every token after the prompt is real.
         number = tl.load(FOUND + batch).to(tl.int32) + now - since
         becomes_sink = (number < SINKS).to(tl.int32)

@@ -34,9 +34,9 @@ def tensor_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why the attention kernels cannot take these tensors, whatever is asked; empty when they can.
 
     Args:
-        query: ``(b, h, n, d)``.
-        key: ``(b, g, m, d)``.
-        value: ``(b, g, m, e)``.
+        query: ``(..., d)``.
+        key: ``(..., d)``.
+        value: ``(..., e)``.
     """
     types = {x.dtype for x in (query, key, value)}
     if torch.float64 in types:
@@ -45,5 +45,5 @@ def tensor_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
         return "query, key and value differ in type"
     if not types <= {torch.float32, torch.float16, torch.bfloat16}:
         return f"no kernel computes in {query.dtype}"
-    widest = max(query.shape[3], value.shape[3])
+    widest = max(query.shape[-1], value.shape[-1])
     return f"{widest} channels, a tile holds up to {MOST_CHANNELS}" if widest > MOST_CHANNELS else ""

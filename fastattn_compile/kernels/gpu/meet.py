@@ -36,10 +36,13 @@ def shown(place, key, left, right):
 def meet(q, k, v, weight, seen, scale, largest, mass, acc, PRECISION: tl.constexpr):
     """Takes a tile of keys into the running attention of a tile of queries.
 
-    ``weight`` is log2 of how much a key counts, a number or one for each key; ``scale`` carries log2 e.
+    ``weight`` is log2 of how much a key counts, a number or one for each key, ``None`` for once; ``scale`` carries log2 e.
     """
-    bias = blemish(k) + blemish(v) + weight
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    bias = blemish(k) + blemish(v)
+    if weight is not None:
+        bias += weight
+    s += bias[None, :]
     p, shrink, largest, mass = online_softmax(tl.where(seen, s, float("-inf")), largest, mass)
     acc = tl.dot(p.to(v.dtype), finite(v), acc * shrink[:, None], input_precision=PRECISION)
     return largest, mass, acc
@@ -49,7 +52,9 @@ def meet(q, k, v, weight, seen, scale, largest, mass, acc, PRECISION: tl.constex
 def meet_again(q, k, v, weight, grad, lse, delta, seen, scale, acc, PRECISION: tl.constexpr):
     """Adds to the gradient of a tile of queries, without its factor, what a tile of keys gives."""
     k = finite(k)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + weight
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if weight is not None:
+        s += weight
     p = tl.exp2(s - lse[:, None])
     ds = p * (tl.dot(grad, tl.trans(finite(v)), input_precision=PRECISION) - delta[:, None])
     return tl.dot(tl.where(seen, ds, 0.0).to(k.dtype), k, acc, input_precision=PRECISION)
@@ -58,7 +63,9 @@ def meet_again(q, k, v, weight, grad, lse, delta, seen, scale, acc, PRECISION: t
 @triton.jit
 def give(q, k, v, weight, grad, lse, delta, seen, scale, dk, dv, PRECISION: tl.constexpr):
     """Adds to the gradients of a tile of finite keys and values, without factor, what a tile of queries gives."""
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + weight
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    if weight is not None:
+        s += weight
     p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])

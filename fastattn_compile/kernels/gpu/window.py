@@ -58,11 +58,11 @@ def window_fwd(
     for begin in range(tl.maximum(start + first // G - before, 0), end, BN):
         key, there, seen = banded_keys(begin, end, place, FINE, batch * fine_b, before, after, ALL, BN)
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
-        largest, mass, acc = meet(q, k, v, 0.0, seen, scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
         key, there, seen = sink_keys(place, SINK + batch * sink_b, left, right, 0, False, BANDED, SINKS, BS)
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
-        largest, mass, acc = meet(q, k, v, 0.0, seen, scale, largest, mass, acc, PRECISION)
+        largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     e = tl.arange(0, BE)
     at = (batch * heads * G + of_group) * length + row
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]

@@ -69,7 +69,7 @@ class _Nodes:
 
 
 class BarnesHutDecoder(Decoder):
-    """Causal Barnes-Hut attention with O(log n) work a token, and the keys of the whole past in memory.
+    """Causal Barnes-Hut attention with O(log n) work a token, and the keys of the whole past in memory, in their type.
 
     Args:
         operator: The operator.
@@ -115,7 +115,7 @@ class BarnesHutDecoder(Decoder):
         self._rank = units.sum(-1)
         self._fine = GrowingRows(1, (units & ~sink)[..., None])
         self._keys, self._values = (
-            GrowingRows(1, x.to(self._dtype).flatten(0, 1).masked_fill(~units[..., None], 0))
+            GrowingRows(1, x.flatten(0, 1).masked_fill(~units[..., None], 0))
             for x in (inputs.key, inputs.value)
         )
         numbers = (
@@ -126,7 +126,7 @@ class BarnesHutDecoder(Decoder):
         self._nodes: list[_Nodes] = []
         self._grow(0, length)
         self._length, self._choice = length, None
-        self._queries = inputs.query[:, :, max(0, length - 2 * pattern.group) :].to(self._dtype)
+        self._queries = inputs.query[:, :, max(0, length - 2 * pattern.group) :]
         running = (length - 1) // pattern.group * pattern.group
         if length and length % pattern.group:
             self._choose(self._queries[:, :, : running + 1 - length or None], running)
@@ -152,9 +152,9 @@ class BarnesHutDecoder(Decoder):
         numbers = torch.arange(1, pattern.sinks + 1, device=sink.device)
         self._sinks = self._sinks.masked_fill(numbers == self._rank[:, None], now)
         self._fine.append(~sink[:, None, None])
-        self._keys.append(key.to(self._dtype).flatten(0, 1))
-        self._values.append(value.to(self._dtype).flatten(0, 1))
-        self._queries = torch.cat([self._queries, query.to(self._dtype)], 2)[:, :, -2 * pattern.group :]
+        self._keys.append(key.flatten(0, 1))
+        self._values.append(value.flatten(0, 1))
+        self._queries = torch.cat([self._queries, query], 2)[:, :, -2 * pattern.group :]
         self._grow(now, now + 1)
         if now % pattern.group == 0:
             self._choose(self._queries, now)
@@ -174,8 +174,9 @@ class BarnesHutDecoder(Decoder):
                 if level == 0:
                     span = slice(old * width, new * width)
                     taken = self._fine.rows[:, span, 0]
-                    values = self._values.rows[:, span] if self._pool else None
-                    tokens = Sums.of_tokens(pattern.statistic, self._keys.rows[:, span], values, taken)
+                    keys = self._keys.rows[:, span].to(self._dtype)
+                    values = self._values.rows[:, span].to(self._dtype) if self._pool else None
+                    tokens = Sums.of_tokens(pattern.statistic, keys, values, taken)
                     made = tokens.merged(width)
                 else:
                     below = self._nodes[level - 1].after(old * pattern.fanout)
@@ -197,7 +198,9 @@ class BarnesHutDecoder(Decoder):
             if first < 2 * pattern.block or not self._pool:
                 return
         place = torch.tensor([first], device=queries.device)
-        voices = voices_of(pattern, queries, place, self._kv_heads, first + 1 - queries.shape[2])
+        voices = voices_of(
+            pattern, queries.to(self._dtype), place, self._kv_heads, first + 1 - queries.shape[2]
+        )
         nodes = self._nodes[: pattern.levels(first + 1)]
         begins = [0]
         for each in nodes:
@@ -222,7 +225,8 @@ class BarnesHutDecoder(Decoder):
         units, choosers, _, count = rest.shape
         numbers = rest.reshape(units, -1)
         found = [
-            x.new_zeros(units, numbers.shape[1], x.shape[2]) for x in (self._keys.rows, self._values.rows)
+            x.new_zeros(units, numbers.shape[1], x.shape[2], dtype=self._dtype)
+            for x in (self._keys.rows, self._values.rows)
         ]
         bias = torch.full_like(found[0][..., :1], -torch.inf)
         for each, begin in zip(nodes, begins):
@@ -265,20 +269,20 @@ class BarnesHutDecoder(Decoder):
         return rows.clamp(min=0), seen
 
     def _taken(self, held: GrowingRows, rows: Tensor) -> Tensor:
-        return held.rows.gather(1, rows[..., None].expand(-1, -1, held.rows.shape[2]))
+        return held.rows.gather(1, rows[..., None].expand(-1, -1, held.rows.shape[2])).to(self._dtype)
 
     def _attend_by_triton(self, query: Tensor) -> AttentionOutput:
-        from fastattn_compile.kernels.gpu import barnes_hut
+        from fastattn_compile.kernels.gpu import barnes_hut_decode
 
-        leaves = None
+        leaves, pattern = None, self._pattern
         if self._choice is not None:
             chosen = self._choice.leaves.masked_fill(~self._choice.opened, -1)
             leaves = chosen.int().flatten(0, 1).contiguous()
-        out, log_sum_exp = barnes_hut.attend_one(
-            query, self._keys.rows, self._values.rows, self.scale, self._pattern, self._fine.rows[..., 0], self._sinks,
-            leaves,
+        out, log_sum_exp = barnes_hut_decode.attend_one(
+            query, self._keys.rows, self._values.rows, self._fine.rows[..., 0], self._sinks, leaves, self.scale,
+            pattern.block, pattern.leaf, pattern.share, -1 if pattern.left is None else pattern.left,
         )  # fmt: skip
-        return AttentionOutput(out.to(self._type), log_sum_exp)
+        return AttentionOutput(out, log_sum_exp)
 
     def _attend(self, query: Tensor, now: int) -> AttentionOutput:
         if self._by_triton(query):
