@@ -10,6 +10,21 @@ from fastattn_compile.passes.graph import Node
 CONTRACTION_KINDS = frozenset({"matmul", "baddbmm", "einsum"})
 
 
+def factors(node: Node) -> tuple[Node, Node] | None:
+    """The two tensors a node is the product of, summed or not yet known to be; ``None`` when it is no product.
+
+    A sum over one axis of an elementwise product is one too.
+    """
+    if node.kind in CONTRACTION_KINDS:
+        pair = node.inputs[-2:]
+    elif node.kind == "sum" and isinstance(node.inputs[0], Node) and node.inputs[0].kind == "mul":
+        pair = node.inputs[0].inputs[:2]
+    else:
+        return None
+    first, second = pair if len(pair) == 2 else (None, None)
+    return (first, second) if isinstance(first, Node) and isinstance(second, Node) else None
+
+
 @dataclass(frozen=True)
 class Operand:
     """One side of a contraction, traced back through pure layout changes to the tensor it is a view of.
@@ -91,6 +106,8 @@ def contraction(node: Node) -> Contraction | None:
     """Reads a product of two tensors, or ``None`` when it is not one (a vector, three operands, a diagonal)."""
     if node.kind == "einsum":
         return _einsum(node)
+    if node.kind == "sum":
+        return _summed(node)
     if node.kind not in ("matmul", "baddbmm"):
         return None
     a, b = node.inputs[-2:]
@@ -119,6 +136,34 @@ def contraction(node: Node) -> Contraction | None:
         [*batch, rows, columns],
         inner,
     )
+
+
+def _summed(node: Node) -> Contraction | None:
+    """``(a * b).sum(dim)`` of broadcast tensors: a product where both have the axis that is summed."""
+    pair, dims = factors(node), node.attributes.get("dims") or ()
+    product = node.inputs[0]
+    if pair is None or len(dims) != 1 or not isinstance(product, Node) or product.shape is None:
+        return None
+    a, b = pair
+    if a.shape is None or b.shape is None or node.shape is None or product.tainted:
+        return None
+    rank, summed = len(product.shape), dims[0] % len(product.shape)
+    axes = fresh(product.shape)
+
+    def axes_of(operand: Node) -> Axes:
+        shape = operand.shape or ()
+        return [
+            axis if size != 1 or axis[0].size == 1 else []
+            for size, axis in zip(shape, axes[rank - len(shape) :])
+        ]
+
+    in_a, in_b = axes_of(a), axes_of(b)
+    if not all(axes[summed] in operand for operand in (in_a, in_b)):
+        return None
+    kept: Axes = [axis for d, axis in enumerate(axes) if d != summed]
+    if len(node.shape) == rank:
+        kept.insert(summed, [])
+    return Contraction(node, trace(a, in_a), trace(b, in_b), kept, [*axes[summed]])
 
 
 def _einsum(node: Node) -> Contraction | None:

@@ -20,6 +20,7 @@ from fastattn_compile.passes.mask_terms import axes_by_role, canonical_terms
 from fastattn_compile.passes.scores import Scores, ScoreTerm, number, read_scores
 from fastattn_compile.passes.sequences import same_sequence
 from fastattn_compile.passes.site import EXACT, NOT_ATTENTION, TAKEN, Groups, Site, Softmax
+from fastattn_compile.passes.temperature import read_factors
 from fastattn_compile.passes.weights import live_nodes, read_weights
 
 
@@ -286,6 +287,12 @@ def _site(
     sizes = {role: length(group) for role, group in axes_by_role(groups).items()}
     product = scores.product.node if scores.product is not None else None
     mask = recognise(canonical_terms(scores.terms, groups), lifter_of(view), sizes, causal, product)
+    tensors, powers = [term for term, _ in scores.factors], [power for _, power in scores.factors]
+    factors = read_factors(
+        list(zip(canonical_terms(tensors, groups), powers)), lifter_of(view), sizes, bool(groups.repeated), product
+    )
+    if isinstance(factors, str):
+        raise _Kept(factors)
     for operand in (query, key, value):
         if operand.origin.tainted:
             raise _Kept(f"{operand.origin.name} is changed in place elsewhere")
@@ -310,7 +317,7 @@ def _site(
         dropout=dropout,
         weights_used=weights_used,
     )
-    return Site(name, node, query, key, value, groups, scores.scale, mask, out, out_axes, spec)
+    return Site(name, node, query, key, value, groups, scores.scale, mask, out, out_axes, spec, factors)
 
 
 def _bias_kind(mask: MaskAnalysis, sizes: Mapping[str, Size]) -> str:

@@ -42,7 +42,7 @@ from fastattn_compile.passes.expression import (
 )
 from fastattn_compile.passes.formula import ANY_AXIS, Linear, Unknown, leaves, places_of
 from fastattn_compile.passes.graph import Node, Size, dependencies, same_size
-from fastattn_compile.passes.mask_bias import HIDDEN, classify_bias, counted_slope, is_hiding, read_additive, summands
+from fastattn_compile.passes.mask_bias import HIDDEN, classify_bias, counted_slope, indicator, is_hiding, read_additive, summands
 from fastattn_compile.passes.mask_facts import (
     Bound,
     Chunk,
@@ -70,7 +70,8 @@ class MaskTerm:
     Args:
         node: The tensor.
         role: ``"add"``: it is added. ``"keep"``: false makes a score ``fill``, true leaves it. ``"fill"``:
-            true makes it ``fill``.
+            true makes it ``fill``. ``"gate"``: the score is multiplied by it, which a later term must make good:
+            where it is not 1 the key must be hidden.
         fill: What a replaced score becomes.
         axes: For each dimension of the tensor its index as a formula of ``batch``, ``head``, ``query`` and
             ``key``: the first of a folded score is ``batch * heads + head``. That of a dimension of size 1 is
@@ -146,7 +147,7 @@ def recognise(
     if scores is not None:
         # An opaque mask stays opaque whatever it reads.
         for node in analysis.reads():
-            if _depends_on(node, scores, lifter.order):
+            if depends_on(node, scores, lifter.order):
                 return _opaque(f"the mask depends on the scores through {name_of(node)}")
     return analysis
 
@@ -166,12 +167,22 @@ def _analyse(
     offset = _offset(sizes)
     visible: Expression = compare("le", places["key"], places["query"]) if causal else TRUE
     bias: Expression = ZERO
+    gates: list[tuple[MaskTerm, Expression, Expression]] = []
     for term in terms:
         met = _formula(term, lifter, places)
+        if term.role == "gate":
+            gates.append((term, met, visible))
+            visible = TRUE
+            continue
         kept, added = _read(term, met)
         if kept is None:
             return _opaque(f"masked scores become {term.fill:g}, not -inf, in {name_of(term.node)}")
         visible, bias = logical_and(visible, kept), add(bias, added)
+    for term, met, before in reversed(gates):
+        passed = indicator(met) if not leaves(met) else None
+        if passed is None or logical_and(visible, passed) != visible:
+            return _opaque(f"the scores are multiplied by {name_of(term.node)}, and not hidden wherever it is not 1")
+        visible = logical_and(before, visible)
     if trust_added:
         visible, bias = _trusted(visible, bias)
     if visible == FALSE:
@@ -212,8 +223,12 @@ def _offset(sizes: Mapping[str, Size | None]) -> Size | None:
     return 0 if same_size(query, key) else key - query
 
 
+def formula_of(term: MaskTerm, lifter: Lifter, sizes: Mapping[str, Size | None]) -> Expression:
+    """The tensor of a term as a formula of the four axes, whose extents are ``sizes``."""
+    return _formula(term, lifter, {name: axis(name, sizes.get(name)) for name in AXES})
+
+
 def _formula(term: MaskTerm, lifter: Lifter, places: Mapping[str, Expression]) -> Expression:
-    """The tensor of a term as a formula of the four axes."""
     if term.node.shape is None:
         return Unknown(term.node, "of unknown shape")
     if len(term.axes) != len(term.node.shape):
@@ -351,7 +366,7 @@ def _strange_size(x: Expression) -> sympy.Expr | None:
     return strange[0] if strange else None
 
 
-def _depends_on(node: Node, other: Node, order: Mapping[Node, int]) -> bool:
+def depends_on(node: Node, other: Node, order: Mapping[Node, int]) -> bool:
     """Whether ``node`` is computed from ``other``. What stands before it in the graph is not."""
     first = order.get(other, -1)
     work, seen = [node], set()

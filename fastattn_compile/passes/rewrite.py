@@ -20,6 +20,7 @@ from fastattn_compile.passes.graph import Node
 from fastattn_compile.passes.mask_structure import emit
 from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
+from fastattn_compile.passes.temperature import scaled
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
         query = canonical(site.query, [groups.heads], [groups.query], [groups.channels])
         key = canonical(site.key, [kept_heads], [groups.key], [groups.channels])
         value = canonical(site.value, [kept_heads], [groups.key], [groups.value_channels])
+        device, factors = site.spec.device, site.factors
+        query = scaled(graph, layout, groups, factors, "query", query, site.query.origin.dtype, device)
+        key = scaled(graph, layout, groups, factors, "key", key, site.key.origin.dtype, device)
         nodes = CanonicalNodes(
             query, key, value,
             _fact(graph, layout, site, "key_padding", facts), _segments(graph, layout, site, facts),

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from fastattn_compile.passes.axes import LAYOUT_KINDS, Axes, step
-from fastattn_compile.passes.contraction import Contraction, contraction
+from fastattn_compile.passes.contraction import Contraction, contraction, factors
 from fastattn_compile.passes.graph import Node, Size, same_size
 
 # Farther back than this lies another part of the model.
@@ -24,7 +24,8 @@ class ScoreTerm:
 
     Args:
         node: The tensor.
-        role: ``"add"``, ``"keep"`` (true leaves the score) or ``"fill"`` (true replaces it).
+        role: ``"add"``, ``"keep"`` (true leaves the score), ``"fill"`` (true replaces it), or ``"gate"`` (the score is
+            multiplied by it).
         fill: What replaced scores become.
         axes: Axes of the scores where the tensor meets them.
         factor: What an added tensor is multiplied by.
@@ -44,7 +45,8 @@ class Scores:
     Args:
         product: Queries times keys; ``None`` for a fused call.
         axes: Axes of the softmax input.
-        scale: Product of the factors.
+        scale: Product of the factors that are numbers.
+        factors: Tensors the scores are multiplied by before anything is added to them, each with its power, 1 or -1.
         softcap: Bound of ``cap * tanh(scores / cap)``, 0 without one.
         terms: Masks and biases in order.
         sink: Logits concatenated to the scores.
@@ -55,6 +57,7 @@ class Scores:
     axes: Axes
     scale: float = 1.0
     softcap: float = 0.0
+    factors: list[tuple[ScoreTerm, int]] = field(default_factory=list)
     terms: list[ScoreTerm] = field(default_factory=list)
     sink: Node | None = None
     problem: str = ""
@@ -130,8 +133,8 @@ def _find_product(node: Node, keys: Size, depth: int) -> list[tuple[Node, Node |
     """The steps from the product of queries and keys (first) to ``node`` (last), each with the operand walked through."""
     if depth < 0 or node.shape is None:
         return None
-    if node.kind in ("matmul", "baddbmm", "einsum"):
-        if any(same_size(size, keys) for size in node.shape) and _two_activations(node):
+    if (pair := factors(node)) is not None:
+        if any(same_size(size, keys) for size in node.shape) and _two_activations(*pair):
             return [(node, None)]
         return None
     if node.kind in _UNARY or node.kind in LAYOUT_KINDS:
@@ -147,11 +150,8 @@ def _find_product(node: Node, keys: Size, depth: int) -> list[tuple[Node, Node |
     return None
 
 
-def _two_activations(node: Node) -> bool:
+def _two_activations(a: Node, b: Node) -> bool:
     """A product with a weight matrix is a projection: a router, a classifier, a codebook."""
-    a, b = node.inputs[-2:]
-    if not (isinstance(a, Node) and isinstance(b, Node)):
-        return False
     if is_weight(a) and is_weight(b):
         return False
     return not any(is_weight(x) and len(x.shape or ()) <= 2 for x in (a, b))
@@ -225,6 +225,23 @@ def _scale(scores: Scores, factor: float) -> None:
     ]
 
 
+def _scale_by_tensor(scores: Scores, kind: str, tensor: Node) -> None:
+    """A factor of every score, as a temperature is; one behind the first mask may only hide what another hides again."""
+    if kind == "mul" and (scores.terms or _varies_over_scores(tensor, scores)):
+        scores.terms.append(ScoreTerm(tensor, "gate", 0.0, scores.axes))
+    elif scores.terms or scores.softcap:
+        scores.problem = scores.problem or "the scores are scaled by a tensor after a mask or a cap"
+    else:
+        power = 1 if kind == "mul" else -1
+        scores.factors.append((ScoreTerm(tensor, "gate", 0.0, scores.axes), power))
+
+
+def _varies_over_scores(tensor: Node, scores: Scores) -> bool:
+    """Whether a tensor has both of the last axes of the scores."""
+    shape = tensor.shape or ()
+    return len(shape) >= 2 and all(size != 1 for size in shape[-2:]) and len(scores.axes) >= 2
+
+
 def _hides(value: float | None) -> bool:
     return value is not None and value <= -1e4
 
@@ -232,6 +249,9 @@ def _hides(value: float | None) -> bool:
 def _read_binary(scores: Scores, kind: str, other: Any, first: bool) -> None:
     value = number(other)
     if kind in ("mul", "div"):
+        if value is None and isinstance(other, Node) and (kind == "mul" or first):
+            _scale_by_tensor(scores, kind, other)
+            return
         if value is None or value == 0 or (kind == "div" and not first):
             scores.problem = scores.problem or "the scores are scaled by a tensor"
             return

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastattn_compile.operators.base import SiteSpec
 from fastattn_compile.passes.axes import Atom, Axes
 from fastattn_compile.passes.contraction import Operand
+from fastattn_compile.passes.expression import Expression
 from fastattn_compile.passes.graph import Node
 from fastattn_compile.passes.mask_structure import MaskAnalysis
 
@@ -37,6 +38,21 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A tensor that multiplies scores and does not vary with both query and key.
+
+    Args:
+        side: ``"query"`` or ``"key"``: which of the two takes it.
+        formula: Its value, over batch, head and that axis.
+        power: 1 or -1.
+    """
+
+    side: str
+    formula: Expression
+    power: int
+
+
+@dataclass(frozen=True)
 class Site:
     """One softmax attention of a graph, canonicalised.
 
@@ -52,6 +68,7 @@ class Site:
         out: The product with the values: what a rewrite replaces.
         out_axes: Axes of ``out``.
         spec: The site as operators see it.
+        factors: Further factors on the scores, tensors.
     """
 
     name: str
@@ -65,6 +82,7 @@ class Site:
     out: Node
     out_axes: Axes
     spec: SiteSpec
+    factors: tuple[Factor, ...] = ()
 
 
 @dataclass(frozen=True)

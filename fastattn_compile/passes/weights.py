@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastattn_compile.passes.axes import LAYOUT_KINDS, Atom, Axes, leaves, step, unify
-from fastattn_compile.passes.contraction import CONTRACTION_KINDS, Contraction, Operand, contraction
+from fastattn_compile.passes.contraction import Contraction, Operand, contraction, factors
 from fastattn_compile.passes.graph import GraphView, Node
 
 
@@ -46,6 +46,7 @@ def read_weights(
     keys: list[Atom],
     queries: set[Atom],
     sink: bool,
+    divisor: Node | None = None,
 ) -> Weights:
     """Walks forward from a softmax.
 
@@ -57,13 +58,14 @@ def read_weights(
         keys: Atoms of the key axis.
         queries: Atoms only queries have; values must not have them.
         sink: Whether a sink column is to be cut off.
+        divisor: What the product with the values is divided by; that it reads the weights is no other use of them.
     """
     result = Weights()
     work = [(softmax, axes, sink)]
     while work:
         node, current, has_sink = work.pop()
         for user in view.users(node):
-            if user not in live:
+            if user not in live or user is divisor:
                 continue
             if user.kind == "output":
                 result.used = True
@@ -79,8 +81,8 @@ def read_weights(
                     result.used = True
                 else:
                     work.append((user, moved, has_sink))
-            elif user.kind in CONTRACTION_KINDS and node in user.inputs[-2:] and not has_sink:
-                product = contraction(user)
+            elif (product_node := _product(view, live, user, node)) is not None and not has_sink:
+                product = contraction(product_node)
                 value = _value_operand(product, node, current, keys, queries) if product else None
                 if product is None or value is None:
                     result.used = True
@@ -92,6 +94,15 @@ def read_weights(
             else:
                 result.used = True
     return result
+
+
+def _product(view: GraphView, live: set[Node], user: Node, weights: Node) -> Node | None:
+    """The product of the weights with another tensor that a user of them is, or the sum that makes it one."""
+    if user.kind == "mul":
+        sums = [x for x in view.users(user) if x in live]
+        user = sums[0] if len(sums) == 1 and sums[0].kind == "sum" else user
+    pair = factors(user)
+    return user if pair is not None and weights in pair else None
 
 
 def _cuts_sink(user: Node, weights: Node) -> bool:

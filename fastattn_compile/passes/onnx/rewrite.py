@@ -85,6 +85,8 @@ def can_replace(replacement: Replacement, opset: int) -> Support:
     spec = replacement.body_spec(opset)
     if spec is None:
         return no(f"heads and channels must be numbers, and the type a real one: {site.spec}")
+    if site.factors:
+        return no("the ONNX bodies take no scale of the scores that is a tensor")
     if site.spec.bias != "none":
         return no(f"the ONNX bodies add no bias to the scores ({site.spec.bias})")
     support = replacement.operator.supports(replacement.settled())
