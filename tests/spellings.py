@@ -175,6 +175,41 @@ def tuple_transposed_output(q, k, v):
     return (a @ v).transpose(1, 2).contiguous().view(b, n, h * d)
 
 
+@spelled()
+def multiply_and_sum(q, k, v):
+    a = ((q[..., :, None, :] * k[..., None, :, :]).sum(-1) * 0.25).softmax(-1)
+    return (a[..., None] * v[..., None, :, :]).sum(-2)
+
+
+@spelled()
+def normalised_after_the_values(q, k, v):
+    e = torch.exp(q @ k.mT * 0.25)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@spelled()
+def exponential_of_log_softmax(q, k, v):
+    return F.log_softmax(q @ k.mT * 0.25, -1).exp() @ v
+
+
+@spelled()
+def temperature_of_heads(q, k, v):
+    temperature = torch.linspace(0.1, 0.4, q.shape[1], dtype=q.dtype)[:, None, None]
+    return (q @ k.mT / temperature.reciprocal()).softmax(-1) @ v
+
+
+@spelled()
+def temperature_of_queries(q, k, v):
+    length = torch.arange(1, q.shape[2] + 1, dtype=q.dtype).log()
+    return (q @ k.mT * (0.1 * length[:, None])).softmax(-1) @ v
+
+
+@spelled("causal")
+def gated_and_masked(q, k, v):
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=q.dtype).tril()
+    return (q @ k.mT * 0.25 * seen - 1e9 * (1 - seen)).softmax(-1) @ v
+
+
 @no_attention
 def linear_attention(q, k, v):
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)

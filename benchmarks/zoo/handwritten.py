@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.entry import BATCH, LENGTH, Zoo
 from zoo.hugging_face import HEADS, WIDTH
 from zoo.libraries import SEQUENCE, add
@@ -50,7 +51,9 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def folded_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (heads(t).reshape(BATCH * HEADS, LENGTH, -1) for t in (q, k, v))
-    scores = torch.baddbmm(torch.empty(BATCH * HEADS, LENGTH, LENGTH), q, k.transpose(1, 2), beta=0, alpha=0.25)
+    scores = torch.baddbmm(
+        torch.empty(BATCH * HEADS, LENGTH, LENGTH), q, k.transpose(1, 2), beta=0, alpha=0.25
+    )
     return together(torch.bmm(scores.softmax(-1), v).view(BATCH, HEADS, LENGTH, -1))
 
 
@@ -126,7 +129,14 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def spellings(zoo: Zoo) -> None:
     """Adds all of them."""
-    for core in (einsum, folded_baddbmm, written_out, normalised_last, multiplied_and_summed, exp_of_log_softmax):
+    for core in (
+        einsum,
+        folded_baddbmm,
+        written_out,
+        normalised_last,
+        multiplied_and_summed,
+        exp_of_log_softmax,
+    ):
         add(zoo, f"by hand: {core.__name__}", "by hand", 1, lambda core=core: Projected(core), SEQUENCE)  # type: ignore[misc]
     add(zoo, "by hand: nanogpt", "by hand", 1, lambda: Projected(nanogpt), SEQUENCE, {"causal": 1})
     for core in (

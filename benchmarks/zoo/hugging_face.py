@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
 from zoo.entry import DECODER, ENCODER, VOCABULARY, Entry, Inputs, Kind, Masks, Zoo, text
 
 WIDTH, HEADS, LAYERS, INNER = 64, 4, 2, 96
@@ -35,6 +36,10 @@ def builder(config: str, model: str, sizes: dict[str, Any]) -> Callable[[str], n
         made = getattr(transformers, config)(**sizes)
         if hasattr(made, "use_cache"):
             made.use_cache = False
+        if hasattr(
+            made, "_experts_implementation"
+        ):  # grouped products have no float64, in which models are judged
+            made._experts_implementation = "batched_mm"
         built: nn.Module = getattr(transformers, model)._from_config(made, attn_implementation=implementation)
         return built
 
@@ -43,7 +48,7 @@ def builder(config: str, model: str, sizes: dict[str, Any]) -> Callable[[str], n
 
 def entry(
     zoo: Zoo, name: str, stem: str, sizes: dict[str, Any], *, sites: int = LAYERS, kind: Kind = ENCODER,
-    family: str = "encoder", model: str = "", inputs: Inputs = text,
+    family: str = "encoder", model: str = "", config: str = "", inputs: Inputs = text,
     implementations: tuple[str, ...] = ("eager", "sdpa"), plain: Masks | None = None, masked: Masks | None = None,
     **more: Any,
 ) -> None:  # fmt: skip
@@ -58,6 +63,7 @@ def entry(
         kind: The masks, unless ``plain`` and ``masked`` say them one by one.
         family: Of the entry.
         model: Class of the model; ``stem + "Model"`` when empty.
+        config: Class of its configuration; ``stem + "Config"`` when empty.
         inputs: Arguments of a call.
         implementations: The attention implementations it has.
         plain: Masks without padding.
@@ -66,11 +72,17 @@ def entry(
     """
     usual, usual_masked = kind.of(sites)
     zoo.add(Entry(
-        name, family, sites, builder(f"{stem}Config", model or f"{stem}Model", sizes), inputs,
+        name, family, sites, builder(config or f"{stem}Config", model or f"{stem}Model", sizes), inputs,
         usual if plain is None else plain, usual_masked if plain is None else masked, implementations, **more,
     ))  # fmt: skip
 
 
 def decoder(zoo: Zoo, name: str, stem: str, sizes: dict[str, Any], **more: Any) -> None:
     """Adds a causal language model."""
-    entry(zoo, name, stem, sizes, **({"kind": DECODER, "family": "decoder", "model": f"{stem}ForCausalLM"} | more))
+    entry(
+        zoo,
+        name,
+        stem,
+        sizes,
+        **({"kind": DECODER, "family": "decoder", "model": f"{stem}ForCausalLM"} | more),
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.entry import BATCH, LENGTH, Entry, Inputs, Zoo, tensor
 from zoo.hugging_face import HEADS, INNER, LAYERS, WIDTH
 from zoo.torchvision_stub import install
@@ -49,7 +50,14 @@ def torch_modules(zoo: Zoo) -> None:
     def multihead() -> nn.Module:
         return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
-    add(zoo, "nn.MultiheadAttention with weights", "torch.nn", 1, lambda: Called(multihead(), lambda m, x: m(x, x, x)[0]), SEQUENCE)
+    add(
+        zoo,
+        "nn.MultiheadAttention with weights",
+        "torch.nn",
+        1,
+        lambda: Called(multihead(), lambda m, x: m(x, x, x)[0]),
+        SEQUENCE,
+    )
     add(zoo, "nn.MultiheadAttention", "torch.nn", 1,
         lambda: Called(multihead(), lambda m, x: m(x, x, x, need_weights=False)[0]), SEQUENCE)  # fmt: skip
     add(zoo, "nn.TransformerEncoder", "torch.nn", LAYERS, lambda: Called(
@@ -83,7 +91,15 @@ def x_transformers(zoo: Zoo) -> None:
     ):  # fmt: skip
         add(zoo, f"x-transformers {name}", "x-transformers", LAYERS, layers(**options), SEQUENCE)  # type: ignore[arg-type]
     for name, options in (("Decoder", {}), ("Decoder flash", {"attn_flash": True})):
-        add(zoo, f"x-transformers {name}", "x-transformers", LAYERS, layers(True, **options), SEQUENCE, {"causal": LAYERS})  # type: ignore[arg-type]
+        add(
+            zoo,
+            f"x-transformers {name}",
+            "x-transformers",
+            LAYERS,
+            layers(True, **options),
+            SEQUENCE,
+            {"causal": LAYERS},
+        )  # type: ignore[arg-type]
     talking = {"attn_pre_talking_heads": True, "attn_post_talking_heads": True}
     add(zoo, "x-transformers Encoder talking heads", "x-transformers", LAYERS, layers(**talking), SEQUENCE, {},
         kept=LAYERS, because="head")  # fmt: skip
@@ -100,7 +116,9 @@ def vit_pytorch(zoo: Zoo) -> None:
         }  # fmt: skip
 
         def build() -> nn.Module:
-            return Called(getattr(importlib.import_module(f"vit_pytorch.{module}"), name)(**{**sizes, **options}))
+            return Called(
+                getattr(importlib.import_module(f"vit_pytorch.{module}"), name)(**{**sizes, **options})
+            )
 
         return build
 
@@ -138,7 +156,14 @@ def timm(zoo: Zoo) -> None:
     add(zoo, "timm vit", "timm", LAYERS, made("vit_tiny_patch16_224", **vit), PICTURE)
     add(zoo, "timm swin", "timm", 4, made(
         "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=32, depths=(2, 2), num_heads=(2, 2)), LARGER)  # fmt: skip
-    add(zoo, "timm beit", "timm", LAYERS, made("beit_base_patch16_224", **vit, embed_dim=64, num_heads=4), PICTURE)
+    add(
+        zoo,
+        "timm beit",
+        "timm",
+        LAYERS,
+        made("beit_base_patch16_224", **vit, embed_dim=64, num_heads=4),
+        PICTURE,
+    )
     add(zoo, "timm levit", "timm", LAYERS, made(
         "levit_128s", img_size=64, embed_dim=(32,), num_heads=(2,), depth=(LAYERS,), key_dim=8), LARGER)  # fmt: skip
     # Softmax over the keys alone: a factorised, linear attention.

@@ -7,7 +7,7 @@ from zoo.hugging_face import EAGER, EXPERTS, GPT, GROUPED, HEADS, INNER, LAYERS,
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HIDES_ROWS = {"plain": {"none": 2}, "masked": {"opaque": 2}}
-BANDED = "chunks"
+BANDED = "not a product of queries and keys"
 
 
 def encoders(zoo: Zoo) -> None:
@@ -15,9 +15,15 @@ def encoders(zoo: Zoo) -> None:
     for name, stem in (
         ("bert", "Bert"), ("roberta", "Roberta"), ("xlm_roberta", "XLMRoberta"), ("ernie", "Ernie"),
         ("camembert", "Camembert"), ("data2vec_text", "Data2VecText"), ("roberta_prelayernorm", "RobertaPreLayerNorm"),
-        ("xlm_roberta_xl", "XLMRobertaXL"), ("layoutlm", "LayoutLM"), ("markuplm", "MarkupLM"), ("lilt", "Lilt"),
+        ("xlm_roberta_xl", "XLMRobertaXL"), ("layoutlm", "LayoutLM"), ("markuplm", "MarkupLM"),
     ):  # fmt: skip
-        entry(zoo, name, stem, TEXT, **({"implementations": EAGER} if name in ("layoutlm", "markuplm", "lilt") else {}))
+        entry(
+            zoo,
+            name,
+            stem,
+            TEXT,
+            **({"implementations": EAGER} if name in ("layoutlm", "markuplm") else {}),
+        )
     entry(zoo, "distilbert", "DistilBert", {
         "vocab_size": VOCABULARY, "dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER,
         "max_position_embeddings": 128,
@@ -27,7 +33,14 @@ def encoders(zoo: Zoo) -> None:
     disentangled = TEXT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
     entry(zoo, "deberta", "Deberta", disentangled, implementations=EAGER, plain={}, masked={},
           untraceable="scripted functions split a product from its softmax")  # fmt: skip
-    entry(zoo, "deberta_v2", "DebertaV2", disentangled | {"position_buckets": 16}, implementations=EAGER, **HIDES_ROWS)
+    entry(
+        zoo,
+        "deberta_v2",
+        "DebertaV2",
+        disentangled | {"position_buckets": 16},
+        implementations=EAGER,
+        **HIDES_ROWS,
+    )
     entry(zoo, "modernbert", "ModernBert", TEXT | SPECIAL | {"local_attention": 16, "cls_token_id": 1, "sep_token_id": 2},
           plain={"none": 1, "right(8) & left(8)": 1},
           masked={PADDING: 1, f"right(8) & left(8) & {PADDING}": 1})  # fmt: skip
@@ -38,11 +51,12 @@ def encoders(zoo: Zoo) -> None:
     entry(zoo, "longformer", "Longformer", TEXT | {"attention_window": 16}, implementations=EAGER, plain={}, masked={},
           family="banded", kept=LAYERS, because=BANDED)  # fmt: skip
     entry(zoo, "big_bird", "BigBird", TEXT | {"attention_type": "original_full"}, implementations=EAGER)
+    # They make a mask of the lengths of the texts, of full length without one.
     for name, stem in (("xlm", "XLM"), ("flaubert", "Flaubert")):
         entry(zoo, name, stem, {
             "vocab_size": VOCABULARY, "emb_dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS,
             "max_position_embeddings": 128,
-        }, implementations=EAGER)  # fmt: skip
+        }, implementations=EAGER, plain={PADDING: LAYERS}, masked={PADDING: LAYERS})  # fmt: skip
     for name, stem, sizes in (
         ("ibert", "IBert", {"quant_mode": False}), ("rembert", "RemBert", {"input_embedding_size": 32}),
         ("tapas", "Tapas", {"type_vocab_sizes": [3, 256, 256, 2, 256, 256, 10]}), ("esm", "Esm", SPECIAL | {"mask_token_id": 4}),
@@ -54,11 +68,11 @@ def encoders(zoo: Zoo) -> None:
     # A layer before and one behind the molecules, and the chunks in which the first one works.
     entry(zoo, "canine", "Canine", TEXT | {
         "num_hash_buckets": 64, "local_transformer_stride": 8, "downsampling_rate": 4, "num_hash_functions": 4,
-    }, sites=LAYERS + 6, implementations=EAGER)  # fmt: skip
+    }, sites=LAYERS + 6, implementations=EAGER, plain={"none": 6, PADDING: 2}, masked={PADDING: 8})  # fmt: skip
     entry(zoo, "xlnet", "XLNet", {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "d_inner": INNER},
           implementations=EAGER, plain={"none": 2}, masked={"opaque": 2})  # fmt: skip
     for name, stem, sizes in (
-        ("fnet", "FNet", {}), ("nystromformer", "Nystromformer", {"segment_means_seq_len": 40, "num_landmarks": 8}), ("mra", "Mra", {}),
+        ("fnet", "FNet", {}), ("mra", "Mra", {}),
     ):  # fmt: skip
         entry(zoo, name, stem, TEXT | sizes, sites=0, family="negative", implementations=EAGER,
               inputs=(lambda _: text(False)) if name == "fnet" else text)  # fmt: skip
@@ -91,7 +105,13 @@ def decoders(zoo: Zoo) -> None:
             "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
         }),
     ):  # fmt: skip
-        decoder(zoo, name, stem, sizes, **({"sites": 2 * LAYERS, "implementations": EAGER} if name == "diffllama" else {}))
+        decoder(
+            zoo,
+            name,
+            stem,
+            sizes,
+            **({"sites": 2 * LAYERS, "implementations": EAGER} if name == "diffllama" else {}),
+        )
     for name, stem, sizes in (
         ("gptj", "GPTJ", GPT | {"rotary_dim": 8}), ("codegen", "CodeGen", GPT | {"rotary_dim": 8}), ("gpt_neox", "GPTNeoX", TEXT | {"rotary_pct": 0.5}),
         ("mpt", "Mpt", {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": 128}),
@@ -105,24 +125,46 @@ def decoders(zoo: Zoo) -> None:
         }),
     ):  # fmt: skip
         # ALiBi counts real tokens: those that padding parts become documents of their own.
-        counted = name in ("bloom", "falcon_alibi")
+        counted = name == "bloom"
         masks = {"plain": {"causal": 2}, "masked": {f"causal & {PADDING} & segments": 2}} if counted else {}
         decoder(zoo, name, stem, sizes, implementations=EAGER, **masks)
     decoder(zoo, "gpt2", "GPT2", GPT, model="GPT2LMHeadModel")
     decoder(zoo, "openai_gpt", "OpenAIGPT", GPT, model="OpenAIGPTLMHeadModel", implementations=EAGER)
     decoder(zoo, "ctrl", "CTRL", GPT | {"dff": INNER}, model="CTRLLMHeadModel", implementations=EAGER)
     decoder(zoo, "gpt_bigcode", "GPTBigCode", GPT | {"multi_query": True})
-    decoder(zoo, "imagegpt", "ImageGPT", GPT | {"n_positions": 64}, model="ImageGPTModel", implementations=EAGER)
+    decoder(
+        zoo, "imagegpt", "ImageGPT", GPT | {"n_positions": 64}, model="ImageGPTModel", implementations=EAGER
+    )
     decoder(zoo, "gpt_neo", "GPTNeo", {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_layers": LAYERS, "num_heads": HEADS,
         "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128, "window_size": 16,
     }, implementations=EAGER, kind=sliding(16, 1 / 2))  # fmt: skip
     decoder(zoo, "mistral", "Mistral", GROUPED | {"sliding_window": 16}, kind=sliding(16))
-    decoder(zoo, "gemma2", "Gemma2", head_dim | {"sliding_window": 16}, kind=sliding(16, 1 / 2))
-    decoder(zoo, "gemma3_text", "Gemma3", head_dim | {"sliding_window": 16}, kind=sliding(16))
+    decoder(
+        zoo,
+        "gemma2",
+        "Gemma2",
+        head_dim | {"sliding_window": 16},
+        kind=sliding(16, 1 / 2),
+        implementations=EAGER,
+    )
+    decoder(
+        zoo,
+        "gemma3_text",
+        "Gemma3",
+        config="Gemma3TextConfig",
+        sizes=head_dim | {"sliding_window": 16},
+        kind=sliding(16),
+    )
     decoder(zoo, "cohere2", "Cohere2", GROUPED | {"sliding_window": 16}, kind=sliding(16))
     decoder(zoo, "olmo3", "Olmo3", GROUPED | {"sliding_window": 16}, kind=sliding(16))
-    decoder(zoo, "exaone4", "Exaone4", GROUPED | {"sliding_window": 16, "sliding_window_pattern": 2}, kind=sliding(16, 1 / 2))
+    decoder(
+        zoo,
+        "exaone4",
+        "Exaone4",
+        GROUPED | {"sliding_window": 16, "sliding_window_pattern": 2},
+        kind=sliding(16, 1 / 2),
+    )
     decoder(zoo, "gpt_oss", "GptOss", head_dim | {"sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
             kind=sliding(16, 1 / 2), implementations=EAGER)  # fmt: skip
     decoder(zoo, "qwen3_next_hybrid", "Qwen3Next", head_dim | EXPERTS | {
@@ -139,6 +181,7 @@ def decoders(zoo: Zoo) -> None:
 
 def both(zoo: Zoo) -> None:
     """Encoders with decoders."""
+
     def seq(name: str, stem: str, sizes: dict[str, object], **more: object) -> None:
         entry(zoo, name, stem, sizes, **({
             "sites": 3 * LAYERS, "kind": BOTH, "family": "encoder-decoder", "inputs": text_to_text,
@@ -163,9 +206,10 @@ def both(zoo: Zoo) -> None:
     }  # fmt: skip
     for name, stem in (
         ("bart", "Bart"), ("mbart", "MBart"), ("pegasus", "Pegasus"), ("m2m_100", "M2M100"), ("blenderbot", "Blenderbot"),
-        ("blenderbot_small", "BlenderbotSmall"), ("marian", "Marian"), ("plbart", "PLBart"),
+        ("blenderbot_small", "BlenderbotSmall"), ("plbart", "PLBart"),
     ):  # fmt: skip
         seq(name, stem, bart)
+    seq("marian", "Marian", bart | {"pad_token_id": 0, "decoder_start_token_id": 0})
     seq("led", "LED", bart | {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128, "attention_window": 16},
         implementations=EAGER, kept=LAYERS, because=BANDED, plain={"causal": 2, "none": 2}, masked={"causal": 2, PADDING: 2})  # fmt: skip
     speech = tensor("input_features", 16, 64)

@@ -8,11 +8,13 @@ patterns: what happens between the anchors is understood, or the site is kept wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastattn_compile.operators.base import SiteSpec
+from fastattn_compile.passes.anchors import Anchor, anchor_of, normalised_axes, sum_of
 from fastattn_compile.passes.axes import Atom, Axes, Axis, fresh, leaves, length
 from fastattn_compile.passes.contraction import Operand, trace
+from fastattn_compile.passes.features import counts_features
 from fastattn_compile.passes.graph import GraphView, Node, Size, same_size
 from fastattn_compile.passes.mask_lift import lifter_of
 from fastattn_compile.passes.mask_structure import MaskAnalysis, recognise
@@ -22,15 +24,6 @@ from fastattn_compile.passes.sequences import same_sequence
 from fastattn_compile.passes.site import EXACT, NOT_ATTENTION, TAKEN, Groups, Site, Softmax
 from fastattn_compile.passes.temperature import read_factors
 from fastattn_compile.passes.weights import live_nodes, read_weights
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A softmax-like place: the node that holds the weights, what it is taken of, and the axis."""
-
-    weights: Node
-    scores: Node
-    dim: int
 
 
 class _Kept(Exception):
@@ -54,20 +47,11 @@ def find(view: GraphView) -> list[Softmax]:
     live = live_nodes(view)
     found: list[Softmax] = []
     for node in view.nodes:
-        if (
-            node.kind not in ("softmax", "div", "sdpa", "mha", "flex_attention", "log_softmax")
-            or node not in live
-        ):
+        if node not in live:
             continue
-        anchor = None
-        if node.kind in ("softmax", "div"):
-            anchor = (
-                written_out(node)
-                if node.kind == "div"
-                else Anchor(node, node.inputs[0], node.attributes["dim"])
-            )
-            if anchor is None:
-                continue
+        anchor = anchor_of(node)
+        if anchor is None and node.kind not in ("sdpa", "mha", "flex_attention", "log_softmax"):
+            continue
         name = node.module or node.source or node.name
         try:
             if node.kind == "sdpa":
@@ -75,6 +59,8 @@ def find(view: GraphView) -> list[Softmax]:
             elif anchor is not None:
                 site = _read_anchor(view, live, anchor, name)
             elif node.kind == "log_softmax":
+                if all(anchor_of(user) for user in view.users(node) if user in live):
+                    continue  # its exponential is the softmax
                 raise _NotAttention("a log-softmax: its result is no weighting of values")
             else:
                 raise _Kept(f"a {node.attributes.get('target', node.kind)} call that was not expanded")
@@ -97,35 +83,13 @@ def channel_sizes(view: GraphView) -> list[Size]:
         for operand in node.inputs[:3]:
             if isinstance(operand, Node) and operand.shape is not None:
                 sizes += [operand.shape[-1], *operand.shape[-3:-2]]
-    for node in view.of_kind("softmax", "div"):
-        anchor = (
-            written_out(node) if node.kind == "div" else Anchor(node, node.inputs[0], node.attributes["dim"])
-        )
+    for node in view.nodes:
+        anchor = anchor_of(node)
         scores = read_scores(anchor.scores, anchor.dim) if anchor is not None else ""
         if not isinstance(scores, str) and scores.product is not None:
             shape = scores.product.node.shape or ()
             sizes += [length(scores.product.contracted), *(shape[-3:-2] if len(shape) > 3 else ())]
     return sizes
-
-
-def written_out(node: Node) -> Anchor | None:
-    """Recognises ``e / e.sum(dim, keepdim)`` with ``e = exp(scores)``."""
-    numerator, denominator = node.inputs[0], node.inputs[1]
-    if not (isinstance(numerator, Node) and isinstance(denominator, Node)):
-        return None
-    while denominator.kind in ("add", "clamp", "identity", "cast", "expand", "maximum"):
-        if not isinstance(denominator.inputs[0], Node):
-            return None
-        denominator = denominator.inputs[0]
-    if denominator.kind != "sum" or len(denominator.attributes.get("dims") or ()) != 1:
-        return None
-    exponential = numerator
-    while exponential.kind in ("identity", "cast") and isinstance(exponential.inputs[0], Node):
-        exponential = exponential.inputs[0]
-    if exponential.kind != "exp" or denominator.inputs[0] not in (numerator, exponential):
-        return None
-    scores = exponential.inputs[0]
-    return Anchor(node, scores, denominator.attributes["dims"][0]) if isinstance(scores, Node) else None
 
 
 def _line(site: Site) -> Softmax:
@@ -159,9 +123,14 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
         raise _NotAttention("the softmax axis does not belong to one side of the product alone")
     query, key = (product.b, product.a) if of_a else (product.a, product.b)
     own_query, own_key = query.atoms() - key.atoms(), key.atoms() - query.atoms() - set(keys)
+    if counts_features(key, keys):
+        raise _NotAttention("the softmax runs over the features of a projection, not over positions")
     if own_key - contracted:
         raise _NotAttention("the keys have an axis that the softmax does not run over")
-    weights = read_weights(view, live, anchor.weights, scores.axes, keys, own_query, scores.sink is not None)
+    divisor = sum_of(anchor.division.inputs[1]) if anchor.division is not None else None
+    weights = read_weights(
+        view, live, anchor.weights, scores.axes, keys, own_query, scores.sink is not None, divisor
+    )
     if not weights.products:
         raise _NotAttention(weights.problem or "the weights are not summed over values")
     problem = scores.problem or weights.problem
@@ -170,6 +139,12 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
     if len(weights.products) > 1:
         raise _Kept("the same weights are summed over several values")
     output, value = weights.products[0]
+    out, out_axes = output.node, output.axes
+    if anchor.division is not None:
+        divided = normalised_axes(view, live, anchor, output, scores.axes)
+        if divided is None:
+            raise _Kept("the weights are normalised after the product with the values, by something else than their sum")
+        out, out_axes = anchor.division, divided
     # Atoms may have been split by the products met on the way: resolve again.
     keys = leaves(keys)
     queries = _query_axis(scores.axes, anchor.dim, leaves(query.atoms()), leaves(key.atoms()), keys)
@@ -177,7 +152,7 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
     groups = _groups(batch_axes, queries, keys, leaves(product.contracted), query, key, value)
     return _site(
         view, name, anchor.weights, query, key, value, groups, scores, weights.dropout, weights.used,
-        output.node, output.axes,
+        out, out_axes,
     )  # fmt: skip
 
 

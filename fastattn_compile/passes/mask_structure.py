@@ -179,7 +179,8 @@ def _analyse(
             return _opaque(f"masked scores become {term.fill:g}, not -inf, in {name_of(term.node)}")
         visible, bias = logical_and(visible, kept), add(bias, added)
     for term, met, before in reversed(gates):
-        passed = indicator(met) if not leaves(met) else None
+        # A factor that is real data is not known to be 0 or 1.
+        passed = None if any(leaf.domain == "real" for leaf in leaves(met)) else indicator(met)
         if passed is None or logical_and(visible, passed) != visible:
             return _opaque(f"the scores are multiplied by {name_of(term.node)}, and not hidden wherever it is not 1")
         visible = logical_and(before, visible)

@@ -103,7 +103,7 @@ def read_scores(softmax_input: Node, dim: int) -> Scores | str:
     if path is None:
         path = _find_product(softmax_input, keys - 1, _DEPTH)  # one column may be a sink
     if path is None:
-        return "the scores are not a product of queries and keys"
+        return f"the scores are not a product of queries and keys: they come from {_beginning(softmax_input)}"
     product = contraction(path[0][0])
     if product is None:
         return "the scores are not a product of two tensors"
@@ -113,6 +113,16 @@ def read_scores(softmax_input: Node, dim: int) -> Scores | str:
     for node, source in path[1:]:
         _read_step(scores, node, source)
     return scores
+
+
+def _beginning(node: Node) -> str:
+    """Where the walk back from a softmax ends: the first node that is no step of scores."""
+    for _ in range(_DEPTH):
+        if node.kind not in _UNARY | _BINARY | LAYOUT_KINDS or not node.operands:
+            break
+        node = next(_operands_of_interest(node), node.operands[0]) if node.kind in _BINARY else node.operands[0]
+    what = str(node.attributes.get("target", node.name)) if node.kind == "opaque" else f"{node.kind} {node.name}"
+    return f"{what} ({node.source})" if node.source else what
 
 
 def _operands_of_interest(node: Node) -> Iterator[Node]:
@@ -226,8 +236,8 @@ def _scale(scores: Scores, factor: float) -> None:
 
 
 def _scale_by_tensor(scores: Scores, kind: str, tensor: Node) -> None:
-    """A factor of every score, as a temperature is; one behind the first mask may only hide what another hides again."""
-    if kind == "mul" and (scores.terms or _varies_over_scores(tensor, scores)):
+    """A factor of every score, as a temperature is; one behind a cap or mask may only change what a later mask hides."""
+    if kind == "mul" and (scores.terms or scores.softcap or _varies_over_scores(tensor, scores)):
         scores.terms.append(ScoreTerm(tensor, "gate", 0.0, scores.axes))
     elif scores.terms or scores.softcap:
         scores.problem = scores.problem or "the scores are scaled by a tensor after a mask or a cap"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastattn_compile.passes.axes import LAYOUT_KINDS, Atom, Axes, leaves, step, unify
 from fastattn_compile.passes.contraction import Contraction, Operand, contraction, factors
 from fastattn_compile.passes.graph import GraphView, Node
+from fastattn_compile.passes.scores import number
 
 
 @dataclass
@@ -69,6 +70,8 @@ def read_weights(
                 continue
             if user.kind == "output":
                 result.used = True
+            elif user.kind in ("mul", "div") and user.inputs[0] is node and number(user.inputs[1]) == 1:
+                work.append((user, current, has_sink))
             elif user.kind in ("identity", "cast", "dropout") and user.inputs[0] is node:
                 if user.kind == "dropout":
                     result.dropout = max(result.dropout, float(user.attributes.get("p", 0)))
