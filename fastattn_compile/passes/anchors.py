@@ -94,7 +94,7 @@ def normalised_axes(
     total = _followed(view, live, divisor, rows if len(divisor.shape or ()) < len(axes) else kept, division, 1)
     if found is None or total is None or division.shape is None or len(found) != len(division.shape):
         return None
-    aligned = [[] for _ in range(len(found) - len(total))] + total
+    aligned: Axes = [[] for _ in range(len(found) - len(total))] + total
     if len(aligned) != len(found) or not all(not b or leaves(a) == leaves(b) for a, b in zip(found, aligned)):
         return None
     read = {atom for axis in aligned for atom in leaves(axis)}

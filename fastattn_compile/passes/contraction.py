@@ -140,7 +140,7 @@ def contraction(node: Node) -> Contraction | None:
 
 def _summed(node: Node) -> Contraction | None:
     """``(a * b).sum(dim)`` of broadcast tensors: a product where both have the axis that is summed."""
-    pair, dims = factors(node), node.attributes.get("dims") or ()
+    pair, dims = factors(node), tuple(node.attributes.get("dims") or ())
     product = node.inputs[0]
     if pair is None or len(dims) != 1 or not isinstance(product, Node) or product.shape is None:
         return None
