@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fma": SMALL,
     "window": {"width": 20, "sinks": 3},
     "linformer": {"rank": 8},
+    "tf_attention": {"height": 3},
+    "tc_attention": {"height": 3},
 }
 SERVED = [name for name in OPTIONS if name != "exact"]
 BIDIRECTIONAL = ["linformer"]
@@ -99,6 +101,57 @@ def test_linformer(length: int, mask: str, sharing: str) -> None:
     check("linformer", make_inputs(mask, length=length, value_dim=6), rank=16, sharing=sharing)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "key_padding", "causal & key_padding"])
+@pytest.mark.parametrize("length", [8, 31, 64, 200])
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+def test_trees(name: str, length: int, mask: str) -> None:
+    check(name, make_inputs(mask, length=length, value_dim=6), height=3)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "options",
+    [{"shared": False}, {"height": 5}, {"fallback": "zero"}, {"n_trees": 2, "combine": "mean"}],
+    ids=str,
+)
+def test_options_of_leaf_attention(options: dict[str, object], mask: str) -> None:
+    check("tf_attention", make_inputs(mask, length=150), **{"height": 3, **options})
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "options",
+    [{"shared": False}, {"height": 5}, {"include_root": False}, {"n_trees": 2, "level_weights": "softmax"}],
+    ids=str,
+)
+def test_options_of_coarse_attention(options: dict[str, object], mask: str) -> None:
+    check("tc_attention", make_inputs(mask, length=150), **{"height": 3, **options})
+
+
+def test_leaves_of_any_size() -> None:
+    """One leaf with nearly all keys, and leaves with none: the loop reads what there is."""
+    inputs = make_inputs("causal", length=200, heads=2, kv_heads=1)
+    operator = make_operator("tf_attention", height=3)
+    planes, offsets = make_parameters(operator, inputs)
+    learned = planes, torch.tensor([3.0, 3, 3, -1, 9, 9, 9]).expand_as(offsets).contiguous()
+    model = attention_model(operator, spec_of(inputs), parameters=learned)
+    out = torch.from_numpy(run(model, feeds_of(inputs))[0])
+    oracle = operator.reference(cast(inputs, torch.float64), tuple(p.double() for p in learned)).out
+    assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs, learned).out)
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "linformer"])
+def test_nan_at_padding_is_not_seen(name: str) -> None:
+    inputs = make_inputs("key_padding", length=75)
+    operator = make_operator(name, **OPTIONS[name])
+    learned = make_parameters(operator, inputs)
+    expected = operator.reference(inputs, learned).out
+    for x in (inputs.key, inputs.value):
+        x.masked_fill_(~inputs.key_padding[:, None, :, None], float("nan"))
+    model = attention_model(operator, spec_of(inputs), parameters=learned)
+    torch.testing.assert_close(torch.from_numpy(run(model, feeds_of(inputs))[0]), expected)
+
+
 def test_a_sequence_longer_than_the_projections_stops_the_run() -> None:
     inputs = make_inputs("none", length=40)
     operator = make_operator("linformer", rank=8)
@@ -169,8 +222,8 @@ def test_one_body_serves_every_opset(name: str, opset: int) -> None:
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
 @pytest.mark.parametrize("name", SERVED)
 def test_the_reference_evaluator_agrees_with_the_runtime(name: str, mask: str) -> None:
-    # The evaluator's GatherElements takes 64 entries at most.
-    inputs = make_inputs(served(name, mask), length=60)
+    # The evaluator's GatherElements takes 64 entries at most; trees sort all the queries of a key head by it.
+    inputs = make_inputs(served(name, mask), length=24 if name == "tf_attention" else 60)
     operator = make_operator(name, **OPTIONS[name])
     model = attention_model(operator, spec_of(inputs), parameters=make_parameters(operator, inputs))
     (there,) = run(model, feeds_of(inputs))
@@ -207,4 +260,8 @@ def test_what_a_body_cannot_say_is_refused() -> None:
     assert "without a window" in supported(make_operator("fma"), spec).reason
     assert "no ONNX body yet" in supported(make_operator("cast"), spec).reason
     plain = spec_of(make_inputs("causal", length=8))
+    assert "several trees" in supported(make_operator("tf_attention", n_trees=2), plain).reason
+    assert "leaves alone" in supported(make_operator("tf_attention", window=4), plain).reason
+    assert "rotary" in supported(make_operator("tc_attention", rotary_base=1e4), plain).reason
+    assert "height 1 to" in supported(make_operator("tf_attention", height=0), plain).reason
     assert "mean basis" in supported(make_operator("fma", basis="depthwise"), plain).reason

@@ -270,6 +270,21 @@ def test_learned_parameters_start_from_the_inputs_and_are_weights_of_the_model(t
     assert [len(n.input) for n in nodes] == [6, 6]
 
 
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [("tf_attention", {"height": 3}), ("tc_attention", {"height": 3}), ("window", {"width": 16})],
+)
+def test_operators_that_have_a_body_convert(
+    path: Path, tmp_path: Path, operator: str, options: dict[str, object]
+) -> None:
+    report = fa.convert(path, tmp_path / "out.onnx", operator=operator, options=options, **FAST)
+    assert [site.operator for site in report.sites] == [operator] * 2
+    made = onnx.load(str(tmp_path / "out.onnx"))
+    onnx.checker.check_model(made, full_check=True)
+    onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True)
+    assert run(made, {"x": np.zeros((2, 50, 32), np.float32)})[0].shape == (2, 50, 32)
+
+
 def test_a_fitted_retrofit_is_what_it_is_in_torch(tmp_path: Path) -> None:
     module, x = _bidirectional(), torch.randn(1, 96, 32)
     plan = fa.Plan({"1": fa.PlannedSite("linformer", {"rank": 8})})

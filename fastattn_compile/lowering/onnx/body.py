@@ -110,6 +110,13 @@ def highest(w: OnnxWriter, bias: ir.Value, spec: BodySpec) -> ir.Value:
     return w.op("ReduceMax", bias, [-1], keepdims=1)
 
 
+def lowest(w: OnnxWriter, x: ir.Value, spec: BodySpec, keepdims: int = 0) -> ir.Value:
+    """The smallest entry of every row."""
+    if spec.opset < 18:
+        return w.op("ReduceMin", x, axes=[-1], keepdims=keepdims)
+    return w.op("ReduceMin", x, [-1], keepdims=keepdims)
+
+
 def merged(w: OnnxWriter, query: ir.Value, spec: BodySpec) -> ir.Value:
     """``(b, h, n, d)`` as ``(b, g, group * n, d)``: the query heads of a key head one after another."""
     if spec.group == 1:

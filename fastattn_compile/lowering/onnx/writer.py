@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,10 +22,13 @@ class OnnxWriter:
     Args:
         dtype: Type of real constants.
         prefix: Put before the names of values and nodes; unique in the graph that the nodes go to.
+        outer: Writer of the graph around this one, which then holds the constants.
     """
 
-    def __init__(self, dtype: ir.DataType = ir.DataType.FLOAT, prefix: str = "") -> None:
-        self.dtype, self.prefix = dtype, prefix
+    def __init__(
+        self, dtype: ir.DataType = ir.DataType.FLOAT, prefix: str = "", outer: OnnxWriter | None = None
+    ) -> None:
+        self.dtype, self.prefix, self.outer = dtype, prefix, outer
         self.nodes: list[ir.Node] = []
         self._constants: dict[Any, ir.Value] = {}
 
@@ -58,6 +61,8 @@ class OnnxWriter:
             value: A number, a sequence of integers, or a numpy array.
             dtype: Its type; int64 for integers, boolean for truth values, the writer's type for reals when ``None``.
         """
+        if self.outer is not None:
+            return self.outer.constant(value, dtype)
         array = np.asarray(value)
         kind = array.dtype.kind
         if dtype is None:
@@ -70,6 +75,31 @@ class OnnxWriter:
             self.nodes.append(node)
             self._constants[key] = node.outputs[0]
         return self._constants[key]
+
+    def loop(
+        self, trips: ir.Value, step: Callable[[OnnxWriter, ir.Value], ir.Value], shape: Sequence[Any]
+    ) -> ir.Value:
+        """What a step gives for 0, 1, ... ``trips - 1``, stacked.
+
+        Args:
+            trips: int64 tensor of one element.
+            step: Writes one step, given its number (a scalar); it may read every value that is there before the loop.
+            shape: Of what a step gives, in the writer's type; names stand for free dimensions.
+        """
+        number = ir.Value(
+            name=f"{self.prefix}step_{len(self.nodes)}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
+        )
+        going = ir.Value(
+            name=f"{self.prefix}going_{len(self.nodes)}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
+        )
+        inner = OnnxWriter(self.dtype, f"{self.prefix}loop_{len(self.nodes)}_", self.outer or self)
+        result = step(inner, number)
+        result.type, result.shape = ir.TensorType(self.dtype), ir.Shape(shape)
+        on = inner.op("Identity", going)
+        on.type, on.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
+        graph = ir.Graph([number, going], [on, result], nodes=inner.nodes, name=f"{inner.prefix}body")
+        stacked: ir.Value = self.op("Loop", trips, self.constant(np.array(True)), body=graph)
+        return stacked
 
     # What is used again and again.
 
@@ -138,4 +168,6 @@ def attribute(name: str, value: Any) -> ir.Attr:
         return ir.AttrFloat32(name, value)
     if isinstance(value, str):
         return ir.AttrString(name, value)
+    if isinstance(value, ir.Graph):
+        return ir.AttrGraph(name, value)
     return ir.AttrInt64s(name, [int(x) for x in value])
