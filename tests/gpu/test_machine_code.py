@@ -114,7 +114,8 @@ MIXED = {
 }  # fmt: skip
 WAVES = {**dict.fromkeys(("Q", "K", "BIAS", "PROFILE", "TOP", "OUT", "X", "Y"), DOUBLE), "BOUNDS": LONG}
 CACHE = {
-    **dict.fromkeys(("Q", "K", "V"), "*bf16"), **dict.fromkeys(("LEAF", "QUERY"), LONG), "REAL": BOOL, "LEVEL": INT,
+    **dict.fromkeys(("Q", "K", "V"), "*bf16"), **dict.fromkeys(("LEAF", "QUERY", "ORDER", "CUT"), LONG), "REAL": BOOL,
+    **dict.fromkeys(("LEVEL", "START"), INT),
     "OUT": FLOAT, "LSE": FLOAT, "scale": "fp32",
 }  # fmt: skip
 SORT = {"CODE": LONG, "ORDER": LONG, "COUNT": INT, "BASE": INT}
@@ -124,7 +125,7 @@ MERGE = {
 }  # fmt: skip
 FAR = {"C": 64, "LEAF": 4, "BC": 64, "BL": 4}
 PROFILE = {"D": 64, "FREE": True, "HAS_BIAS": False, "BIAS": None, "BM": 64, "BT": 16, "q_d": 1, "k_d": 1}
-ONE = {"D": 128, "E": 128, "BD": 128, "BE": 128, "H": 6, "DEEPEST": 6, "BN": 64}
+ONE = {"D": 128, "E": 128, "BD": 128, "BE": 128, "H": 6, "LOWEST": 0, "BH": 8, "BN": 64}
 
 # Kernels with one configuration: itself, types, constants, how it is launched, whether it has products.
 FIXED = {
@@ -146,7 +147,7 @@ FIXED = {
     "conv_multiply": (conv.conv_multiply, WAVES, {"CONJUGATE": True, "ADD": False, "B": 256}, LIGHT, False),
     "sort_count": (counting_sort.sort_count, SORT, {"BINS": 64, "T": 128}, LIGHT, False),
     "sort_place": (counting_sort.sort_place, SORT, {"T": 128}, LIGHT, False),
-    "tf_depth": (leaf_decode.tf_depth, {**CACHE, "OUT": INT}, ONE, LIGHT, False),
+    "tf_level": (leaf_decode.tf_level, {**CACHE, "OUT": INT}, ONE, LIGHT, False),
     "tf_decode": (leaf_decode.tf_decode, CACHE, ONE, LIGHT, False),
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ COUNTS = (
     "batch", "bins", "channels", "chunks", "count", "count_units", "entries", "first", "first_in",
     "first_out", "group", "groups", "heads", "high", "k_heads", "k_len", "leaves", "left", "length", "level",
     "list_len", "lists", "low", "n", "nodes", "per_unit", "q_heads", "q_len", "q_start", "right", "rows",
-    "size", "slots", "start", "stretch", "summed", "terms", "tiles", "tokens", "total", "unit", "width",
+    "fallback", "size", "slots", "start", "stretch", "summed", "terms", "tiles", "tokens", "total", "trees", "unit", "width",
+    "window",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from fastattn_compile.operators.treeformer.config import TreeConfig
 from fastattn_compile.operators.treeformer.trees import Trees, real_keys, routing_dtype, turns
 
 if TYPE_CHECKING:
+    from fastattn_compile.kernels.gpu.leaf_decode import Sorted
     from fastattn_compile.operators.treeformer.tc import TreeCoarseAttention
     from fastattn_compile.operators.treeformer.tf import TreeLeafAttention
 
@@ -144,6 +145,8 @@ class LeafDecoder(Decoder):
     def _clear(self) -> None:
         self.key, self.value, self.leaf, self.real = (GrowingRows(dim) for dim in (2, 2, 3, 1))
         self.routed = _Unrotated(self.operator.config)
+        # Keys by their leaves, for each softmax of Triton.
+        self.sorted: list[Sorted] = []
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a prompt and keeps its keys, values and leaves."""
@@ -162,16 +165,11 @@ class LeafDecoder(Decoder):
         if select("tf_attention decode", {"triton": self._obstacle}) == "triton":
             return self._step_by_triton(query, leaf, value)
         found, level = self._found(leaf)
-        choices = (
-            [[tree] for tree in range(config.n_trees)]
-            if config.combine == "mean"
-            else [[*range(config.n_trees)]]
-        )
         each = []
-        for chosen in choices:
+        for chosen in self._softmaxes:
             met = self._near(~found[:, :, chosen].any(-1).all(-1))
             bias = torch.zeros_like(met, dtype=query.dtype)
-            for tree in chosen:
+            for tree in range(config.n_trees)[chosen]:
                 new = found[:, :, tree] & ~met
                 met = met | new
                 if config.query_gradient == "sibling":
@@ -180,6 +178,19 @@ class LeafDecoder(Decoder):
                     gate = torch.where(same, logsigmoid(sure), logsigmoid(-sure))
                     bias = torch.where(new & (level[:, :, tree, None] == config.height - 1), gate, bias)
             each.append(self._attend(query, met, bias))
+        return self._mean(each, value)
+
+    @property
+    def _softmaxes(self) -> list[slice]:
+        """The trees whose keys share a softmax."""
+        trees = self.operator.config.n_trees
+        if self.operator.config.combine == "mean":
+            return [slice(tree, tree + 1) for tree in range(trees)]
+        return [slice(0, trees)]
+
+    @staticmethod
+    def _mean(each: list[tuple[Tensor, Tensor]], value: Tensor) -> AttentionOutput:
+        """The mean of some softmaxes; several have no log-sum-exp together."""
         out = torch.stack([o for o, _ in each]).mean(0)
         lse = each[0][1]
         if len(each) > 1:
@@ -190,11 +201,8 @@ class LeafDecoder(Decoder):
 
     def _obstacle(self) -> str:
         """Why Triton cannot serve a step; empty when it can."""
-        config = self.operator.config
-        if config.n_trees > 1 or config.query_gradient == "sibling":
-            return "several trees, or a gate, change the scores of a leaf"
-        if config.window or config.sinks or config.fallback == "self+window":
-            return "a window or sinks are met beside the leaf"
+        if self.operator.config.query_gradient == "sibling":
+            return "a gate changes the scores of a leaf"
         if self.key.rows.dtype == torch.float64:
             return "float64"
         return gpu_obstacle(self.key.rows, self.value.rows)
@@ -202,13 +210,22 @@ class LeafDecoder(Decoder):
     def _step_by_triton(self, query: Tensor, leaf: Tensor, value: Tensor) -> AttentionOutput:
         from fastattn_compile.kernels.gpu import leaf_decode
 
-        config = self.operator.config
+        config, leaves, real = self.operator.config, self.leaf.rows, self.real.rows
+        if not (self.sorted and self.sorted[0].serves(real.shape[1])):
+            self.sorted = [
+                leaf_decode.Sorted.of(leaves[:, :, trees], real, config.height, config.sinks)
+                for trees in self._softmaxes
+            ]
         lowest = 0 if config.fallback == "ancestor" else config.height
-        out, log_sum_exp = leaf_decode.attend_one(
-            query, leaf[:, :, 0, 0], self.key.rows, self.value.rows, self.leaf.rows[:, :, 0], self.real.rows,
-            config.height, lowest, config.height, self.scale,
-        )  # fmt: skip
-        return AttentionOutput(out.to(value.dtype), log_sum_exp)
+        fallback = config.fallback_window if config.fallback == "self+window" else 0
+        each = [
+            leaf_decode.attend_one(
+                query, leaf[:, :, trees, 0], self.key.rows, self.value.rows, leaves[:, :, trees], real, found.order,
+                found.start, found.cut, config.height, lowest, config.window, fallback, self.scale,
+            )
+            for trees, found in zip(self._softmaxes, self.sorted)
+        ]  # fmt: skip
+        return self._mean(each, value)
 
     def stored_rows(self) -> int:
         """Rows of keys."""
