@@ -5,7 +5,7 @@
 // one. Near and far have a softmax each, without its division; the two are put together at the end.
 //
 // Sizes as in blocks.h.
-#include "tree.h"
+#include "opened.h"
 
 namespace {
 
@@ -25,91 +25,8 @@ void speak(const BarnesHutArgs& args, int64_t batch, int64_t g, int64_t first, f
     }
 }
 
-// A query on its way: what the near field gave it, and where its output goes.
-struct Query {
-  const float *query, *near;  // scaled, filled up to whole vectors; the near output before its division
-  float near_most, near_sum;
-  int64_t head, token;
-};
-
-// Asks for `count` floats before they are read.
-static inline void fetch(const float* from, int64_t count) {
-  for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(from + c);
-}
-
-// The far field of N queries that opened the same leaves, put together with their near fields.
-template <int N, typename T>
-void finish(const BlockArgs& a, const Tree& tree, int64_t leaf_width, int64_t batch, const std::vector<int32_t>& leaves, const Query* queries,
-            std::vector<float>& weights) {
-  const int64_t dk = tree.dk, dv = tree.dv, room = round_up(leaves.size() * leaf_width + 4, W);
-  weights.assign(N * room, NEG_INF);
-  const float* q[N];
-  float most[N], near_share[N], by[N], base[N];
-  for (int n = 0; n < N; n++) q[n] = queries[n].query, most[n] = NEG_INF;
-  int64_t at = 0;
-  for (size_t place = 0; place < leaves.size(); place++) {
-    const int64_t leaf = leaves[place];
-    // Opened leaves lie far apart: what comes soon is asked for now.
-    if (place + 4 < leaves.size()) fetch(&tree.key[leaves[place + 4] * leaf_width * dk], leaf_width * dk);
-    fetch(&tree.value[leaf * leaf_width * dv], leaf_width * dv);
-    for (int64_t t = leaf * leaf_width, end = t + leaf_width; t < end; t += 4) {
-      four s[N];
-      dot4<N>(q, &tree.key[t * dk], dk, dk, s);
-      const int64_t some = std::min<int64_t>(4, end - t);
-      for (int n = 0; n < N; n++) {
-        s[n] += *(const four*)&tree.bias[t];
-        for (int64_t r = 0; r < some; r++) weights[n * room + at + r] = s[n][r];
-      }
-      at += some;
-    }
-  }
-  for (int n = 0; n < N; n++) {
-    float* w = &weights[n * room];
-    vec high = splat(NEG_INF), sums = {};
-    for (int64_t c = 0; c < room; c += W) high = vmax(high, load(w + c));
-    for (int j = 0; j < W; j++) most[n] = std::max(most[n], high[j]);
-    const Query& one = queries[n];
-    const float whole = std::max(one.near_sum > 0.f ? one.near_most : NEG_INF, most[n]);
-    base[n] = whole == NEG_INF ? 0.f : whole;
-    near_share[n] = one.near_sum > 0.f ? std::exp2(one.near_most - base[n]) : 0.f;
-    for (int64_t c = 0; c < room; c += W) {
-      const vec weight = exp2v(load(w + c) - base[n]);
-      store(w + c, weight);
-      sums += weight;
-    }
-    float total = one.near_sum * near_share[n];
-    for (int j = 0; j < W; j++) total += sums[j];
-    by[n] = total > 0.f ? 1.f / total : 0.f;
-    a.log_sum_exp[(batch * a.h + one.head) * a.n + one.token] = total > 0.f ? (base[n] + std::log2(total)) * LN2 : NEG_INF;
-  }
-  const auto columns = [&](int64_t c, auto wide) {
-    constexpr int V = decltype(wide)::value;
-    vec out[N][V];
-    for (int n = 0; n < N; n++)
-      for (int j = 0; j < V; j++) out[n][j] = load(queries[n].near + c + j * W) * near_share[n];
-    int64_t at = 0;
-    for (const int32_t leaf : leaves)
-      for (int64_t t = leaf * leaf_width, end = t + leaf_width; t < end; t++, at++) {
-        vec v[V];
-        for (int j = 0; j < V; j++) v[j] = load(&tree.value[t * dv + c + j * W]);
-        for (int n = 0; n < N; n++) {
-          const vec weight = splat(weights[n * room + at]);
-          for (int j = 0; j < V; j++) out[n][j] += weight * v[j];
-        }
-      }
-    for (int n = 0; n < N; n++) {
-      const Query& one = queries[n];
-      T* to = (T*)a.out + batch * a.out_strides[0] + one.head * a.out_strides[1] + one.token * a.out_strides[2];
-      for (int64_t k = 0; k < std::min<int64_t>(V * W, a.e - c); k++) narrow(out[n][k / W][k % W] * by[n], to[c + k]);
-    }
-  };
-  int64_t c = 0;
-  for (; c + 4 * W <= dv; c += 4 * W) columns(c, std::integral_constant<int, 4>());
-  for (; c < dv; c += W) columns(c, std::integral_constant<int, 1>());
-}
-
 // The tokens of some leaves in fours, with a bias that hides what is in no leaf of them.
-struct Opened {
+struct Fours {
   std::vector<int64_t> token;
   std::vector<float> bias;
 
@@ -130,7 +47,7 @@ struct Tile {
 };
 
 // The far field of the W queries of a tile from lane `lane` on, added to what the tile has.
-void far_lanes(const Tree& tree, int64_t d, int64_t e, const Opened& opened, Tile& tile, int64_t lane, std::vector<float>& weights) {
+void far_lanes(const Tree& tree, int64_t d, int64_t e, const Fours& opened, Tile& tile, int64_t lane, std::vector<float>& weights) {
   const int64_t count = opened.token.size();
   weights.resize((count + 1) * 4 * W);
   const float* queries = &tile.query[lane];
@@ -170,6 +87,9 @@ void far_lanes(const Tree& tree, int64_t d, int64_t e, const Opened& opened, Til
   }
 }
 
+// So many queries wait for each other before their leaves are read: together with their weights they fill a cache.
+constexpr int64_t WAITING = 2048;
+
 // Near and far fields of some blocks of queries.
 template <typename T>
 class Walk {
@@ -178,7 +98,7 @@ class Walk {
       : args(args), a(args.block), tree(tree), batch(batch), g(g), heads(a.h / a.g), parts((a.m + QT - 1) / QT),
         slots(a, none, tree.head, {at((const T*)a.key, a.key_strides), a.key_strides[2], a.d},
               {at((const T*)a.value, a.value_strides), a.value_strides[2], a.e}, a.real ? a.real + batch * a.n : nullptr),
-        chooser(args, tree), tiles(heads * parts), scores(slots.total * QT), rows(QT * std::max(tree.dk, tree.dv)),
+        chooser(args, tree), opened(args, tree, batch), tiles(heads * parts), scores(slots.total * QT), rows(QT * std::max(tree.dk, tree.dv)),
         voices(heads * tree.dk) {
     for (Tile& tile : tiles) tile.query.resize(a.d * QT), tile.out.resize(tree.dv * QT);
   }
@@ -192,9 +112,14 @@ class Walk {
       std::sort(leaves.begin(), leaves.end());
       const int64_t stop = std::min(count, first + args.group);
       if (fills_vectors(args)) lanes(first, stop);
-      else one_by_one(first, stop);
+      else wait(first, stop);
     }
     if (fills_vectors(args)) give();
+    else if (opened.waiting() >= WAITING) opened.give();
+  }
+
+  void done() {
+    if (opened.waiting()) opened.give();
   }
 
  private:
@@ -204,11 +129,11 @@ class Walk {
   const int64_t batch, g, heads, parts;
   Slots<T> slots;
   Chooser chooser;
+  Fours fours;
+  Opened<T> opened;
   std::vector<Tile> tiles;  // (heads, parts)
-  std::vector<float> scores, rows, voices, weights, queries, outs;
-  std::vector<Query> all, together;
+  std::vector<float> scores, rows, voices, weights, near_outs;
   std::vector<int32_t> leaves;
-  Opened opened;
   int64_t first_token = 0, count = 0;
 
   const T* at(const T* base, const int64_t* strides) const { return base + batch * strides[0] + g * strides[1]; }
@@ -235,40 +160,31 @@ class Walk {
     if (!fills_vectors(args)) rows_of_queries();
   }
 
-  // Queries and their near outputs as rows.
+  // Near outputs as rows.
   void rows_of_queries() {
-    const int64_t dk = tree.dk, dv = tree.dv;
-    queries.resize(heads * a.m * dk, 0.f), outs.resize(heads * a.m * dv, 0.f), all.resize(heads * a.m);
+    near_outs.resize(heads * a.m * tree.dv, 0.f);
     for (int64_t h = 0; h < heads; h++)
-      for (int64_t first = 0; first < count; first += QT) {
-        const Tile& tile = tiles[h * parts + first / QT];
-        const int64_t here = std::min<int64_t>(QT, count - first), to = h * a.m + first;
-        transpose_out(tile.out.data(), dv, here, a.e, nullptr, rows.data(), &outs[to * dv]);
-        for (int64_t r = 0; r < here; r++) {
-          const T* from = query(h, first_token + first + r);
-          for (int64_t c = 0; c < a.d; c++) queries[(to + r) * dk + c] = widen(from[c]) * (a.scale * LOG2E);
-          all[to + r] = {&queries[(to + r) * dk], &outs[(to + r) * dv], tile.most[r], tile.sum[r], g * heads + h, first_token + first + r};
-        }
-      }
+      for (int64_t first = 0; first < count; first += QT)
+        transpose_out(tiles[h * parts + first / QT].out.data(), tree.dv, std::min<int64_t>(QT, count - first), a.e, nullptr, rows.data(),
+                      &near_outs[(h * a.m + first) * tree.dv]);
   }
 
   void lanes(int64_t first, int64_t stop) {
-    opened.set(tree, leaves, args.leaf);
-    if (opened.token.empty()) return;
+    fours.set(tree, leaves, args.leaf);
+    if (fours.token.empty()) return;
     for (int64_t h = 0; h < heads; h++)
       for (int64_t lane = first; lane < stop; lane += W)
-        far_lanes(tree, a.d, a.e, opened, tiles[h * parts + lane / QT], lane % QT, weights);
+        far_lanes(tree, a.d, a.e, fours, tiles[h * parts + lane / QT], lane % QT, weights);
   }
 
-  void one_by_one(int64_t first, int64_t stop) {
-    together.clear();
+  void wait(int64_t first, int64_t stop) {
+    opened.group(leaves);
     for (int64_t h = 0; h < heads; h++)
-      for (int64_t r = first; r < stop; r++) together.push_back(all[h * a.m + r]);
-    size_t n = 0;
-    for (; n + 4 <= together.size(); n += 4) finish<4, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-    if (together.size() - n == 3) finish<3, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-    if (together.size() - n == 2) finish<2, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
-    if (together.size() - n == 1) finish<1, T>(a, tree, args.leaf, batch, leaves, &together[n], weights);
+      for (int64_t r = first; r < stop; r++) {
+        const Tile& tile = tiles[h * parts + r / QT];
+        opened.add(query(h, first_token + r), &near_outs[(h * a.m + r) * tree.dv], tile.most[r % QT], tile.sum[r % QT], g * heads + h,
+                   first_token + r);
+      }
   }
 
   // Divides, and writes outputs.
@@ -305,6 +221,7 @@ int run(const BarnesHutArgs& args) {
     const int64_t u = task / chunks, from = task % chunks * chunk;
     Walk<T> walk(args, none, trees[u], u / a.g, u % a.g);
     for (int64_t i = from; i < std::min(none.blocks, from + chunk); i++) walk.block(i);
+    walk.done();
   }
   return 0;
 }
