@@ -19,6 +19,7 @@ from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
 SMALL = {"block": 16, "rank": 4, "sinks": 3}
+TREE = {"block": 8, "leaf": 2, "fanout": 2, "open": 3, "beam": 4, "sinks": 2}
 OPTIONS: dict[str, dict[str, object]] = {
     "exact": {},
     "fma": SMALL,
@@ -26,6 +27,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "linformer": {"rank": 8},
     "tf_attention": {"height": 3},
     "tc_attention": {"height": 3},
+    "barnes_hut": TREE,
 }
 SERVED = [name for name in OPTIONS if name != "exact"]
 BIDIRECTIONAL = ["linformer"]
@@ -128,6 +130,34 @@ def test_options_of_coarse_attention(options: dict[str, object], mask: str) -> N
     check("tc_attention", make_inputs(mask, length=150), **{"height": 3, **options})
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "key_padding", "causal & key_padding"])
+@pytest.mark.parametrize("length", [5, 16, 75, 200])
+def test_barnes_hut(length: int, mask: str) -> None:
+    check("barnes_hut", make_inputs(mask, length=length, value_dim=6), **TREE)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group": 4},
+        {"group": 8, "select": "cumulant"},
+        {"select": "cumulant"},
+        {"sinks": 0, "fanout": 4, "leaf": 4},
+    ],
+    ids=str,
+)
+def test_options_of_barnes_hut(options: dict[str, object], mask: str) -> None:
+    check("barnes_hut", make_inputs(mask, length=190), **{**TREE, **options})
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut"])
+def test_grouped_heads_of_trees(name: str, heads: tuple[int, int]) -> None:
+    inputs = make_inputs("causal", heads=heads[0], kv_heads=heads[1], length=100)
+    check(name, inputs, **OPTIONS[name])
+
+
 def test_leaves_of_any_size() -> None:
     """One leaf with nearly all keys, and leaves with none: the loop reads what there is."""
     inputs = make_inputs("causal", length=200, heads=2, kv_heads=1)
@@ -140,7 +170,7 @@ def test_leaves_of_any_size() -> None:
     assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs, learned).out)
 
 
-@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "linformer"])
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "linformer"])
 def test_nan_at_padding_is_not_seen(name: str) -> None:
     inputs = make_inputs("key_padding", length=75)
     operator = make_operator(name, **OPTIONS[name])
@@ -223,7 +253,7 @@ def test_one_body_serves_every_opset(name: str, opset: int) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_the_reference_evaluator_agrees_with_the_runtime(name: str, mask: str) -> None:
     # The evaluator's GatherElements takes 64 entries at most; trees sort all the queries of a key head by it.
-    inputs = make_inputs(served(name, mask), length=24 if name == "tf_attention" else 60)
+    inputs = make_inputs(served(name, mask), length=24 if name in ("tf_attention", "barnes_hut") else 60)
     operator = make_operator(name, **OPTIONS[name])
     model = attention_model(operator, spec_of(inputs), parameters=make_parameters(operator, inputs))
     (there,) = run(model, feeds_of(inputs))
@@ -241,9 +271,10 @@ def test_nan_at_padding_stays_there() -> None:
     torch.testing.assert_close(out, operator.reference(clean).out)
 
 
-def test_a_longer_sequence_than_promised_stops_the_run() -> None:
+@pytest.mark.parametrize("name", ["fma", "barnes_hut"])
+def test_a_longer_sequence_than_promised_stops_the_run(name: str) -> None:
     inputs = make_inputs("causal", length=300)
-    model = attention_model(make_operator("fma", **SMALL), spec_of(inputs, longest=128))
+    model = attention_model(make_operator(name, **OPTIONS[name]), spec_of(inputs, longest=128))
     with pytest.raises(Exception, match="out of data bounds"):
         run(model, feeds_of(inputs))
 
@@ -264,4 +295,6 @@ def test_what_a_body_cannot_say_is_refused() -> None:
     assert "leaves alone" in supported(make_operator("tf_attention", window=4), plain).reason
     assert "rotary" in supported(make_operator("tc_attention", rotary_base=1e4), plain).reason
     assert "height 1 to" in supported(make_operator("tf_attention", height=0), plain).reason
+    assert "rest='drop'" in supported(make_operator("barnes_hut", rest="pool"), plain).reason
+    assert "chooses by" in supported(make_operator("barnes_hut", select="bound"), plain).reason
     assert "mean basis" in supported(make_operator("fma", basis="depthwise"), plain).reason

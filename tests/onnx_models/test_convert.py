@@ -272,7 +272,12 @@ def test_learned_parameters_start_from_the_inputs_and_are_weights_of_the_model(t
 
 @pytest.mark.parametrize(
     ("operator", "options"),
-    [("tf_attention", {"height": 3}), ("tc_attention", {"height": 3}), ("window", {"width": 16})],
+    [
+        ("tf_attention", {"height": 3}),
+        ("tc_attention", {"height": 3}),
+        ("window", {"width": 16}),
+        ("barnes_hut", {"block": 16, "open": 4}),
+    ],
 )
 def test_operators_that_have_a_body_convert(
     path: Path, tmp_path: Path, operator: str, options: dict[str, object]
