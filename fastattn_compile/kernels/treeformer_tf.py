@@ -36,7 +36,7 @@ def attend(
     if name == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
-        return leaf.forward(query, key, value, scale, parts[0])
+        return leaf.attend(query, key, value, scale, parts)
     if name == "cpp":
         made = cpu.attend(query, key, value, scale, parts)
         if made is not None:
@@ -55,6 +55,5 @@ def backward(
     if select("tf_attention backward", offered) == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
-        *grads, said = leaf.backward(query, key, value, scale, parts[0], *saved)
-        return grads[0], grads[1], grads[2], [said]
+        return leaf.backward(query, key, value, scale, parts, *saved)
     return aten.backward(query, key, value, scale, parts, *saved)

@@ -30,7 +30,15 @@ TREE = {
     "DV": FLOAT,
 }
 TENSORS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV")
-LEAF = {"HAS_BIAS": False, "BIAS": None}
+LEAF = {
+    "HAS_BIAS": False,
+    "BIAS": None,
+    "HIDDEN": False,
+    "SINKS": False,
+    "LOW": None,
+    "HIGH": None,
+    "SINK": None,
+}
 GROUP = {"R": 4, "LEAF": 4, "OPEN": 64, "SINKS": 4, "CAUSAL": True, "BLOCK": 64, "BO": 64, "BS": 16}
 NO_SLOPE = {"HAS_GRAD_LSE": False, "GRAD_LSE": None}
 
@@ -88,6 +96,24 @@ def test_every_row_of_the_table(row):
     assert report.registers <= config.registers, f"{report}; {config.registers} registers were recorded"
     if architecture == "sm_90" and kind == "half" and width <= 128 and name not in SMALL:
         assert report.products["HGMMA"] and not report.products["HMMA"], report
+
+
+@pytest.mark.parametrize("name", ["leaf_fwd", "leaf_dq", "leaf_dkv"])
+def test_what_a_window_hides_from_leaves_fits_the_same_tiles(name):
+    row = name, "sm_90", "half", 64
+    config, (kernel, types, constants) = configs()[row], KERNELS[name]
+    near = {**dict.fromkeys(("LOW", "HIGH"), INT), "SINK": BOOL}
+    tensors = dict.fromkeys(TENSORS, "*bf16")
+    given = {
+        **{name: value for name, value in constants.items() if name not in near}, **config.launch, "D": 64, "E": 64,
+        "BD": 64, "BE": 64, "PRECISION": "tf32", "HIDDEN": True, "SINKS": True, "q_d": 1, "k_d": 1, "v_d": 1,
+    }  # fmt: skip
+    report = compiled(
+        kernel, {**tensors, **STATISTICS, **types, **near, "scale": "fp32"},
+        {name: value for name, value in given.items() if name in kernel.arg_names},
+        "sm_90", config.warps, config.stages,
+    )  # fmt: skip
+    check(report, "sm_90")
 
 
 COARSE = {

@@ -21,6 +21,10 @@ CASES = {
     "tf_attention": (
         {"height": 2}, "causal & key_padding", {}, {"tf_attention forward", "tf_attention backward"}
     ),
+    "tf_attention-window": (
+        {"height": 2, "window": 5, "sinks": 2}, "causal & key_padding", {"heads": 2, "kv_heads": 1},
+        {"tf_attention forward", "tf_attention backward"},
+    ),
     "tc_attention": ({"height": 2}, "causal", {}, {"tc_attention forward", "tc_attention backward"}),
     "cast": (
         {"clusters": 4, "clustering": "topk"}, "key_padding", {}, {"cast forward", "cast backward"}

@@ -87,7 +87,7 @@ class Buckets:
         if select("cast buckets forward", {"triton": partial(_obstacle, query, key, value)}) == "triton":
             from fastattn_compile.kernels.gpu import leaf
 
-            out, lse = leaf.forward(query, key, value, scale, self.part(query.shape[1], key.shape[1]))
+            out, lse = leaf.attend(query, key, value, scale, [self.part(query.shape[1], key.shape[1])])
             return out, lse.squeeze(-1)
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         out, lse = exact_aten.forward(q, k, v, scale, **self._mask())
@@ -113,7 +113,7 @@ class Buckets:
             from fastattn_compile.kernels.gpu import leaf
 
             part = self.part(query.shape[1], key.shape[1])
-            return leaf.backward(query, key, value, scale, part, out, lse[..., None], grad_out, grad_lse)[:3]
+            return leaf.backward(query, key, value, scale, [part], out, lse[..., None], grad_out, grad_lse)[:3]
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         o, z, grad_o = (self._take(x, self.order) for x in (out, lse, grad_out))
         grad_z = None if grad_lse is None else self._take(grad_lse, self.order)

@@ -20,19 +20,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_compile.kernels.aten.treeformer_tf import Part, PartGradients
+from fastattn_compile.kernels.aten.treeformer_tf import NearPairs, Part, PartGradients, join
 from fastattn_compile.kernels.gpu.op_configs import Config, chosen
 from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, precision, tensor_obstacle
 from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum, online_softmax, row_offset
 from fastattn_compile.kernels.gpu.leaf_lists import Lists, cluster_lists, range_lists
 
 
+@triton.jit
+def met_near(key, k_heads, k_len, low, high, SINK, SINKS: tl.constexpr):
+    """Whether keys, by their rows, stand between two positions or are sinks: these are met elsewhere."""
+    position = key % k_len
+    found = (position >= low) & (position < high)
+    if SINKS:
+        found = found | (tl.load(SINK + key // (k_heads * k_len) * k_len + position) != 0)
+    return found
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def leaf_fwd(
-    Q, K, V, OUT, LSE, QUERY_ROW, OUT_ROW, START, STOP, TILE, KEY_ROW, BIAS,
+    Q, K, V, OUT, LSE, QUERY_ROW, OUT_ROW, START, STOP, TILE, KEY_ROW, BIAS, LOW, HIGH, SINK,
     q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, scale,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr, HIDDEN: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp (natural) of one tile of the sorted queries; ``scale`` carries log2 e."""
     tile = tl.program_id(0)
@@ -42,6 +52,8 @@ def leaf_fwd(
     row = tl.load(QUERY_ROW + place, mask=real, other=0)
     at = row_offset(row, q_heads, q_len, q_b, q_h, q_n)
     q = tl.load(Q + at[:, None] + d[None, :] * q_d, mask=real[:, None] & (d < D)[None, :], other=0.0)
+    if HIDDEN:
+        low, high = tl.load(LOW + row)[:, None], tl.load(HIGH + row)[:, None]
     largest, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
     first, last = tl.min(tl.where(real, start, 2147483647), 0), tl.max(stop, 0)
@@ -56,6 +68,8 @@ def leaf_fwd(
         if HAS_BIAS:
             s += tl.load(BIAS + slot, mask=listed, other=0.0)[None, :] * 1.4426950408889634
         seen = (slot[None, :] >= start[:, None]) & (slot[None, :] < stop[:, None])
+        if HIDDEN:
+            seen &= ~met_near(key[None, :], k_heads, k_len, low, high, SINK, SINKS)
         p, shrink, largest, mass = online_softmax(tl.where(seen, s, float("-inf")), largest, mass)
         acc = tl.dot(p.to(v.dtype), finite(v), acc * shrink[:, None], input_precision=PRECISION)
     out_row = tl.load(OUT_ROW + place, mask=real, other=0).to(tl.int64)
@@ -67,9 +81,9 @@ def leaf_fwd(
 @triton.jit(do_not_specialize=COUNTS)
 def leaf_dq(
     Q, K, V, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, SUM, QUERY_ROW, OUT_ROW, START, STOP, TILE, KEY_ROW, BIAS,
-    q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, scale,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LOW, HIGH, SINK, q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, scale,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr, HIDDEN: tl.constexpr,
+    SINKS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, ``delta = <grad, out> - grad_lse``, and the sum of its score gradients."""
     tile = tl.program_id(0)
@@ -87,6 +101,8 @@ def leaf_dq(
         delta -= tl.load(GRAD_LSE + out_row, mask=real, other=0.0)
     tl.store(DELTA + out_row, delta, mask=real)
     lse = tl.load(LSE + out_row, mask=real, other=0.0) * 1.4426950408889634
+    if HIDDEN:
+        low, high = tl.load(LOW + row)[:, None], tl.load(HIGH + row)[:, None]
     acc, total = tl.zeros([BM, BD], tl.float32), tl.zeros([BM], tl.float32)
     first, last = tl.min(tl.where(real, start, 2147483647), 0), tl.max(stop, 0)
     for begin in range(first, last, BN):
@@ -100,6 +116,8 @@ def leaf_dq(
         if HAS_BIAS:
             s += tl.load(BIAS + slot, mask=listed, other=0.0)[None, :] * 1.4426950408889634
         seen = (slot[None, :] >= start[:, None]) & (slot[None, :] < stop[:, None])
+        if HIDDEN:
+            seen &= ~met_near(key[None, :], k_heads, k_len, low, high, SINK, SINKS)
         slope = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         # Where a query meets nothing its log-sum-exp is -inf: chosen, not multiplied.
         seen &= s != float("-inf")
@@ -114,10 +132,10 @@ def leaf_dq(
 @triton.jit(do_not_specialize=COUNTS)
 def leaf_dkv(
     Q, K, V, LSE, GRAD, DELTA, DK, DV, SUM, QUERY_ROW, OUT_ROW, START, STOP, FIRST, LAST, KEY_ROW, GRAD_ROW, BIAS,
-    q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    LOW, HIGH, SINK, q_heads, q_len, q_b, q_h, q_n, q_d, k_heads, k_len, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     list_len, lists, level, scale,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_BIAS: tl.constexpr, HIDDEN: tl.constexpr,
+    SINKS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one tile of one list; ``ADD`` to what an earlier list gave them."""
     part, unit = tl.program_id(0), tl.program_id(1)
@@ -138,7 +156,8 @@ def leaf_dkv(
         place = begin + tl.arange(0, BM)
         real = place < last
         start, stop = tl.load(START + place, mask=real, other=0), tl.load(STOP + place, mask=real, other=0)
-        at = row_offset(tl.load(QUERY_ROW + place, mask=real, other=0), q_heads, q_len, q_b, q_h, q_n)
+        row = tl.load(QUERY_ROW + place, mask=real, other=0)
+        at = row_offset(row, q_heads, q_len, q_b, q_h, q_n)
         out_row = tl.load(OUT_ROW + place, mask=real, other=0).to(tl.int64)
         q = tl.load(Q + at[:, None] + d[None, :] * q_d, mask=real[:, None] & (d < D)[None, :], other=0.0)
         grad = tl.load(
@@ -148,26 +167,30 @@ def leaf_dkv(
         delta = tl.load(DELTA + out_row, mask=real, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias[:, None]
         seen = (slot[:, None] >= start[None, :]) & (slot[:, None] < stop[None, :]) & (s != float("-inf"))
+        if HIDDEN:
+            low, high = tl.load(LOW + row)[None, :], tl.load(HIGH + row)[None, :]
+            seen &= ~met_near(key[:, None], k_heads, k_len, low, high, SINK, SINKS)
         p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         ds = tl.where(seen, p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]), 0.0)
         total += tl.sum(ds, 1)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale * 0.6931471805599453
-    row = tl.load(GRAD_ROW + slot, mask=listed, other=0).to(tl.int64)
-    dk_at, dv_at = DK + row[:, None] * D + d[None, :], DV + row[:, None] * E + e[None, :]
+    key_row = tl.load(GRAD_ROW + slot, mask=listed, other=0).to(tl.int64)
+    dk_at, dv_at = DK + key_row[:, None] * D + d[None, :], DV + key_row[:, None] * E + e[None, :]
     dk_mask, dv_mask = listed[:, None] & (d < D)[None, :], listed[:, None] & (e < E)[None, :]
     if ADD:
         dk += tl.load(dk_at, mask=dk_mask, other=0.0).to(tl.float32)
         dv += tl.load(dv_at, mask=dv_mask, other=0.0).to(tl.float32)
     tl.store(dk_at, dk.to(DK.dtype.element_ty), mask=dk_mask)
     tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=dv_mask)
-    tl.store(SUM + row * lists + level, total, mask=listed)
+    tl.store(SUM + key_row * lists + level, total, mask=listed)
 
 
 def attend_lists(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, lists: Lists, results: int, config: Config
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, lists: Lists, results: int, config: Config,
+    hidden: NearPairs | None = None, kind: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention through lists.
 
     Args:
@@ -178,15 +201,19 @@ def attend_lists(
         lists: Who meets whom.
         results: Rows of results; ``lists.out_row`` names each once.
         config: Of ``leaf_fwd``; its ``BM`` is that of the lists' tiles.
+        hidden: Pairs that are met elsewhere.
+        kind: Type of the output, that of the values when ``None``.
 
     Returns:
-        ``(results, e)`` of the values' type, 0 where a query meets nothing; log-sum-exp ``(results,)`` float32,
+        ``(results, e)``, 0 where a query meets nothing; log-sum-exp ``(results,)`` float32,
         -inf there.
     """
-    out, lse = value.new_empty(results, value.shape[3]), value.new_empty(results, dtype=torch.float32)
+    out = value.new_empty(results, value.shape[3], dtype=kind or value.dtype)
+    lse = value.new_empty(results, dtype=torch.float32)
     leaf_fwd[(lists.tile.numel() - 1,)](
         query, key, value, out, lse, lists.query_row, lists.out_row, lists.start, lists.stop, lists.tile,
-        lists.key_row, lists.bias, *_shape(query, key, value, scale), **_sizes(query, value, lists), **config.launch,
+        lists.key_row, lists.bias, *_near(hidden), *_shape(query, key, value, scale),
+        **_sizes(query, value, lists, hidden), **config.launch,
     )  # fmt: skip
     return out, lse
 
@@ -194,6 +221,7 @@ def attend_lists(
 def attend_lists_backward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, lists: Lists, out: Tensor, log_sum_exp: Tensor,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None, config_dq: Config, config_dkv: Config,
+    hidden: NearPairs | None = None, kind: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of ``attend_lists``.
 
@@ -209,6 +237,8 @@ def attend_lists_backward(
         grad_log_sum_exp: Gradient of the log-sum-exp, contiguous; ``None`` is zero.
         config_dq: Of ``leaf_dq``; its ``BM`` is that of the lists' tiles.
         config_dkv: Of ``leaf_dkv``.
+        hidden: Pairs that are met elsewhere.
+        kind: Type of the gradients, that of the tensors when ``None``.
 
     Returns:
         Gradients of queries ``(results, d)``, keys ``(key results, d)`` and values; the sums of the gradients of
@@ -216,15 +246,15 @@ def attend_lists_backward(
     """
     results, keys = out.shape[0], lists.length * lists.units
     # Keys that stand in several lists gather their gradients list by list, in full precision.
-    kind = query.dtype if lists.lists == 1 else torch.float32
-    dq = query.new_empty(results, query.shape[3])
+    of_lists = (kind or query.dtype) if lists.lists == 1 else torch.float32
+    dq = query.new_empty(results, query.shape[3], dtype=kind or query.dtype)
     delta, of_query = (query.new_empty(results, dtype=torch.float32) for _ in range(2))
-    dk, dv = (x.new_empty(keys, x.shape[3], dtype=kind) for x in (key, value))
+    dk, dv = (x.new_empty(keys, x.shape[3], dtype=of_lists) for x in (key, value))
     of_key = key.new_empty(keys, lists.lists, dtype=torch.float32)
-    shape, sizes = _shape(query, key, value, scale), _sizes(query, value, lists)
+    shape, sizes, near = _shape(query, key, value, scale), _sizes(query, value, lists, hidden), _near(hidden)
     leaf_dq[(lists.tile.numel() - 1,)](
         query, key, value, out, log_sum_exp, grad_out, grad_log_sum_exp, dq, delta, of_query, lists.query_row,
-        lists.out_row, lists.start, lists.stop, lists.tile, lists.key_row, lists.bias, *shape,
+        lists.out_row, lists.start, lists.stop, lists.tile, lists.key_row, lists.bias, *near, *shape,
         HAS_GRAD_LSE=grad_log_sum_exp is not None, **sizes, **config_dq.launch,
     )  # fmt: skip
     columns = config_dkv.columns
@@ -232,7 +262,7 @@ def attend_lists_backward(
         leaf_dkv[(-(-lists.length // columns), lists.units)](
             query, key, value, log_sum_exp, grad_out, delta, dk, dv, of_key, lists.query_row, lists.out_row,
             lists.start, lists.stop, *lists.reaching(level, columns), lists.key_row, lists.grad_row, lists.bias,
-            *shape[:-1], lists.length, lists.lists, level, shape[-1], ADD=level > 0, **sizes, **config_dkv.launch,
+            *near, *shape[:-1], lists.length, lists.lists, level, shape[-1], ADD=level > 0, **sizes, **config_dkv.launch,
         )  # fmt: skip
     return dq, dk, dv, of_query, of_key
 
@@ -241,60 +271,83 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[int
     return (*query.shape[1:3], *query.stride(), *key.shape[1:3], *key.stride(), *value.stride(), scale * LOG2_E)
 
 
-def _sizes(query: Tensor, value: Tensor, lists: Lists) -> dict[str, object]:
+def _near(hidden: NearPairs | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Bounds of the positions that each query meets elsewhere, and the sinks."""
+    if hidden is None:
+        return None, None, None
+    return hidden.low.int().contiguous(), hidden.high.int().contiguous(), hidden.sinks
+
+
+def _sizes(query: Tensor, value: Tensor, lists: Lists, hidden: NearPairs | None) -> dict[str, object]:
     return {
-        **channels(D=query.shape[3], E=value.shape[3]), "HAS_BIAS": lists.bias is not None,
-        "PRECISION": precision(query.dtype),
+        **channels(D=query.shape[3], E=value.shape[3]), "HAS_BIAS": lists.bias is not None, "HIDDEN": hidden is not None,
+        "SINKS": hidden is not None and hidden.sinks is not None, "PRECISION": precision(query.dtype),
     }  # fmt: skip
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part) -> tuple[Tensor, Tensor]:
-    """``treeformer_tf.forward`` in Triton; the output has the values' type.
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """``treeformer_tf.attend`` in Triton, part by part; the output has the values' type.
 
     Args:
         query: ``(b, h, n, d)``, float16, bfloat16 or float32, any strides.
         key: ``(b, g, m, d)``, same type.
         value: ``(b, g, m, e)``, same type.
         scale: Factor on the scores.
-        part: Who meets whom, without gate and hidden pairs.
+        parts: Who meets whom, without gates; what is hidden are ``NearPairs``.
 
     Returns:
         Output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n, 1)``, float32.
     """
-    config = chosen("leaf_fwd", query, value)
-    lists = range_lists(part.ranges, key.shape[2], config.rows)
-    out, lse = attend_lists(query, key, value, scale, lists, query.shape[:3].numel(), config)
-    return out.view(*query.shape[:3], -1), lse.view(*query.shape[:3], 1)
+    config, made = chosen("leaf_fwd", query, value), None
+    kind = value.dtype if len(parts) == 1 else torch.float32
+    for part in parts:
+        lists = range_lists(part.ranges, key.shape[2], config.rows)
+        results = query.shape[:3].numel()
+        out, lse = attend_lists(query, key, value, scale, lists, results, config, _hidden(part), kind)
+        made = (out, lse[:, None]) if made is None else join(*made, out, lse[:, None])
+    assert made is not None
+    return made[0].to(value.dtype).view(*query.shape[:3], -1), made[1].view(*query.shape[:3], 1)
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part, out: Tensor, log_sum_exp: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part], out: Tensor, log_sum_exp: Tensor,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, PartGradients]:  # fmt: skip
-    """``treeformer_tf.backward`` for one part, in Triton, deterministic.
+) -> tuple[Tensor, Tensor, Tensor, list[PartGradients]]:  # fmt: skip
+    """``treeformer_tf.backward`` in Triton, deterministic.
 
     Args:
-        query: As in ``forward``.
-        key: As in ``forward``.
-        value: As in ``forward``.
-        scale: As in ``forward``.
-        part: As in ``forward``.
-        out: Output of ``forward``.
+        query: As in ``attend``.
+        key: As in ``attend``.
+        value: As in ``attend``.
+        scale: As in ``attend``.
+        parts: As in ``attend``.
+        out: Output of ``attend``.
         log_sum_exp: ``(b, h, n, 1)``.
         grad_out: Gradient of the output.
         grad_log_sum_exp: ``(b, h, n)``; ``None`` is zero.
 
     Returns:
-        Gradients of query, key and value, and what the part says of memberships.
+        Gradients of query, key and value, and what each part says of memberships.
     """
     config_dq, config_dkv = chosen("leaf_dq", query, value), chosen("leaf_dkv", query, value)
-    lists = range_lists(part.ranges, key.shape[2], config_dq.rows)
     slope = None if grad_log_sum_exp is None else grad_log_sum_exp.float().contiguous()
-    dq, dk, dv, of_query, of_key = attend_lists_backward(
-        query, key, value, scale, lists, out.flatten(0, 2).contiguous(), log_sum_exp.float().flatten().contiguous(),
-        grad_out.to(query.dtype).contiguous(), slope, config_dq, config_dkv,
-    )  # fmt: skip
-    return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape), PartGradients(of_query, of_key, None, None)
+    saved = out.flatten(0, 2).contiguous(), log_sum_exp.float().flatten().contiguous(), grad_out.to(query.dtype).contiguous()
+    kind, total, said = query.dtype if len(parts) == 1 else torch.float32, None, []
+    for part in parts:
+        lists = range_lists(part.ranges, key.shape[2], config_dq.rows)
+        *grads, of_query, of_key = attend_lists_backward(
+            query, key, value, scale, lists, *saved, slope, config_dq, config_dkv, _hidden(part), kind
+        )
+        total = grads if total is None else [a.add_(b) for a, b in zip(total, grads)]
+        said.append(PartGradients(of_query, of_key, None, None))
+    assert total is not None
+    dq, dk, dv = (x.view(like.shape) for x, like in zip(total, (query, key, value)))
+    return dq, dk, dv, said
+
+
+def _hidden(part: Part) -> NearPairs | None:
+    assert isinstance(part.hidden, (NearPairs, type(None)))
+    return part.hidden
 
 
 def cluster_forward(
@@ -361,10 +414,8 @@ def _cluster_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) -> str:
     """Why these kernels cannot serve a call of ``treeformer_tf``; empty when they can."""
-    if len(parts) != 1:
-        return "windows, sinks or several trees share a softmax"
-    if parts[0].hidden is not None:
-        return "some pairs of a range are hidden"
-    if parts[0].gate is not None:
+    if any(not isinstance(part.hidden, (NearPairs, type(None))) for part in parts):
+        return "pairs that an earlier tree met are hidden"
+    if any(part.gate is not None for part in parts):
         return "a gate changes the scores"
     return tensor_obstacle(query, key, value)
