@@ -90,6 +90,11 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
   return true;
 }
 
+// Asks for `count` floats before they are read.
+static inline void fetch(const float* from, int64_t count) {
+  for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(from + c);
+}
+
 // The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first.
 class Best {
  public:
@@ -200,6 +205,7 @@ class Chooser {
     for (int64_t i = 0; i < count;) {  // children of a node follow each other
       int64_t run = 1;
       while (run < 4 && i + run < count && listed[i + run] == listed[i] + run) run++;
+      if (i + 8 < count) fetch(&nodes.key[listed[i + 8] * tree.dk], 4 * tree.dk);
       for (int64_t h = 0; h < heads; h++) {
         four s;
         const float* voice = voices + h * tree.dk;
