@@ -28,9 +28,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "tf_attention": {"height": 3},
     "tc_attention": {"height": 3},
     "barnes_hut": TREE,
+    "cast": {"clusters": 4},
 }
 SERVED = [name for name in OPTIONS if name != "exact"]
-BIDIRECTIONAL = ["linformer"]
+BIDIRECTIONAL = ["linformer", "cast"]
 TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -151,10 +152,44 @@ def test_options_of_barnes_hut(options: dict[str, object], mask: str) -> None:
     check("barnes_hut", make_inputs(mask, length=190), **{**TREE, **options})
 
 
+@pytest.mark.parametrize("combine", ["paper", "lse"])
+@pytest.mark.parametrize("mask", ["none", "key_padding"])
+@pytest.mark.parametrize("length", [8, 31, 200])
+def test_cast(length: int, mask: str, combine: str) -> None:
+    check("cast", make_inputs(mask, length=length, value_dim=6), clusters=4, combine=combine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"select": "query", "head_reduce": "mean"},
+        {"head_reduce": "softmax_mean", "affinity_scale": "sqrt_width"},
+        {"tau": "learned", "xi": "softplus", "surrogate_space": "input"},
+        {"own_summary": "included", "phi_heads": "per_head"},
+        {"cluster_size": 9},
+        {"cluster_size": 30, "combine": "lse", "select": "key"},
+    ],
+    ids=str,
+)
+def test_options_of_cast(options: dict[str, object]) -> None:
+    check("cast", make_inputs("key_padding", length=100), **{"clusters": 5, **options})
+
+
+def test_a_token_may_be_in_every_cluster_or_in_none() -> None:
+    """Surrogates that are all alike: every cluster takes the same tokens."""
+    inputs = make_inputs("none", length=40)
+    operator = make_operator("cast", clusters=4)
+    learned = make_parameters(operator, inputs)
+    learned[0][:] = learned[0][:1]
+    model = attention_model(operator, spec_of(inputs), parameters=learned)
+    expected = operator.reference(inputs, learned).out
+    torch.testing.assert_close(torch.from_numpy(run(model, feeds_of(inputs))[0]), expected)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut"])
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "cast"])
 def test_grouped_heads_of_trees(name: str, heads: tuple[int, int]) -> None:
-    inputs = make_inputs("causal", heads=heads[0], kv_heads=heads[1], length=100)
+    inputs = make_inputs(served(name, "causal"), heads=heads[0], kv_heads=heads[1], length=100)
     check(name, inputs, **OPTIONS[name])
 
 
@@ -170,7 +205,7 @@ def test_leaves_of_any_size() -> None:
     assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs, learned).out)
 
 
-@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "linformer"])
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "cast", "linformer"])
 def test_nan_at_padding_is_not_seen(name: str) -> None:
     inputs = make_inputs("key_padding", length=75)
     operator = make_operator(name, **OPTIONS[name])
@@ -289,7 +324,8 @@ def test_bodies_are_lean() -> None:
 def test_what_a_body_cannot_say_is_refused() -> None:
     spec = spec_of(make_inputs("causal & window(9)", length=8))
     assert "without a window" in supported(make_operator("fma"), spec).reason
-    assert "no ONNX body yet" in supported(make_operator("cast"), spec).reason
+    assert "no ONNX body yet" in supported(make_operator("conv_basis"), spec).reason
+    assert "one token after the other" in supported(make_operator("cast", clustering="sa_topk"), spec).reason
     plain = spec_of(make_inputs("causal", length=8))
     assert "several trees" in supported(make_operator("tf_attention", n_trees=2), plain).reason
     assert "leaves alone" in supported(make_operator("tf_attention", window=4), plain).reason

@@ -290,6 +290,15 @@ def test_operators_that_have_a_body_convert(
     assert run(made, {"x": np.zeros((2, 50, 32), np.float32)})[0].shape == (2, 50, 32)
 
 
+def test_cast_converts(tmp_path: Path) -> None:
+    model = export(_bidirectional(), torch.randn(2, 20, 32))
+    report = fa.convert(model, tmp_path / "out.onnx", operator="cast", options={"clusters": 4}, **FAST)
+    assert [site.operator for site in report.sites] == ["cast", "cast"]
+    made = onnx.load(str(tmp_path / "out.onnx"))
+    onnx.checker.check_model(made, full_check=True)
+    assert run(made, {"x": np.zeros((2, 50, 32), np.float32)})[0].shape == (2, 50, 32)
+
+
 def test_a_fitted_retrofit_is_what_it_is_in_torch(tmp_path: Path) -> None:
     module, x = _bidirectional(), torch.randn(1, 96, 32)
     plan = fa.Plan({"1": fa.PlannedSite("linformer", {"rank": 8})})

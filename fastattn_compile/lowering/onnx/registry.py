@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fastattn_compile.lowering.onnx import barnes_hut, exact, fma, linformer, tree_coarse, tree_leaf, window
+from fastattn_compile.lowering.onnx import barnes_hut, cast, exact, fma, linformer, tree_coarse, tree_leaf, window
 from fastattn_compile.lowering.onnx.body import Body, BodySpec
 from fastattn_compile.operators.base import Operator, Support, no
 
 _BODIES = {
     "exact": exact.BODY, "fma": fma.BODY, "window": window.BODY, "linformer": linformer.BODY,
     "tf_attention": tree_leaf.BODY,
-    "tc_attention": tree_coarse.BODY, "barnes_hut": barnes_hut.BODY,
+    "tc_attention": tree_coarse.BODY, "barnes_hut": barnes_hut.BODY, "cast": cast.BODY,
 }
 
 
