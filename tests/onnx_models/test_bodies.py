@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "tc_attention": {"height": 3},
     "barnes_hut": TREE,
     "cast": {"clusters": 4},
+    "conv_basis": {"k": 6, "sinks": 2},
 }
 SERVED = [name for name in OPTIONS if name != "exact"]
 BIDIRECTIONAL = ["linformer", "cast"]
@@ -159,6 +160,34 @@ def test_cast(length: int, mask: str, combine: str) -> None:
     check("cast", make_inputs(mask, length=length, value_dim=6), clusters=4, combine=combine)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "key_padding", "causal & key_padding"])
+@pytest.mark.parametrize("length", [8, 31, 200])
+def test_conv_basis(length: int, mask: str) -> None:
+    check("conv_basis", make_inputs(mask, length=length, value_dim=6), k=6, sinks=2)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+@pytest.mark.parametrize("options", [{"k": 1}, {"k": 20}, {"k": 5, "anchors": "strided"}], ids=str)
+def test_options_of_conv_basis(options: dict[str, object], mask: str) -> None:
+    check("conv_basis", make_inputs(mask, length=100), **options)
+
+
+def test_every_column_of_a_short_sequence_is_an_anchor() -> None:
+    inputs = make_inputs("causal & key_padding", length=5)
+    model = attention_model(make_operator("conv_basis", k=12), spec_of(inputs))
+    exact = make_operator("exact").reference(inputs).out
+    torch.testing.assert_close(torch.from_numpy(run(model, feeds_of(inputs))[0]), exact)
+
+
+def test_scores_too_far_apart_for_transforms_stop_the_run() -> None:
+    inputs = make_inputs("causal", length=100)
+    model = attention_model(make_operator("conv_basis", k=6), spec_of(inputs))
+    feeds = feeds_of(inputs)
+    feeds["query"] = 40 * feeds["query"]
+    with pytest.raises(Exception, match="out of data bounds"):
+        run(model, feeds)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -187,7 +216,7 @@ def test_a_token_may_be_in_every_cluster_or_in_none() -> None:
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "cast"])
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "cast", "conv_basis"])
 def test_grouped_heads_of_trees(name: str, heads: tuple[int, int]) -> None:
     inputs = make_inputs(served(name, "causal"), heads=heads[0], kv_heads=heads[1], length=100)
     check(name, inputs, **OPTIONS[name])
@@ -205,7 +234,9 @@ def test_leaves_of_any_size() -> None:
     assert_as_good_as(out, oracle=oracle, formula=operator.reference(inputs, learned).out)
 
 
-@pytest.mark.parametrize("name", ["tf_attention", "tc_attention", "barnes_hut", "cast", "linformer"])
+@pytest.mark.parametrize(
+    "name", ["tf_attention", "tc_attention", "barnes_hut", "cast", "conv_basis", "linformer"]
+)
 def test_nan_at_padding_is_not_seen(name: str) -> None:
     inputs = make_inputs("key_padding", length=75)
     operator = make_operator(name, **OPTIONS[name])
@@ -238,6 +269,8 @@ def test_windows_of_exact() -> None:
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
 @pytest.mark.parametrize("name", SERVED)
 def test_other_types(name: str, mask: str, dtype: torch.dtype) -> None:
+    if (name, dtype) == ("conv_basis", torch.float64):
+        return  # refused, see below
     check(name, make_inputs(served(name, mask), length=150, dtype=dtype), **OPTIONS[name])
 
 
@@ -324,7 +357,10 @@ def test_bodies_are_lean() -> None:
 def test_what_a_body_cannot_say_is_refused() -> None:
     spec = spec_of(make_inputs("causal & window(9)", length=8))
     assert "without a window" in supported(make_operator("fma"), spec).reason
-    assert "no ONNX body yet" in supported(make_operator("conv_basis"), spec).reason
+    double = dataclasses.replace(spec, dtype=ir.DataType.DOUBLE)
+    assert "less than float64" in supported(make_operator("conv_basis"), double).reason
+    assert "at even distances" in supported(make_operator("conv_basis", anchors="jumps"), spec).reason
+    assert "convolutions alone" in supported(make_operator("conv_basis", key_bias=True), spec).reason
     assert "one token after the other" in supported(make_operator("cast", clustering="sa_topk"), spec).reason
     plain = spec_of(make_inputs("causal", length=8))
     assert "several trees" in supported(make_operator("tf_attention", n_trees=2), plain).reason

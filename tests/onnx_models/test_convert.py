@@ -277,6 +277,7 @@ def test_learned_parameters_start_from_the_inputs_and_are_weights_of_the_model(t
         ("tc_attention", {"height": 3}),
         ("window", {"width": 16}),
         ("barnes_hut", {"block": 16, "open": 4}),
+        ("conv_basis", {"k": 8}),
     ],
 )
 def test_operators_that_have_a_body_convert(

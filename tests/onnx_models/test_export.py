@@ -44,9 +44,9 @@ def test_a_call_becomes_a_node_with_its_body(mask: str, opset: int) -> None:
         np.testing.assert_allclose(out, module(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_body_is_refused() -> None:
-    with pytest.raises(ConversionError, match="no ONNX body"):
-        fa.onnx.export(Model("none", "conv_basis").eval(), (torch.randn(1, 64, 32),))
+def test_what_a_body_cannot_say_is_refused() -> None:
+    with pytest.raises(ConversionError, match="even distances"):
+        fa.onnx.export(Model("none", "conv_basis", k=8, anchors="jumps").eval(), (torch.randn(1, 64, 32),))
 
 
 class Learned(torch.nn.Module):
@@ -82,10 +82,12 @@ def test_several_operators_in_one_model() -> None:
     first = Model("causal", block=16, rank=4, sinks=3)
     second = Model("none", block=16, rank=2, sinks=0)
     third = Model("causal", "window", width=20, sinks=2)
-    module = torch.nn.Sequential(first, second, third).eval()
+    fourth = Model("causal", "barnes_hut", block=16, open=4)
+    fifth = Model("none", "conv_basis", k=8)
+    module = torch.nn.Sequential(first, second, third, fourth, fifth).eval()
     model = fa.onnx.export(module, (torch.randn(1, 96, 32),), input_names=["x"])
     ours = [(n.op_type, n.overload) for n in model.graph.node if n.domain == "fastattn"]
-    assert ours == [("FMA", ""), ("FMA", "v2"), ("Window", "")]
+    assert ours == [("FMA", ""), ("FMA", "v2"), ("Window", ""), ("BarnesHut", ""), ("ConvBasis", "")]
     x = torch.randn(1, 96, 32)
     with torch.no_grad():
         np.testing.assert_allclose(run(model, {"x": x.numpy()})[0], module(x).numpy(), rtol=1e-4, atol=1e-5)
