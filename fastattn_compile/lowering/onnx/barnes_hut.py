@@ -250,6 +250,8 @@ class _Writing(Blocks):
         """``(k, b, g, q * v * size, e)`` as ``(b, h, n, e)``."""
         w, spec, group = self.w, self.spec, self.config.group
         if spec.group == 1:
+            # onnx.reference puts what steps give one after another where ONNX stacks it: this is right for both.
+            out = w.op("Reshape", out, w.join([self.blocks, -1, spec.kv_heads, self.m, spec.value_dim]))
             out = w.op("Transpose", out, perm=[1, 2, 0, 3, 4])
         else:
             split = w.join([self.blocks, -1, self.choosers, spec.group, group * spec.value_dim])

@@ -61,30 +61,44 @@ class Blocks:
         raise NotImplementedError
 
     def write(self) -> ir.Value:
-        """The whole computation."""
+        """The whole computation: a loop over blocks, so that no more than one block's rows are gathered at a time."""
         w = self.w
         met = self._meet(*self._tokens())
         query = self._tiles(w.op("Mul", self.query, self.spec.scale))
-        scores = self._product(query, w.op("Gather", met.keys, met.table, axis=2))
-        if not self.sinks:
-            attention = w.op("Softmax", w.op("Add", scores, met.bias), axis=-1)
-            out = w.op("MatMul", attention, w.op("Gather", met.values, met.table, axis=2))
-            return self._ungrouped(self._zeroed(out, met.bias))
-        sink_bias = self._sink_bias()
-        sink_keys, sink_values = (w.op("Unsqueeze", self._at_sinks(x), [2]) for x, _ in self._sides())
-        of_sinks = w.op("Add", self._product(query, sink_keys), sink_bias)
-        scores = w.op("Concat", w.op("Add", scores, met.bias), of_sinks, axis=-1)
-        attention = w.op("Softmax", scores, axis=-1)
-        of_rows, of_sinks = w.op("Split", attention, [self.slots, self.sinks], outputs=2, axis=-1)
-        out = w.op("MatMul", of_rows, w.op("Gather", met.values, met.table, axis=2))
-        out = w.op("Add", out, w.op("MatMul", of_sinks, sink_values))
-        return self._ungrouped(self._zeroed(out, met.bias, sink_bias))
+        biases = [met.bias]
+        sinks: list[ir.Value] = []
+        if self.sinks:
+            biases.append(self._sink_bias())
+            sinks = [self._at_sinks(x) for x, _ in self._sides()]
+
+        def step(w: OnnxWriter, number: ir.Value) -> ir.Value:
+            own = w.op("Gather", query, number, axis=2)
+            table = w.op("Gather", met.table, number, axis=0)
+            bias, *sink_bias = (w.op("Gather", x, number, axis=2) for x in biases)
+            scores = w.op("Add", self._product(w, own, w.op("Gather", met.keys, table, axis=2)), bias)
+            if sink_bias:
+                of_sinks = w.op("Add", self._product(w, own, sinks[0]), sink_bias[0])
+                scores = w.op("Concat", scores, of_sinks, axis=-1)
+            attention = w.op("Softmax", scores, axis=-1)
+            values = w.op("Gather", met.values, table, axis=2)
+            if sink_bias:
+                values = w.op("Concat", values, sinks[1], axis=2)
+            result: ir.Value = w.op("MatMul", attention, values)
+            return result
+
+        rows = self.spec.group * self.m
+        out = w.loop(self.blocks, step, ["batch", self.spec.kv_heads, rows, self.spec.value_dim])
+        # onnx.reference puts what steps give one after another where ONNX stacks it: this is right for both.
+        out = w.op("Reshape", out, w.join([self.blocks, -1, self.spec.kv_heads, rows, self.spec.value_dim]))
+        out = w.op("Transpose", out, perm=[1, 2, 0, 3, 4])
+        return self._ungrouped(self._zeroed(out, *biases))
 
     def _sides(self) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]]:
         return (self.key, self.spec.head_dim), (self.value, self.spec.value_dim)
 
-    def _product(self, query: ir.Value, keys: ir.Value) -> ir.Value:
-        return self.w.op("MatMul", query, self.w.op("Transpose", keys, perm=[0, 1, 2, 4, 3]))
+    def _product(self, w: OnnxWriter, query: ir.Value, keys: ir.Value) -> ir.Value:
+        result: ir.Value = w.op("MatMul", query, w.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        return result
 
     # Tiles of queries.
 
