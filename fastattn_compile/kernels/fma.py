@@ -9,7 +9,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import fma as on_aten
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.cpu import fma as on_cpu
-from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
+from fastattn_compile.kernels.dispatch import chosen_kernels, give_way, gpu_obstacle, select
 
 NOT_FINITE = "keys or values hold an infinity or NaN, which its sums would spread to queries that do not see it"
 
@@ -50,6 +50,30 @@ def forward(
             return made
         give_way("fma forward", name, NOT_FINITE)
     return on_aten.forward(query, key, value, scale, pattern, key_padding, weights, bias)
+
+
+def forward_packed(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, segments: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Packed documents where they stand; ``None`` where they must be laid out as sequences, which every kernel serves.
+
+    Args:
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+        scale: Factor on the scores.
+        pattern: Who meets whom in a document.
+        segments: ``(b, n)`` integer document numbers.
+    """
+    if chosen_kernels() not in ("auto", "triton") or gpu_obstacle(query, key, value):
+        return None
+    from fastattn_compile.kernels.gpu import fma_packed
+
+    # Where numbers rise, the tokens of a document stand side by side.
+    if fma_packed.obstacle(query, key, value, pattern) or bool((segments[:, 1:] < segments[:, :-1]).any()):
+        return None
+    select("fma packed forward", {"triton": lambda: ""})
+    return fma_packed.forward(query, key, value, scale, pattern, segments)
 
 
 def backward(

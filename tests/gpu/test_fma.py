@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import AttentionOutput, assert_as_good_as, cast, gradients, leaves, make_inputs, make_parameters
 
+from fastattn_compile.kernels import fma as face
 from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
 from fastattn_compile.kernels.gpu import fma
 from fastattn_compile.operators.registry import make_operator
@@ -21,7 +22,8 @@ def moved(inputs, device):
         for x in (inputs.query, inputs.key, inputs.value)
     )
     padding = None if inputs.key_padding is None else inputs.key_padding.to(device)
-    return dataclasses.replace(inputs, query=q, key=k, value=v, key_padding=padding)
+    segments = None if inputs.segments is None else inputs.segments.to(device)
+    return dataclasses.replace(inputs, query=q, key=k, value=v, key_padding=padding, segments=segments)
 
 
 def judged(operator, inputs, parameters, seeds, dtype):
@@ -79,6 +81,53 @@ CASES = {
 def test_options(case, device):
     options, sizes = CASES[case]
     check("causal", device, options, **sizes)
+
+
+PACKED = {
+    "causal": ("causal & segments", {"block": 4}, {}),
+    "bidirectional": ("segments", {"block": 4}, {"dtype": torch.float16}),
+    "window": (
+        "causal & window(20) & segments",
+        {"block": 4, "sinks": 0},
+        {"batch": 2, "dtype": torch.bfloat16},
+    ),
+    "many-levels": (
+        "causal & segments",
+        {"block": 2, "rank": 1, "scale_attn": False},
+        {"heads": 1, "length": 140},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_documents(case, device, monkeypatch):
+    mask, options, sizes = PACKED[case]
+    operator = make_operator("fma", **{**OPTIONS, **options})
+    inputs = moved(make_inputs(mask, **{**SMALL, "length": 85, "value_dim": 24, **sizes}), device)
+    # From one token to eleven blocks; the documents of one sequence are not those of the next.
+    length = inputs.query.shape[2]
+    edges = torch.tensor([[1, 4, 17, 61], [44, 53, 75, 84]], device=device)[: len(inputs.query)]
+    segments = (torch.arange(length, device=device) >= edges[:, :, None]).sum(1)
+    inputs = dataclasses.replace(inputs, segments=segments)
+    if device == "cpu":
+        monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
+    with recorded_kernels() as ran:
+        got = operator.forward(inputs)
+    assert ran == {"fma packed forward": "triton"}
+    exact, formula = (
+        operator.reference(cast(inputs, dtype)) for dtype in (torch.float64, inputs.value.dtype)
+    )
+    assert_as_good_as(got.out, oracle=exact.out, formula=formula.out)
+    assert_as_good_as(got.log_sum_exp, oracle=exact.log_sum_exp, formula=formula.log_sum_exp)
+
+
+def test_documents_that_stand_apart_are_laid_out(device, monkeypatch):
+    operator = make_operator("fma", **OPTIONS)
+    inputs = moved(make_inputs("causal & segments", **SMALL), device)
+    if device == "cpu":
+        monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
+    given = inputs.query, inputs.key, inputs.value, inputs.scale, operator._pattern(inputs)
+    assert face.forward_packed(*given, torch.arange(50, device=device).flip(0)[None]) is None
 
 
 def test_learned_with_padding(device):

@@ -46,6 +46,12 @@ def test_bidirectional_lists_fit_the_same_tiles(name):
     assert made.fits(SHARED_MEMORY["sm_90"]), made
 
 
+def test_packed_documents_fit_the_same_tiles():
+    row = "fma_fwd", "sm_90", "half", 64
+    (made,) = reports(*row, configs()[row], packed=True)
+    assert made.fits(SHARED_MEMORY["sm_90"]), made
+
+
 @pytest.mark.parametrize(
     "kind, precision, channels, warps", [("*bf16", "tf32", 128, 8), ("*fp32", "tf32x3", 64, 4)]
 )
@@ -56,6 +62,8 @@ def test_pool(kind, precision, channels, warps):
         "BC": channels,
         "RANK": 4,
         "ALL": False,
+        "PACKED": False,
+        "DOCUMENT": None,
         "R": 64,
         "BT": 64,
         "PRECISION": precision,

@@ -229,9 +229,9 @@ def forward(
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)
     fma_fwd[(call.tiles(config.rows), call.units)](
-        query, key, value, rows_k, rows_v, tables.mass, tables.fine, tables.sink, out, log_sum_exp, call.kv_heads,
-        call.length, call.nb, call.levels, *call.strides, *call.steps, *call.window, scale * LOG2_E, **call.sizes,
-        **call.of_rows, **call.of_sinks, **call.padded, **config.launch,
+        query, key, value, rows_k, rows_v, tables.mass, tables.fine, tables.sink, out, log_sum_exp, None, call.kv_heads,
+        call.length, call.nb, call.levels, 0, *call.strides, *call.steps, *call.window, scale * LOG2_E, **call.sizes,
+        **call.of_rows, **call.of_sinks, **call.padded, PACKED=False, **config.launch,
     )  # fmt: skip
     return out, log_sum_exp
 

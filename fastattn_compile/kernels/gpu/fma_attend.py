@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn_compile.kernels.gpu.fma_rows import beyond, covered, far_rows, first_row, near
+from fastattn_compile.kernels.gpu.fma_rows import beyond, covered, document, far_rows, first_row, near
 from fastattn_compile.kernels.gpu.meet import heads_of, meet, meet_again, rows_of, shown
 from fastattn_compile.kernels.gpu.online import log2_sum
 
@@ -77,26 +77,44 @@ def packed_rows(pid, length, G: tl.constexpr, BLOCK: tl.constexpr, BM: tl.conste
     return place, r % G, (r < 2 * BLOCK * G) & (place < length), first, last
 
 
-@triton.jit(do_not_specialize=["length", "nb", "levels"])
+@triton.jit(do_not_specialize=["length", "nb", "levels", "all_rows"])
 def fma_fwd(
-    Q, K, V, ROWS_K, ROWS_V, MASS, FINE, SINK, OUT, LSE, heads, length, nb, levels,
+    Q, K, V, ROWS_K, ROWS_V, MASS, FINE, SINK, OUT, LSE, DOCUMENT, heads, length, nb, levels, all_rows,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mass_b, fine_b, sink_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
     RANK: tl.constexpr, SINKS: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, PADDED: tl.constexpr,
-    LEARNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
-    BS: tl.constexpr,
+    LEARNED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BF: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Output and natural log-sum-exp of a program's rows; ``scale`` carries log2 e, ``heads`` counts key heads."""
+    """Output and natural log-sum-exp of a program's rows; ``scale`` carries log2 e, ``heads`` counts key heads.
+
+    ``PACKED``, the documents of a table take the place of the sequences, and ``all_rows`` counts the rows of all of them.
+    """
     unit = tl.program_id(1).to(tl.int64)
     batch, head = unit // heads, unit % heads
+    if PACKED:
+        total, sink_at = length, batch * sink_b
+        batch, opening, length, levels, base = document(DOCUMENT, batch)
+        nb = 2 << levels
+        Q += opening * q_n
+        K += opening * k_n
+        V += opening * v_n
+        mass_at = base
+        ROWS_K += (head * all_rows + base) * D
+        ROWS_V += (head * all_rows + base) * E
     place, of_group, real, first, last = packed_rows(tl.program_id(0), length, G, BLOCK, BM)
+    if PACKED:
+        if first * BLOCK >= length:
+            return  # the grid is that of the longest document
     of_group = of_group + head * G
     q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
     K += batch * k_b + head * k_h
     V += batch * v_b + head * v_h
-    rows = first_row(levels, nb, RANK).to(tl.int64)
-    ROWS_K += unit * rows * D
-    ROWS_V += unit * rows * E
+    if not PACKED:
+        rows = first_row(levels, nb, RANK).to(tl.int64)
+        ROWS_K += unit * rows * D
+        ROWS_V += unit * rows * E
+        mass_at, sink_at = batch * mass_b, batch * sink_b
     largest, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
     end = (last + 1) * BLOCK if CAUSAL else (last + 2) * BLOCK
@@ -109,19 +127,22 @@ def fma_fwd(
         largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     for begin in range(0, levels * (2 * RANK if CAUSAL else 4 * RANK), BF):
         row, there, weight, seen = far_keys(
-            begin, first, last, place, MASS + batch * mass_b, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
+            begin, first, last, place, MASS + mass_at, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
             BANDED, LEARNED, BF,
         )  # fmt: skip
         k, v = rows_of(ROWS_K, row, D, 1, there, D, BD), rows_of(ROWS_V, row, E, 1, there, E, BE)
         largest, mass, acc = meet(q, k, v, weight, seen, scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
         key, there, seen = sink_keys(
-            place, SINK + batch * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
+            place, SINK + sink_at, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
         )
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
         largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     e = tl.arange(0, BE)
-    at = (batch * heads * G + of_group) * length + place
+    if PACKED:
+        at = (batch * heads * G + of_group) * total + opening + place
+    else:
+        at = (batch * heads * G + of_group) * length + place
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(
         OUT + at[:, None] * E + e[None, :],

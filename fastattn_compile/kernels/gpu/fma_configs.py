@@ -132,6 +132,19 @@ _ROWS = """
     window_dkv sm_90 half 256 64 64 0 8 2 split
     window_fwd sm_90 float 64 64 32 0 4 2
     window_dkv sm_90 float 64 32 64 0 8 2
+    window_dkv sm_90 float 128 16 16 0 4 1
+    fma_fwd sm_100 half 256 64 64 64 8 2
+    fma_far sm_100 half 256 64 0 64 8 2 split
+    fma_dkv sm_100 half 256 64 64 0 8 2 split
+    fma_sinks sm_100 half 256 64 0 0 4 1
+    fma_dq sm_100 half 256 64 32 32 8 2
+    fma_fwd sm_80 half 256 16 32 32 4 1
+    fma_far sm_80 half 256 32 0 64 8 1 split
+    fma_dkv sm_80 half 256 32 64 0 8 1 split
+    fma_sinks sm_80 half 256 64 0 0 4 1
+    fma_dq sm_80 half 256 16 16 16 8 1
+    fma_fwd gfx942 half 256 64 32 32 4 2
+    fma_far gfx942 half 256 16 0 16 4 1
 """
 
 # Where the search found none: they may spill, and are right all the same.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.fma_rows import first_row
+from fastattn_compile.kernels.gpu.fma_rows import document, first_row
 from fastattn_compile.kernels.gpu.launch import padded, precision
 from fastattn_compile.kernels.gpu.online import blemish, finite
 
@@ -22,15 +22,28 @@ _LEVELS = CELLS.bit_length()
 _CHANNELS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
-@triton.jit(do_not_specialize=["length", "nb", "level", "levels"])
+@triton.jit(do_not_specialize=["length", "nb", "level", "levels", "all_rows"])
 def fma_pool(
-    X, TAKEN, COUNT, ROWS, SUMS, heads, length, nb, level, levels, cell, x_b, x_h, x_n, x_d, taken_b, count_b,
-    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, R: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    X, TAKEN, COUNT, ROWS, SUMS, DOCUMENT, heads, length, nb, level, levels, cell, all_rows, x_b, x_h, x_n, x_d, taken_b,
+    count_b,
+    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, PACKED: tl.constexpr, R: tl.constexpr,
+    BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Levels from ``level`` on of ``R / 2`` cells, each of ``cell`` rows of ``X``: means to ROWS, sums of the last to SUMS."""
+    """Levels from ``level`` on of ``R / 2`` cells, each of ``cell`` rows of ``X``: means to ROWS, sums of the last to SUMS.
+
+    ROWS is ``(b, heads, all_rows, C)``. ``PACKED``, the documents of a table take the place of the sequences, and there
+    is one list of rows for all of them.
+    """
     chunk, unit, c = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BC + tl.arange(0, BC)
     batch, inside = unit // heads, (c < C)[None, :]
+    out_unit, base = unit, unit * 0
+    if PACKED:
+        sequence, opening, size, levels, base = document(DOCUMENT, batch)
+        out_unit, nb = unit % heads, 2 << levels
+        if level == 0:
+            batch, length = sequence, tl.where(levels > 0, size, 0)
+            X += opening * x_n
+            TAKEN += opening
     X += batch * x_b + (unit % heads) * x_h
     # The program's rows: R / 2 of its first level, R / 4 of the next, one of the last, and one that is not used.
     r = tl.arange(0, R)
@@ -57,10 +70,10 @@ def fma_pool(
     at = chunk * ((R // 2) >> up) + index
     real = (r < R - 1) & (level + up < levels) & (at < RANK * (nb >> (level + up)))
     row = (first_row(level + up, nb, RANK) + at).to(tl.int64)
-    rows = first_row(levels, nb, RANK).to(tl.int64)
+    row += base
     count = tl.load(COUNT + batch * count_b + row, mask=real, other=1.0)
     mean = acc / tl.maximum(count, 1.0)[:, None]
-    out = (unit * rows + row)[:, None] * C + c[None, :]
+    out = (out_unit * all_rows + row)[:, None] * C + c[None, :]
     tl.store(ROWS + out, mean.to(ROWS.dtype.element_ty), mask=real[:, None] & inside)
     last = (unit * tl.num_programs(0) + chunk) * C + c
     tl.store(SUMS + last[None, :] + tl.zeros([R, 1], tl.int64), acc, mask=(r == R - 2)[:, None] & inside)
@@ -85,8 +98,9 @@ def fma_spread(
 
 
 def pool_means(
-    x: Tensor, taken: Tensor | None, counts: Tensor, nb: int, levels: int, rank: int, block: int
-) -> Tensor:
+    x: Tensor, taken: Tensor | None, counts: Tensor, nb: int, levels: int, rank: int, block: int,
+    documents: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Means of the tokens of every row.
 
     Args:
@@ -97,12 +111,14 @@ def pool_means(
         levels: Pooled levels.
         rank: Rows of a group.
         block: Tokens of a finest group.
+        documents: ``(k, 5)`` int32 as ``fma_rows.document`` reads it; ``nb`` and ``levels`` are then those of the longest.
 
     Returns:
-        ``(b, g, rows, c)`` in the type of ``x``.
+        ``(b, g, rows, c)`` in the type of ``x``; of documents ``(1, g, rows of all, c)``.
     """
     batch, heads, length, c = x.shape
-    pooled = x.new_empty(batch, heads, counts.shape[1], c)
+    pooled = x.new_empty(batch if documents is None else 1, heads, counts.shape[1], c)
+    batch = batch if documents is None else len(documents)
     source, cell, level = x, block // rank, 0
     while level < levels:
         chunks = -(-(rank * (nb >> level)) // CELLS)
@@ -110,9 +126,9 @@ def pool_means(
         bc = min(_CHANNELS[source.dtype], padded(c))
         every = taken is None or level > 0
         fma_pool[(chunks, batch * heads, -(-c // bc))](
-            source, None if every else taken, counts, pooled, sums, heads, source.shape[2], nb, level, levels, cell,
-            *source.stride(), _step(taken), _step(counts), C=c, BC=bc, RANK=rank, ALL=every, R=2 * CELLS, BT=64,
-            PRECISION=precision(source.dtype), num_warps=4 if bc < 128 else 8, num_stages=2,
+            source, None if every else taken, counts, pooled, sums, documents, heads, source.shape[2], nb, level, levels,
+            cell, counts.shape[1], *source.stride(), _step(taken), _step(counts), C=c, BC=bc, RANK=rank, ALL=every,
+            PACKED=documents is not None, R=2 * CELLS, BT=64, PRECISION=precision(source.dtype), num_warps=4 if bc < 128 else 8, num_stages=2,
         )  # fmt: skip
         source, cell, level = sums, 2, level + _LEVELS
     return pooled

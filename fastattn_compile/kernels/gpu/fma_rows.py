@@ -17,6 +17,14 @@ def first_row(level, nb, RANK: tl.constexpr):
 
 
 @triton.jit
+def document(DOCUMENT, number):
+    """Of one packed document: its sequence, first token, length, levels, and first row among those of all."""
+    at = DOCUMENT + number * 5
+    sequence, first = tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.int64)
+    return sequence, first, tl.load(at + 2), tl.load(at + 3), tl.load(at + 4).to(tl.int64)
+
+
+@triton.jit
 def far_rows(block, slot, nb, levels, RANK: tl.constexpr, CAUSAL: tl.constexpr):
     """Row of each far slot of a block, and whether the block sees it.
 

@@ -101,6 +101,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         """A few blocks of queries at a time, in O(n) memory."""
         self._check_parameters(inputs, parameters)
         if inputs.segments is not None:
+            packed = self._packed(inputs)
+            if packed is not None:
+                return packed
             return forward_documents(lambda one: self.forward(one, parameters), inputs, self.config.block)
         if self._levels(inputs) == 0:
             return self._bounded(exact_forward(inputs))
@@ -211,6 +214,15 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             config.block, config.rank, config.sinks, mask.causal, mask.left, mask.right,
             config.scale_attn, self.learned, dense=config.basis == "dense",
         )  # fmt: skip
+
+    def _packed(self, inputs: AttentionInputs) -> AttentionOutput | None:
+        """Packed documents without laying them out, where kernels can."""
+        segments, more = inputs.segments, inputs.key_padding is not None or inputs.bias is not None
+        if segments is None or more or self.config.boundary != "clean":
+            return None
+        tensors = inputs.query, inputs.key, inputs.value
+        made = fma_kernels.forward_packed(*tensors, inputs.scale, self._pattern(inputs), segments)
+        return None if made is None else AttentionOutput(*made)
 
     def _bounded(self, output: AttentionOutput) -> AttentionOutput:
         """With the zero keys of the boundary, if it has them."""
