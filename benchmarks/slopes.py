@@ -54,6 +54,7 @@ def clusters(n: int) -> int:
 
 SERIES: dict[str, Series] = {
     "fma": ("fma", True, lambda n: {}, 1.15),
+    "fma grid": ("fma", False, lambda n: {"grid": (math.isqrt(n), math.isqrt(n))}, 1.15),
     "barnes_hut": ("barnes_hut", True, lambda n: {}, 1.15),
     "tf_attention": ("tf_attention", True, lambda n: {"height": height(n)}, 1.15),
     "tc_attention": ("tc_attention", True, lambda n: {"height": height(n)}, 1.15),

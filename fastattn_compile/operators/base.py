@@ -464,6 +464,13 @@ class Operator(ABC, Generic[ConfigT]):
         """
         return None
 
+    def on_first_tokens(self, longest: int) -> tuple[Operator, int]:
+        """What serves the first tokens of a sequence when the whole is too long for ``reference``, and how many they are.
+
+        Itself on ``longest`` tokens, unless the configuration fixes the number of tokens.
+        """
+        return self, longest
+
     def routing_loss(
         self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
     ) -> Tensor | None:

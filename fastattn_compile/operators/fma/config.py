@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastattn_compile.operators.base import OperatorConfig
 
 BASES = ("mean", "depthwise", "dense", "recursive")
+GRID_BASES = ("mean", "depthwise")
 BOUNDARIES = ("clean", "zero_pad")
 
 
@@ -29,6 +31,11 @@ class FmaConfig(OperatorConfig):
         boundary: What stands before the first token: ``"clean"``, nothing; ``"zero_pad"``, keys and values of 0
             that are attended, as in the published code. For weights trained so; causal, without sinks, with
             ``block`` times a power of two tokens, and without decoding.
+        grid: Height and width when the tokens are those of an image, row after row: groups are then square cells and the
+            near field is that of the plane (specification 1.9). ``block`` is the tokens of a finest cell, a square number;
+            bidirectional, with the bases ``"mean"`` and ``"depthwise"``, and no ``sinks`` but ``prefix``.
+        prefix: Tokens in front of the grid (class token, registers). Every query meets them exactly, and they meet
+            every token exactly.
     """
 
     block: int = 64
@@ -37,10 +44,18 @@ class FmaConfig(OperatorConfig):
     scale_attn: bool = True
     sinks: int = 4
     boundary: str = "clean"
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"block must be a positive number of tokens, got {self.block}")
+        if self.grid is not None:
+            self._check_grid()
+        elif self.prefix:
+            raise ValueError(
+                f"prefix counts tokens in front of a grid, got prefix={self.prefix} without grid"
+            )
         if not 1 <= self.rank <= self.block:
             raise ValueError(f"rank must be between 1 and block ({self.block}), got {self.rank}")
         if self.block % self.rank:
@@ -57,6 +72,32 @@ class FmaConfig(OperatorConfig):
             raise ValueError(f"unknown boundary {self.boundary!r}; boundaries: {', '.join(BOUNDARIES)}")
         if self.boundary == "zero_pad" and self.sinks:
             raise ValueError(f"boundary 'zero_pad' has no sinks, got sinks={self.sinks}; set sinks to 0")
+
+    def _check_grid(self) -> None:
+        grid = self.grid
+        whole = isinstance(grid, (tuple, list)) and all(type(size) is int and size > 0 for size in grid)
+        if not whole or len(grid) != 2:  # type: ignore[arg-type]
+            raise ValueError(f"grid must be two positive numbers, height and width, got {grid!r}")
+        object.__setattr__(self, "grid", tuple(grid))  # type: ignore[arg-type]
+        if math.isqrt(self.block) ** 2 != self.block:
+            near = max(1, round(math.sqrt(self.block)))
+            raise ValueError(
+                f"with a grid, block counts the tokens of a square cell: {self.block} is no square number; "
+                f"{near * near} is a cell of {near} x {near}"
+            )
+        if self.basis not in GRID_BASES:
+            raise ValueError(
+                f"basis {self.basis!r} is not defined on a grid; bases that are: {', '.join(GRID_BASES)}"
+            )
+        if self.boundary != "clean":
+            raise ValueError(f"a grid has the boundary 'clean', got {self.boundary!r}")
+        if self.prefix < 0:
+            raise ValueError(f"prefix must be 0 or more tokens, got {self.prefix}")
+        if self.sinks not in (0, type(self).sinks):
+            raise ValueError(
+                f"a grid has no sinks, got sinks={self.sinks}; tokens in front of the grid are named with prefix"
+            )
+        object.__setattr__(self, "sinks", 0)
 
 
 def level_count(length: int, block: int) -> int:

@@ -63,6 +63,14 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     implementation = 2
     config_type = FmaConfig
 
+    def __new__(cls, config: FmaConfig | None = None) -> FastMultipoleAttention:
+        """The form for images when the configuration has a grid."""
+        if config is not None and config.grid is not None:
+            from fastattn_compile.operators.fma.grid import GridMultipoleAttention
+
+            cls = GridMultipoleAttention
+        return super().__new__(cls)
+
     def supports(self, spec: SiteSpec) -> Support:
         """Yes for self-attention with causal, windowed, banded or padded masks; else no, with the reason."""
         mask = spec.mask
