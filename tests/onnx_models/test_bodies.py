@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fma": SMALL,
     "window": {"width": 20, "sinks": 3},
     "linformer": {"rank": 8},
-    "tf_attention": {"height": 3},
+    "tf_attention": {"height": 3, "window": 6, "sinks": 2},
     "tc_attention": {"height": 3},
     "barnes_hut": TREE,
     "cast": {"clusters": 4},
@@ -115,7 +115,14 @@ def test_trees(name: str, length: int, mask: str) -> None:
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
 @pytest.mark.parametrize(
     "options",
-    [{"shared": False}, {"height": 5}, {"fallback": "zero"}, {"n_trees": 2, "combine": "mean"}],
+    [
+        {"shared": False},
+        {"height": 5},
+        {"fallback": "zero"},
+        {"n_trees": 2, "combine": "mean", "window": 4},
+        {"window": 9, "sinks": 3},
+        {"window": 5, "sinks": 2, "fallback": "zero"},
+    ],
     ids=str,
 )
 def test_options_of_leaf_attention(options: dict[str, object], mask: str) -> None:
@@ -364,7 +371,7 @@ def test_what_a_body_cannot_say_is_refused() -> None:
     assert "one token after the other" in supported(make_operator("cast", clustering="sa_topk"), spec).reason
     plain = spec_of(make_inputs("causal", length=8))
     assert "several trees" in supported(make_operator("tf_attention", n_trees=2), plain).reason
-    assert "leaves alone" in supported(make_operator("tf_attention", window=4), plain).reason
+    assert "beside a window" in supported(make_operator("tf_attention", sinks=4), plain).reason
     assert "rotary" in supported(make_operator("tc_attention", rotary_base=1e4), plain).reason
     assert "height 1 to" in supported(make_operator("tf_attention", height=0), plain).reason
     assert "rest='drop'" in supported(make_operator("barnes_hut", rest="pool"), plain).reason

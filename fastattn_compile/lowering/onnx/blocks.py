@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from fastattn_compile.lowering.onnx.body import BodyInputs, BodySpec, hidden, highest
+from fastattn_compile.lowering.onnx.body import BodyInputs, BodySpec, hidden, highest, with_mass
 from fastattn_compile.lowering.onnx.writer import OnnxWriter
 
 
@@ -61,7 +61,23 @@ class Blocks:
         raise NotImplementedError
 
     def write(self) -> ir.Value:
-        """The whole computation: a loop over blocks, so that no more than one block's rows are gathered at a time."""
+        """The whole computation, ``(b, h, n, e)``."""
+        out, biases = self._attend(mass=False)
+        return self._ungrouped(self._zeroed(out, *biases), self.spec.value_dim)
+
+    def write_with_mass(self) -> tuple[ir.Value, ir.Value]:
+        """The output where a key is seen, and the log-sum-exp, hidden where none is: ``(b, h, n, e)``, ``(b, h, n, 1)``."""
+        w, channels = self.w, self.spec.value_dim
+        both = self._ungrouped(self._attend(mass=True)[0], channels + 1)
+        out, mass = w.op("Split", both, [channels, 1], outputs=2, axis=3)
+        return out, mass
+
+    def _attend(self, mass: bool) -> tuple[ir.Value, list[ir.Value]]:
+        """A loop over blocks, so that no more than one block's rows are gathered at a time; with the biases it added.
+
+        Args:
+            mass: The log-sum-exp stands behind the channels.
+        """
         w = self.w
         met = self._meet(*self._tokens())
         query = self._tiles(w.op("Mul", self.query, self.spec.scale))
@@ -79,19 +95,19 @@ class Blocks:
             if sink_bias:
                 of_sinks = w.op("Add", self._product(w, own, sinks[0]), sink_bias[0])
                 scores = w.op("Concat", scores, of_sinks, axis=-1)
-            attention = w.op("Softmax", scores, axis=-1)
             values = w.op("Gather", met.values, table, axis=2)
             if sink_bias:
                 values = w.op("Concat", values, sinks[1], axis=2)
-            result: ir.Value = w.op("MatMul", attention, values)
+            if mass:
+                return with_mass(w, scores, values, self.spec)
+            result: ir.Value = w.op("MatMul", w.op("Softmax", scores, axis=-1), values)
             return result
 
-        rows = self.spec.group * self.m
-        out = w.loop(self.blocks, step, ["batch", self.spec.kv_heads, rows, self.spec.value_dim])
+        rows, channels = self.spec.group * self.m, self.spec.value_dim + mass
+        out = w.loop(self.blocks, step, ["batch", self.spec.kv_heads, rows, channels])
         # onnx.reference puts what steps give one after another where ONNX stacks it: this is right for both.
-        out = w.op("Reshape", out, w.join([self.blocks, -1, self.spec.kv_heads, rows, self.spec.value_dim]))
-        out = w.op("Transpose", out, perm=[1, 2, 0, 3, 4])
-        return self._ungrouped(self._zeroed(out, *biases))
+        out = w.op("Reshape", out, w.join([self.blocks, -1, self.spec.kv_heads, rows, channels]))
+        return w.op("Transpose", out, perm=[1, 2, 0, 3, 4]), biases
 
     def _sides(self) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]]:
         return (self.key, self.spec.head_dim), (self.value, self.spec.value_dim)
@@ -113,13 +129,13 @@ class Blocks:
         moved = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
         return w.op("Reshape", moved, [0, 0, 0, spec.group * self.m, spec.head_dim])
 
-    def _ungrouped(self, out: ir.Value) -> ir.Value:
-        """``(b, g, k, r, e)`` as ``(b, h, n, e)``."""
+    def _ungrouped(self, out: ir.Value, channels: int) -> ir.Value:
+        """``(b, g, k, r, c)`` as ``(b, h, n, c)``."""
         w, spec = self.w, self.spec
         if spec.group > 1:
-            split = w.op("Reshape", out, [0, 0, 0, spec.group, self.m * spec.value_dim])
+            split = w.op("Reshape", out, [0, 0, 0, spec.group, self.m * channels])
             out = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
-        whole = w.op("Reshape", out, [0, spec.heads, -1, spec.value_dim])
+        whole = w.op("Reshape", out, [0, spec.heads, -1, channels])
         return w.slice(whole, 0, self.length, 2)
 
     def _zeroed(self, out: ir.Value, *biases: ir.Value) -> ir.Value:

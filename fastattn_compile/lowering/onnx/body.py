@@ -110,6 +110,16 @@ def highest(w: OnnxWriter, bias: ir.Value, spec: BodySpec) -> ir.Value:
     return w.op("ReduceMax", bias, [-1], keepdims=1)
 
 
+def with_mass(w: OnnxWriter, scores: ir.Value, values: ir.Value, spec: BodySpec) -> ir.Value:
+    """Softmax attention of ``(..., r, t)`` scores with the log-sum-exp as one more channel, ``(..., r, e + 1)``."""
+    top = highest(w, scores, spec)
+    weights = w.op("Exp", w.op("Sub", scores, top))
+    total = w.op("ReduceSum", weights, [-1], keepdims=1)
+    out = w.op("Div", w.op("MatMul", weights, values), total)
+    result: ir.Value = w.op("Concat", out, w.op("Add", top, w.op("Log", total)), axis=-1)
+    return result
+
+
 def lowest(w: OnnxWriter, x: ir.Value, spec: BodySpec, keepdims: int = 0) -> ir.Value:
     """The smallest entry of every row."""
     if spec.opset < 18:

@@ -15,8 +15,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fastattn_compile.lowering.onnx.body import Body, BodyInputs, BodySpec, hidden, lowest, merged, only
+from fastattn_compile.lowering.onnx.body import (
+    Body,
+    BodyInputs,
+    BodySpec,
+    hidden,
+    highest,
+    lowest,
+    merged,
+    only,
+    with_mass,
+)
 from fastattn_compile.lowering.onnx.trees import Leaves, Routing, supports_trees
+from fastattn_compile.lowering.onnx.window import Window
 from fastattn_compile.lowering.onnx.writer import OnnxWriter
 from fastattn_compile.operators.base import Operator, Support, no
 
@@ -29,8 +40,12 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     support = supports_trees(operator, spec)
     if not support:
         return support
-    if config.window or config.sinks or config.fallback == "self+window":
-        return no("its ONNX body meets the keys of leaves alone; set window=0, sinks=0 and another fallback")
+    if config.fallback == "self+window":
+        return no("its ONNX body has no window of its own for empty leaves; use fallback='ancestor' or 'zero'")
+    if config.sinks and not config.window:
+        return no("its ONNX body meets sinks beside a window alone: window=1 is the token itself")
+    if config.window and spec.mask.right not in (None, 0):
+        return no(f"its ONNX body serves a window under causal masks and none, not {spec.mask}")
     if config.capacity or config.query_gradient == "sibling":
         return no("its ONNX body has no capacity of leaves and no siblings")
     if config.n_trees > 1 and config.combine == "union":
@@ -42,7 +57,7 @@ def _attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
     config = operator.config
     return {
         "height": config.height, "n_trees": config.n_trees, "shared": int(config.shared), "fallback": config.fallback,
-        "combine": config.combine,
+        "combine": config.combine, "window": config.window, "sinks": config.sinks,
     }  # fmt: skip
 
 
@@ -54,7 +69,7 @@ def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs)
         total = w.op("Add", total, out)
     if len(outs) > 1:
         total = w.op("Mul", total, 1 / len(outs))
-    return total if spec.group == 1 else w.op("Reshape", total, [0, spec.heads, -1, spec.value_dim])
+    return total
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,29 @@ class _Writing:
         self.value = given.value
         if given.key_padding is not None:
             self.value = w.op("Where", w.op("Unsqueeze", given.key_padding, [1, 3]), given.value, 0.0)
+        self.window, self.place = self.config.window, place
+        self.near = self._near() if self.window else None
+
+    def _near(self) -> tuple[ir.Value, ir.Value]:
+        """What window and sinks give, ``(b, h, n, e)``, and its log-sum-exp."""
+        reach = self.window - 1
+        ahead = 0 if self.spec.mask.causal else reach
+        return Window(self.w, self.spec, self.given, reach, ahead, self.config.sinks).write_with_mass()
+
+    def _last_sink(self) -> ir.Value:
+        """Position of the last sink of the sequence of every unit, ``(u)``."""
+        w, sinks = self.w, self.config.sinks
+        if self.given.key_padding is None:
+            return w.op("Expand", w.constant(sinks - 1), self.units)
+        int64 = ir.DataType.INT64
+        rank = w.op("CumSum", w.cast(self.given.key_padding, int64), w.constant(1))
+        early = w.op("And", self.given.key_padding, w.op("LessOrEqual", rank, sinks))
+        last = highest(w, w.op("Where", early, w.range(self.keys), -1), self.spec)
+        shape = w.join([w.shape(last, 0), self.spec.kv_heads])
+        return w.op("Reshape", w.op("Expand", last, shape), [-1])
 
     def tree(self, number: int) -> ir.Value:
-        """The output of one tree, ``(b, g, q, e)``."""
+        """The output of one tree, ``(b, h, n, e)``."""
         w, spec = self.w, self.spec
         found = self.routing.leaves(number)
         sorted_keys = self._sorted(found.key)
@@ -108,9 +143,18 @@ class _Writing:
         out = self._attend(sorted_keys, reads, order)
         back = self._flat(self._inverse(order, self.queries), self.queries)
         rows = w.op("Gather", out, back, axis=0)
-        target = w.join([w.shape(self.given.key, 0), spec.kv_heads, self.queries, spec.value_dim])
-        rows = w.op("Reshape", rows, target)
-        result: ir.Value = w.op("Where", w.op("Unsqueeze", reads.seen, [3]), rows, 0.0)
+        channels = spec.value_dim + bool(self.near)
+        rows = w.op("Reshape", rows, w.join([w.shape(self.given.key, 0), spec.heads, -1, channels]))
+        seen = w.op("Reshape", reads.seen, [0, spec.heads, -1, 1])
+        if self.near is None:
+            return w.op("Where", seen, rows, 0.0)
+        out, mass = w.op("Split", rows, [spec.value_dim, 1], outputs=2, axis=3)
+        mass = w.op("Where", seen, mass, hidden(spec))
+        near, near_mass = self.near
+        share = w.op("Sigmoid", w.op("Sub", mass, near_mass))
+        together = w.op("Add", near, w.op("Mul", share, w.op("Sub", out, near)))
+        some = w.op("Greater", w.op("Max", mass, near_mass), hidden(spec) / 2)
+        result: ir.Value = w.op("Where", some, together, 0.0)
         return result
 
     def _sorted(self, leaf: ir.Value) -> ir.Value:
@@ -191,21 +235,35 @@ class _Writing:
             for x, c in ((self.given.key, spec.head_dim), (self.value, spec.value_dim))
         )
         everywhere = w.range(w.op("Mul", self.units, self.rows))
+        facts = [query, limit, *ends, begin, stop]
+        if self.near is not None:
+            place = self.place if spec.group == 1 else w.op("Tile", self.place, [spec.group])
+            facts.append(w.op("Reshape", w.op("Gather", place, order, axis=0), [-1, _TILE, 1]))
+            if self.config.sinks:
+                of_tiles = w.op("Div", w.range(w.op("Mul", self.units, tiles)), tiles)
+                facts.append(w.op("Gather", self._last_sink(), of_tiles, axis=0))
 
         def step(w: OnnxWriter, number: ir.Value) -> ir.Value:
-            mine = [w.op("Gather", x, number, axis=0) for x in (query, limit, *ends, begin, stop)]
-            own, last, from_row, to_row, start, end = mine
+            mine = [w.op("Gather", x, number, axis=0) for x in facts]
+            own, last, from_row, to_row, start, end, *near = mine
             k, v, at, row = (w.op("Slice", x, start, end, [0]) for x in (key, value, numbers, everywhere))
             inside = w.op("And", w.op("GreaterOrEqual", row, from_row), w.op("Less", row, to_row))
             seen = w.op("And", inside, w.op("LessOrEqual", at, last))
             scores = w.op("MatMul", own, w.op("Transpose", k, perm=[1, 0]))
+            if near:
+                apart = w.op("GreaterOrEqual", w.op("Abs", w.op("Sub", at, near[0])), self.window)
+                if len(near) > 1:
+                    apart = w.op("And", apart, w.op("Greater", at, near[1]))
+                scores = w.op("Where", w.op("And", seen, apart), scores, hidden(spec))
+                return with_mass(w, scores, v, spec)
             weights = w.op("Softmax", w.op("Where", seen, scores, hidden(spec)), axis=-1)
             result: ir.Value = w.op("MatMul", weights, v)
             return result
 
-        out = w.loop(w.op("Mul", self.units, tiles), step, [_TILE, spec.value_dim])
-        per_unit = w.op("Reshape", out, w.join([self.units, -1, spec.value_dim]))
-        return w.op("Reshape", w.slice(per_unit, 0, self.queries, 1), [-1, spec.value_dim])
+        channels = spec.value_dim + bool(self.near)
+        out = w.loop(w.op("Mul", self.units, tiles), step, [_TILE, channels])
+        per_unit = w.op("Reshape", out, w.join([self.units, -1, channels]))
+        return w.op("Reshape", w.slice(per_unit, 0, self.queries, 1), [-1, channels])
 
 
 BODY = Body("TreeLeaf", 1, _supports, _write, _attributes)

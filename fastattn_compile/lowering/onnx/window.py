@@ -28,19 +28,23 @@ def _attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
 
 
 def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> ir.Value:
-    return _Writing(w, operator, spec, given).write()
+    back, ahead = operator.config.reach(spec.mask.causal)
+    return Window(w, spec, given, back, ahead, operator.config.sinks).write()
 
 
-class _Writing(Blocks):
-    def __init__(self, w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> None:
-        back, ahead = operator.config.reach(spec.mask.causal)
+class Window(Blocks):
+    """Attention to the tokens from ``back`` before a query to ``ahead`` after it, and to sinks, as far as the mask shows."""
+
+    def __init__(
+        self, w: OnnxWriter, spec: BodySpec, given: BodyInputs, back: int, ahead: int, sinks: int
+    ) -> None:
         left, right = spec.mask.left, spec.mask.right
         self.back = back if left is None else min(back, left)
         self.ahead = ahead if right is None else min(ahead, right)
         # A sink has a slot of its own where the site shows it and the window does not.
         behind = left is None or left > self.back
         beyond = right is None or right > self.ahead
-        sinks = operator.config.sinks if behind or beyond else 0
+        sinks = sinks if behind or beyond else 0
         super().__init__(w, spec, given, _BLOCK, sinks, self.back + _BLOCK + self.ahead)
 
     def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
