@@ -41,7 +41,11 @@ class Opened {
     int64_t most = 0;
     for (size_t g = 0; g + 1 < starts.size(); g++) most = std::max<int64_t>(most, starts[g + 1] - starts[g]);
     room = round_up(most * args.leaf + 4, W);
-    weights.assign(rows.size() * room, NEG_INF);
+    weights.resize(rows.size() * room);
+    for (size_t r = 0; r < rows.size(); r++) {  // behind what it opened
+      const int64_t own = (starts[rows[r].group + 1] - starts[rows[r].group]) * args.leaf;
+      std::fill(&weights[r * room + own], weights.data() + (r + 1) * room, NEG_INF);
+    }
     by_leaf([&](auto n, int64_t leaf, const Visit* visits) { score<n.value>(leaf, visits); });
     for (size_t r = 0; r < rows.size(); r++) weigh(r);
     by_leaf([&](auto n, int64_t leaf, const Visit* visits) { sum<n.value>(leaf, visits); });

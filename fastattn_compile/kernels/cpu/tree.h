@@ -95,29 +95,51 @@ static inline void fetch(const float* from, int64_t count) {
   for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(from + c);
 }
 
-// The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first.
+// The sum of the lanes of an integer vector.
+static inline int64_t lanes_sum(veci x) {
+  int32_t part[W], total = 0;
+  std::memcpy(part, &x, sizeof part);
+  for (int wide = W / 2; wide >= 1; wide /= 2)
+    for (int j = 0; j < wide; j++) part[j] += part[j + wide];
+  total = part[0];
+  return total;
+}
+
+// The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first. No
+// branch depends on a score: a processor could not foresee it.
 class Best {
  public:
-  std::vector<int32_t> ids;
-  std::vector<float> scores;
+  const int32_t* ids() const { return id.data(); }
+  int64_t size() const { return count; }
 
-  void clear() { ids.clear(), scores.clear(); }
-  void add(int64_t id, float score) {
-    if (score > NEG_INF) ids.push_back((int32_t)id), scores.push_back(score);
+  // Empty, with room for so many.
+  void clear(int64_t most) {
+    count = 0;
+    if ((int64_t)id.size() < most + W) id.resize(most + W), score.resize(most + W), keys.resize(most + W);
   }
 
-  // Cuts both lists to the best, in the order in which they came.
+  // One that has no score is not taken.
+  void add(int64_t i, float s) {
+    id[count] = (int32_t)i, score[count] = s;
+    count += s > NEG_INF;
+  }
+
+  // Cuts to the best, in the order in which they came.
   void keep(int64_t k) {
-    const int64_t count = ids.size();
     if (count <= k) return;
-    keys.assign(round_up(count, W), std::numeric_limits<int32_t>::min());
-    for (int64_t i = 0; i < count; i++) {
-      int32_t bits;
-      std::memcpy(&bits, &scores[i], 4);
-      keys[i] = bits ^ ((bits >> 31) & 0x7fffffff);
+    constexpr int32_t LEAST = std::numeric_limits<int32_t>::min();
+    veci most = veci{} + LEAST, least = veci{} + std::numeric_limits<int32_t>::max();
+    for (int64_t i = count; i < round_up(count, W); i++) score[i] = NEG_INF;
+    for (int64_t i = 0; i < count; i += W) {
+      const veci bits = *(const veci*)&score[i], key = bits ^ ((bits >> 31) & 0x7fffffff);
+      *(veci*)&keys[i] = key;
+      const veci real = *(const vec*)&score[i] > NEG_INF;
+      most = key > most ? key : most;
+      least = real & (key < least) ? key : least;
     }
-    int64_t low = std::numeric_limits<int32_t>::min(), high = (int64_t)*std::max_element(keys.begin(), keys.begin() + count) + 1;
-    low = *std::min_element(keys.begin(), keys.begin() + count);
+    int64_t low = std::numeric_limits<int32_t>::max(), high = LEAST;
+    for (int j = 0; j < W; j++) low = std::min<int64_t>(low, least[j]), high = std::max<int64_t>(high, most[j]);
+    high++;
     while (high - low > 1) {  // at least k at `low` and above, fewer at `high`
       const int64_t middle = low + (high - low) / 2, there = at_least((int32_t)middle);
       if (there == k) {
@@ -126,32 +148,25 @@ class Best {
       }
       (there > k ? low : high) = middle;
     }
-    int64_t spare = k - at_least_above((int32_t)low), to = 0;
+    int64_t spare = k - (low < std::numeric_limits<int32_t>::max() ? at_least((int32_t)low + 1) : 0), to = 0;
     for (int64_t i = 0; i < count; i++) {
-      const bool equal = keys[i] == low;
-      if (keys[i] < low || (equal && spare <= 0)) continue;
+      const int64_t equal = (keys[i] == low) & (spare > 0);
+      id[to] = id[i], score[to] = score[i];
+      to += (keys[i] > low) | equal;
       spare -= equal;
-      ids[to] = ids[i], scores[to++] = scores[i];
     }
-    ids.resize(to), scores.resize(to);
+    count = to;
   }
 
  private:
-  std::vector<int32_t> keys;
+  int64_t count = 0;
+  std::vector<int32_t> id, keys;
+  std::vector<float> score;
 
   int64_t at_least(int32_t bound) const {
     veci found = {};
-    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] >= bound;
-    int64_t total = 0;
-    for (int j = 0; j < W; j++) total += found[j];
-    return total;
-  }
-  int64_t at_least_above(int32_t bound) const {
-    veci found = {};
-    for (size_t i = 0; i < keys.size(); i += W) found -= *(const veci*)&keys[i] > bound;
-    int64_t total = 0;
-    for (int j = 0; j < W; j++) total += found[j];
-    return total;
+    for (int64_t i = 0; i < count; i += W) found -= *(const veci*)&keys[i] >= bound;
+    return lanes_sum(found);
   }
 };
 
@@ -178,7 +193,8 @@ class Chooser {
       best.keep(args.keep[l]);
       if (l) expand(l);
     }
-    return best.ids;
+    chosen.assign(best.ids(), best.ids() + best.size());
+    return chosen;
   }
 
  private:
@@ -186,22 +202,19 @@ class Chooser {
   const BlockArgs& a;
   const Tree& tree;
   std::vector<Stretch> stretches;
-  std::vector<int32_t> listed;
+  std::vector<int32_t> listed, chosen;
   std::vector<float> scores;  // (heads, listed)
   Best best;
-
-  bool far(const Nodes& nodes, int64_t i) const {
-    for (const Stretch& s : stretches)
-      if (i * nodes.width >= s.begin && (s.end == std::numeric_limits<int64_t>::max() || (i + 1) * nodes.width <= s.end)) return true;
-    return false;
-  }
 
   // Estimated masses of the listed nodes that lie in the far field.
   void rank(int64_t l, const float* voices, int64_t heads) {
     const Nodes& nodes = tree.levels[l];
-    best.clear();
     const int64_t count = listed.size();
+    best.clear(count);
     scores.resize(heads * count);
+    // Nodes before the first of these and from the second on lie wholly in the far field; an end of it may cut one.
+    const int64_t before = stretches[0].end / nodes.width;
+    const int64_t after = stretches.size() > 1 ? (stretches[1].begin + nodes.width - 1) / nodes.width : nodes.count;
     for (int64_t i = 0; i < count;) {  // children of a node follow each other
       int64_t run = 1;
       while (run < 4 && i + run < count && listed[i + run] == listed[i] + run) run++;
@@ -210,8 +223,10 @@ class Chooser {
         four s;
         const float* voice = voices + h * tree.dk;
         dot4<1>(&voice, &nodes.key[listed[i] * tree.dk], tree.dk, tree.dk, &s);
-        for (int64_t r = 0; r < run; r++)
-          scores[h * count + i + r] = far(nodes, listed[i + r]) ? s[r] + nodes.log_count[listed[i + r]] : NEG_INF;
+        for (int64_t r = 0; r < run; r++) {
+          const int64_t node = listed[i + r];
+          scores[h * count + i + r] = (node < before) | (node >= after) ? s[r] + nodes.log_count[node] : NEG_INF;
+        }
       }
       i += run;
     }
@@ -241,11 +256,12 @@ class Chooser {
   // Children of what was kept on a level, and of the nodes that reach beyond the far field.
   void expand(int64_t l) {
     const int64_t below = tree.levels[l - 1].count, width = tree.levels[l].width;
-    listed.clear();
+    listed.resize((best.size() + 4) * args.fanout);
+    int32_t* to = listed.data();
     const auto children = [&](int64_t node) {
-      for (int64_t c = node * args.fanout; c < std::min(below, (node + 1) * args.fanout); c++) listed.push_back((int32_t)c);
+      for (int64_t c = node * args.fanout, end = std::min(below, c + args.fanout); c < end; c++) *to++ = (int32_t)c;
     };
-    for (const int32_t node : best.ids) children(node);
+    for (int64_t i = 0; i < best.size(); i++) children(best.ids()[i]);
     int64_t crossed[4], count = 0;
     for (const Stretch& s : stretches)
       for (const int64_t edge : {s.begin, s.end}) {
@@ -253,6 +269,7 @@ class Chooser {
         const int64_t node = edge / width;
         if (std::find(crossed, crossed + count, node) == crossed + count) children(crossed[count++] = node);
       }
+    listed.resize(to - listed.data());
   }
 };
 
