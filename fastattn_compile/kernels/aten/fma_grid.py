@@ -11,6 +11,7 @@ of query and key, ``e`` of value. ``u`` key heads are served at once; the query 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from fastattn_compile.kernels.aten.fma_grid_plan import (
     FAR_CELLS,
     NEAR_CELLS,
     GridPattern,
+    level_offsets,
     met_cells,
 )
 from fastattn_compile.kernels.aten.fma_grid_pool import (
@@ -37,6 +39,8 @@ from fastattn_compile.kernels.tiles import SCORE_TILE, normalise, probabilities_
 
 # Elements of the keys and values that a pass on a CPU gathers: they stay in the cache between products.
 GATHERED = 1 << 20
+# Cells for which lists are made at once.
+LISTED = 256
 # A GPU wants few large products.
 GPU_PASS = 1 << 26
 
@@ -75,19 +79,18 @@ def forward(
         keys = facts.rows(key, weights[0::4], weights[1::4])
         values = facts.rows(value, weights[2::4], weights[3::4])
         queries = call.query_cells(query, part)
-        made = queries.new_empty(*queries.shape[:3], value.shape[3] + 1)
-        for cells in call.passes(part):
-            met = facts.met(cells)
+        outs, lses = (queries.new_empty(*queries.shape[:3], c) for c in (value.shape[3], 1))
+        for cells, met in facts.passes():
             scores = met.score(queries[:, cells].flatten(0, 1), met.gather(keys), scale)
             attention = torch.empty_like(scores)
-            lse = normalise(scores, attention)
+            lse = normalise(scores, attention, (call.own_keys(scores), call.own_keys(attention)))
             found = torch.bmm(attention, met.gather(values))
             if key_padding is not None:
                 found.masked_fill_(lse == -torch.inf, 0)
-            made[:, cells] = torch.cat([found, lse], -1).unflatten(0, (len(part), -1))
-        tokens = call.query_tokens(made, part)
-        out[part.batch, part.of_queries] = tokens[..., :-1].to(out.dtype)
-        log_sum_exp[part.batch, part.of_queries] = tokens[..., -1].to(log_sum_exp.dtype)
+            outs[:, cells] = found.unflatten(0, (len(part), -1))
+            lses[:, cells] = lse.unflatten(0, (len(part), -1))
+        out[part.batch, part.of_queries] = call.query_tokens(outs, part)
+        log_sum_exp[part.batch, part.of_queries] = call.query_tokens(lses, part).squeeze(-1)
 
     run_parts(attend, call.parts(), lambda: None, query.device)
     return out, log_sum_exp
@@ -141,15 +144,14 @@ def backward(
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
         queries, stats = call.query_cells(query, part), call.query_cells(saved, part)
         grad_queries = torch.empty_like(queries)
-        for cells in call.passes(part):
-            met = facts.met(cells)
+        for cells, met in facts.passes():
             q = queries[:, cells].flatten(0, 1)
             grad, lse, shift = stats[:, cells].flatten(0, 1).split([value.shape[3], 1, 1], -1)
             k, v = met.gather(keys), met.gather(values)
             attention = probabilities_(met.score(q, k, scale), lse)
-            met.scatter(torch.bmm(attention.mT, grad), to_values)
+            met.scatter(attention, grad, to_values)
             grad_scores = torch.bmm(grad, v.mT).sub_(shift).mul_(attention).mul_(scale)
-            met.scatter(torch.bmm(grad_scores.mT, q), to_keys)
+            met.scatter(grad_scores, q, to_keys)
             grad_queries[:, cells] = torch.bmm(grad_scores, k).unflatten(0, (len(part), -1))
         grads = [torch.zeros(w.shape, dtype=dtype, device=w.device) for w in weights]
         place = part.batch, part.of_keys
@@ -217,11 +219,11 @@ class _Call:
             for last in [min(first + size, self.key_heads)]
         ]
 
-    def passes(self, part: _Part) -> Iterator[slice]:
-        """Cells whose queries are served together."""
-        size = max(1, self.at_once // len(part))
-        for first in range(0, self.cells, size):
-            yield slice(first, min(first + size, self.cells))
+    def own_keys(self, scores: Tensor) -> Tensor:
+        """Of a tile of scores, those of every query and its own key."""
+        first = NEAR_CELLS // 2 * self.pattern.block
+        of_cell = scores[..., first : first + self.pattern.block].unflatten(1, (self.group, -1))
+        return of_cell.diagonal(dim1=2, dim2=3)
 
     def query_cells(self, x: Tensor, part: _Part) -> Tensor:
         """``(b, h, n, c)`` as ``(u, cells, group * block, c)``, in the work type."""
@@ -257,6 +259,7 @@ class _Facts:
         # log 0 is -inf: what is not there is not seen.
         self.bias = torch.cat([fine, empty[0], mass.flatten(), empty[1], seen[: pattern.prefix]]).log()
         self.far_begin = fine.numel() + pattern.block
+        self.empty_cell = level_offsets(pattern)[-1]
         self.prefix_begin = self.far_begin + mass.numel() + pattern.rank
 
     def rows(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -291,9 +294,15 @@ class _Facts:
         tokens = torch.cat([grads[:, self.prefix_begin :], found + from_cells(fine, pattern)], 1)
         return tokens if self.real is None else tokens.masked_fill_(~self.real[:, None], 0)
 
-    def met(self, cells: slice) -> _Met:
-        """What the queries of some cells meet."""
-        return _Met(self, *met_cells(self.pattern, cells, self.call.device))
+    def passes(self) -> Iterator[tuple[slice, _Met]]:
+        """Cells whose queries are served together, and what they meet: lists are made for many passes at once."""
+        size = max(1, self.call.at_once // len(self.part))
+        strip = size * max(1, LISTED // size)
+        for begin in range(0, self.call.cells, strip):
+            listed = _Met(self, *met_cells(self.pattern, slice(begin, min(begin + strip, self.call.cells)), self.call.device))
+            for first in range(0, len(listed.near), size):
+                some = listed.of(slice(first, first + size))
+                yield slice(begin + first, begin + first + len(some.near)), some
 
     def _tokens(self, x: Tensor) -> Tensor:
         tokens = x[self.part.batch, self.part.of_keys].to(self.call.dtype)
@@ -305,7 +314,7 @@ def _paired(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]
 
 
 class _Met:
-    """The rows that the queries of some cells meet.
+    """The rows that the queries of some cells meet: near cells, the tokens in front of the grid, far cells.
 
     Args:
         facts: Of the part.
@@ -319,7 +328,21 @@ class _Met:
         fine = near[..., None] * pattern.block + torch.arange(pattern.block, device=device)
         pooled = far[..., None] * pattern.rank + torch.arange(pattern.rank, device=device) + facts.far_begin
         front = facts.prefix_begin + torch.arange(pattern.prefix, device=device)
-        self.rows = torch.cat([fine.flatten(1), pooled.flatten(1), front.expand(len(near), -1)], 1)
+        self.rows = torch.cat([fine.flatten(1), front.expand(len(near), -1), pooled.flatten(1)], 1)
+        self.bias = facts.bias[self.rows]
+        # On a GPU the question how many there are would wait for the device.
+        some = far < facts.empty_cell if device.type == "cpu" else torch.ones_like(far, dtype=torch.bool, device="cpu")
+        self.most = some.sum(1).tolist()
+
+    def of(self, cells: slice) -> _Met:
+        """Of some of the cells, without far cells that are empty for all."""
+        made = copy(self)
+        made.most = self.most[cells]
+        far = max(made.most)
+        made.near, made.far = self.near[cells], self.far[cells, :far]
+        slots = self.rows.shape[1] - (self.far.shape[1] - far) * self.facts.pattern.rank
+        made.rows, made.bias = self.rows[cells, :slots], self.bias[cells, :slots]
+        return made
 
     def gather(self, rows: Tensor) -> Tensor:
         """``(u, rows, c)`` as ``(u * cells, slots, c)``."""
@@ -327,20 +350,26 @@ class _Met:
 
     def score(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Scaled products and the logarithm of what a row counts, -inf where there is none."""
-        bias = self.facts.bias[self.rows][:, None].repeat(len(self.facts.part), 1, 1)
+        bias = self.bias[:, None].repeat(len(self.facts.part), 1, 1)
         return torch.baddbmm(bias, query, key.mT, alpha=scale)
 
-    def scatter(self, grads: Tensor, target: Tensor) -> None:
-        """Adds gradients ``(u * cells, slots, c)`` to the rows ``(u, rows, c)``, a cell at a time, in a fixed order."""
-        facts, pattern = self.facts, self.facts.pattern
-        split = grads.unflatten(0, (len(facts.part), -1))
+    def scatter(self, left: Tensor, right: Tensor, target: Tensor) -> None:
+        """Adds ``left^T right`` to the rows it belongs to, a cell at a time, in a fixed order.
+
+        Args:
+            left: ``(u * cells, queries, slots)``.
+            right: ``(u * cells, queries, c)``.
+            target: ``(u, rows, c)``.
+        """
+        facts, pattern, units = self.facts, self.facts.pattern, len(self.facts.part)
         near = NEAR_CELLS * pattern.block
-        far = near + self.far.shape[1] * pattern.rank
-        ends = facts.far_begin, facts.prefix_begin
-        for cells, found, begin, end, size in (
-            (self.near, split[:, :, :near], 0, ends[0], pattern.block),
-            (self.far, split[:, :, near:far], *ends, pattern.rank),
+        front = near + pattern.prefix
+        for cells, some, rows, size in (
+            (self.near, left[..., :near], slice(0, facts.far_begin), pattern.block),
+            (self.far, left[..., front:], slice(facts.far_begin, facts.prefix_begin), pattern.rank),
         ):
-            into = target[:, begin:end].unflatten(1, (-1, size)).flatten(2)
-            into.index_add_(1, cells.flatten(), found.unflatten(2, (-1, size)).flatten(3).flatten(1, 2))
-        target[:, facts.prefix_begin :] += split[:, :, far:].sum(1)
+            found = torch.bmm(some.mT, right).view(units, cells.numel(), size * right.shape[2])
+            target[:, rows].unflatten(1, (-1, size)).flatten(2).index_add_(1, cells.flatten(), found)
+        if pattern.prefix:
+            found = torch.bmm(left[..., near:front].mT, right)
+            target[:, facts.prefix_begin :] += found.unflatten(0, (units, -1)).sum(1)

@@ -97,7 +97,7 @@ def met_cells(pattern: GridPattern, cells: slice, device: torch.device) -> tuple
         device: Of the results.
 
     Returns:
-        Near cells ``(cells, 9)`` of the finest level; pooled cells ``(cells, f)`` of all levels, in rising order. What lies
+        Near cells ``(cells, 9)`` of the finest level; pooled cells ``(cells, 27 * levels)`` of all levels, in rising order. What lies
         outside the grid has the number after the last: of the near ones in its place, of the far ones at the end.
     """
     near_steps, far_steps = _steps(device)
@@ -116,6 +116,4 @@ def met_cells(pattern: GridPattern, cells: slice, device: torch.device) -> tuple
     begin = torch.tensor(offsets[:-1], device=device)[:, None]
     inside = ((far >= 0) & (far < sizes[:, None])).all(-1)
     found = torch.where(inside, begin + far[..., 0] * sizes[:, None, 1] + far[..., 1], offsets[-1])
-    ordered = found.flatten(1).sort(1).values
-    most = int(inside.flatten(1).sum(1).max())
-    return near_cells, ordered[:, :most]
+    return near_cells, found.flatten(1).sort(1).values
