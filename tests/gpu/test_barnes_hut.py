@@ -91,6 +91,7 @@ ATTENTIONS = {
         {"causal": False, "right": None},
         {"channels": (24, 16), "heads": 1, "pad": True, "length": 75},
     ),
+    "tolerance": ({"tolerance": 0.4, "open": 8}, {"length": 60, "pad": True, "heads": 2, "batch": 2}),
     "band": ({"causal": False, "left": 50, "right": 40, "share": False}, {"length": 70}),
     "half": ({"group": 8}, {"dtype": torch.float16, "length": 60}),
     "bfloat": ({"block": 12, "leaf": 4, "group": 12}, {"dtype": torch.bfloat16, "length": 77, "heads": 3}),
@@ -129,6 +130,23 @@ def met(query, key, value, pattern, padding):
     return (opened | near | sink[:, None, None]) & shown & real[:, None, None]
 
 
+def test_a_tolerance_opens_as_many_leaves_as_the_mass_asks_for(device):
+    query, key, value, _ = draw(device, length=100, heads=2, kv_heads=2)
+    taken = (torch.arange(100, device=device) >= SMALL.sinks).expand(2, -1)
+    pattern = small(tolerance=0.4, open=16, leaf=1, fanout=4)
+    leaves = barnes_hut._Call(query, key, value, SCALE, pattern, None).leaves
+    first = torch.arange(7, device=device) * pattern.group
+    tree = aten_tree.build_tree(pattern, key.flatten(0, 1), None, taken)
+    voices = aten_tree.voices_of(pattern, query, first, 2)
+    all_of_them = aten_tree.choose(pattern, tree.levels, voices, SCALE, first, 100)
+    opened, most = (leaves >= 0).sum(-1), all_of_them.opened.flatten(0, 1).sum(-1)
+    assert (opened <= most).all() and (opened < most).any() and (opened[:, 2:] > 0).any()
+    # The best leaves are opened, and stand before what fills up.
+    kept = torch.arange(16, device=device) < opened[..., None]
+    assert torch.equal(leaves >= 0, kept)
+    assert torch.equal(leaves[kept].long(), all_of_them.leaves.flatten(0, 1)[kept])
+
+
 def test_the_past_does_not_depend_on_the_future(device):
     pattern = small(group=8)
     query, key, value, _ = draw(device, length=56)
@@ -151,6 +169,7 @@ DECODED = {
     "shared": ({}, torch.float32),
     "own": ({"select": "bound", "share_group": False, "group": 4}, torch.float32),
     "sampled": ({"select": "sampled", "group": 4}, torch.float32),
+    "tolerance": ({"tolerance": 0.3, "max_open": 8}, torch.float32),
     "float16": ({}, torch.float16),
     "bfloat16": ({}, torch.bfloat16),
 }
@@ -191,6 +210,5 @@ def test_obstacles():
     query, key, value, _ = draw("cpu", length=20)
     assert barnes_hut.obstacle(query, key, value, SMALL, False) == ""
     assert "pool" in barnes_hut.obstacle(query, key, value, SMALL, True)
-    assert "tolerance" in barnes_hut.obstacle(query, key, value, small(tolerance=0.1), False)
     assert "power of two" in barnes_hut.obstacle(query, key, value, small(fanout=3), False)
     assert "differ" in barnes_hut.obstacle(query, key.half(), value, SMALL, False)

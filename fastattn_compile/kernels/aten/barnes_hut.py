@@ -256,6 +256,34 @@ def unopened_log_mass(
     return tiles.results(room).squeeze(-1)
 
 
+def opened_leaves(
+    query: Tensor, key: Tensor, scale: float, pattern: TreePattern, key_padding: Tensor | None = None
+) -> Tensor:
+    """What every group of queries opens.
+
+    Args:
+        query: As in ``forward``.
+        key: As in ``forward``.
+        scale: As in ``forward``.
+        pattern: As in ``forward``.
+        key_padding: As in ``forward``.
+
+    Returns:
+        ``(b * h / heads of a chooser, groups, open)`` int32 numbers of leaves, best first; -1 fills up.
+    """
+    attention = _Attention(query, key, key, scale, pattern, False, key_padding)
+    (units, length, _), group = attention.keys.shape, pattern.group
+    shape = units, attention.far.choosers, -(-length // group), pattern.open
+    found = torch.full(shape, -1, dtype=torch.int32, device=query.device)
+    for tile, first in attention.walk():
+        first = first[first < length]
+        choice = attention.far.choose(first, tile.units)
+        leaves = choice.leaves.int().masked_fill_(~choice.opened, -1)
+        begin = int(first[0]) // group
+        found[tile.units, :, begin : begin + len(first), : leaves.shape[3]] = leaves
+    return found.flatten(0, 1)
+
+
 def opened_keys(
     query: Tensor,
     key: Tensor,

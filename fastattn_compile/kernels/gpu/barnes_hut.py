@@ -1,6 +1,7 @@
 """Barnes-Hut attention in Triton, forward and backward: arguments and results are those of ``kernels.aten.barnes_hut``.
 
 The tree and the choice (``barnes_hut_tree``), then one kernel forward; backward queries, near keys, opened leaves, sinks.
+Under a tolerance, where the near field decides how many leaves are opened, ATen chooses.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.barnes_hut import opened_leaves
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.gpu.barnes_hut_attend import bh_dq, bh_fwd
 from fastattn_compile.kernels.gpu.barnes_hut_gradients import bh_dkv, bh_far_dkv, bh_far_sum
@@ -25,8 +27,6 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, po
     """Why these kernels cannot serve a call; empty when they can."""
     if pool:
         return "closed nodes are met as pooled rows (rest='pool')"
-    if pattern.tolerance:
-        return "how many leaves are opened depends on a tolerance"
     for name in ("leaf", "fanout"):
         width = getattr(pattern, name)
         if width & (width - 1):
@@ -53,7 +53,10 @@ class _Call:
         wanted = torch.arange(1, pattern.sinks + 1, device=key.device).expand(real.shape[0], -1).contiguous()
         self.sink = torch.searchsorted(rank, wanted, out_int32=True)
         self.sink = self.sink.masked_fill(self.sink >= length, -1)
-        self.leaves = choose(build_tree(pattern, key, self.fine), query, self.kv_heads, scale)
+        if pattern.tolerance:
+            self.leaves = opened_leaves(query, key, scale, pattern, key_padding)
+        else:
+            self.leaves = choose(build_tree(pattern, key, self.fine), query, self.kv_heads, scale)
         left, right = (-1 if x is None else x for x in (pattern.left, pattern.right))
         padded = real.shape[0] > 1
         self.sizes = heads, self.per_unit, length

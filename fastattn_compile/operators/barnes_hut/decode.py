@@ -206,7 +206,7 @@ class BarnesHutDecoder(Decoder):
         for each in nodes:
             begins.append(begins[-1] + each.count)
         levels = tuple(each.level(begin) for each, begin in zip(nodes, begins))
-        if self._by_triton(queries):
+        if self._by_triton(queries) and not pattern.tolerance:
             self._choice = self._descend(queries, first)
             return
         near = None
