@@ -81,7 +81,8 @@ def wrongness(case: Case, operator: Operator) -> str:
         operator: Its operator.
     """
     group = case.heads // case.kv_heads
-    small = dataclasses.replace(case, n=min(case.n, CHECKED), batch=1, heads=group, kv_heads=1)
+    operator, length = operator.on_first_tokens(min(case.n, CHECKED))
+    small = dataclasses.replace(case, n=length, batch=1, heads=group, kv_heads=1)
     inputs = small.inputs(small.tensors())
     parameters = small.parameters(operator, inputs)
     gradients = case.direction != FORWARD

@@ -10,7 +10,7 @@ import pytest
 
 from fastattn_compile.benchmarking import suite
 from fastattn_compile.benchmarking.case import Case
-from fastattn_compile.benchmarking.measure import measure
+from fastattn_compile.benchmarking.measure import measure, wrongness
 from fastattn_compile.benchmarking.suite import crossovers, run_suite, speeds
 from fastattn_compile.errors import OptionError
 from fastattn_compile.machine import Rates
@@ -51,6 +51,13 @@ def test_a_refused_case_says_why() -> None:
 
 
 @pytest.mark.slow
+def test_a_grid_longer_than_its_definition_can_take_is_judged_by_its_first_rows() -> None:
+    case = Case(
+        operator="fma", options={"grid": (40, 32), "block": 16}, n=1280, causal=False, direction="both"
+    )
+    assert wrongness(case, case.make_operator()) == ""
+
+
 def test_peak_memory_is_that_of_a_fresh_process() -> None:
     row = measure(dataclasses.replace(SMALL, n=4096), RATES, seconds=0)
     output = 2 * 4096 * 16 * 4
