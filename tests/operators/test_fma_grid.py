@@ -325,6 +325,33 @@ class TestNumbers:
         wanted = inputs.value[:, :, 1:2].repeat_interleave(2, 1).expand_as(output.out)
         assert torch.allclose(output.out, wanted)
 
+    @pytest.mark.parametrize("case", ["ragged", "learned"])
+    def test_inputs_of_mixed_types(self, case: str) -> None:
+        """Autocast gives float32 queries and keys and bfloat16 values, and does not reach into the kernels."""
+        operator, inputs, parameters = build(case)
+        inputs = dataclasses.replace(inputs, value=inputs.value.bfloat16())
+        oracle = operator.reference(cast(inputs, torch.float64), tuple(p.double() for p in parameters))
+        results = []
+        for autocast in (False, True):
+            given, params, sources = leaves(inputs, parameters)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                got = run(operator, given, params)
+                seeds = torch.ones_like(got.out), torch.ones_like(got.log_sum_exp)
+                grads = gradients(got, sources, seeds)
+            assert got.out.dtype == torch.bfloat16 and got.log_sum_exp.dtype == torch.float32
+            assert relative_error(got.out, oracle.out) <= torch.finfo(torch.bfloat16).eps
+            assert [g.dtype for g in grads] == [s.dtype for s in sources]
+            results.append([got.out, got.log_sum_exp, *grads])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+    def test_any_strides(self) -> None:
+        operator, inputs, _ = build("ragged")
+        turned = [
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)
+        ]
+        other = dataclasses.replace(inputs, query=turned[0], key=turned[1], value=turned[2])
+        assert torch.equal(run(operator, inputs).out, run(operator, other).out)
+
     def test_a_new_pass_gives_the_same_bits(self) -> None:
         operator, inputs, _ = build("even")
         assert torch.equal(run(operator, inputs).out, run(operator, inputs).out)
@@ -415,6 +442,17 @@ class TestChoice:
     def test_bad_configurations_say_why(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_operator("fma", **options)
+
+    def test_further_options_of_the_sequence_form_are_not_passed_over(self) -> None:
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Wider(FmaConfig):
+            turned: bool = False
+
+        assert Wider(grid=(8, 8)).grid == (8, 8) and Wider(turned=True).turned
+        with pytest.raises(
+            ValueError, match="not defined on a grid: turned; leave it out, or leave grid out"
+        ):
+            Wider(grid=(8, 8), turned=True)
 
     @pytest.mark.parametrize(
         ("mask", "length", "message"),
@@ -553,6 +591,21 @@ class TestVisionModels:
         wanted.square().sum().backward()
         for (name, p), q in zip(model.named_parameters(), judge.parameters()):
             assert torch.allclose(p.grad, q.grad, atol=1e-5 * float(q.grad.abs().max())), name
+
+    def test_images_of_another_size_stay_exact(self) -> None:
+        """Under dynamic shapes the size of the grid is a guard: another number of tokens is compiled anew, and exact."""
+        options = {"grid": (12, 10), "block": 4, "rank": 1}
+        model = Attention(32, 4)
+        judge = copy.deepcopy(model)
+        operator = make_operator("fma", **options)
+        judge.product = lambda q, k, v: operator.reference(AttentionInputs(q, k, v, q.shape[-1] ** -0.5)).out
+        fast = compiled(model, dynamic=True, operator="fma", **options)
+        for tokens in (120, 132, 120):
+            x = torch.randn(2, tokens, 32)
+            with torch.no_grad():
+                got, exact = fast(x), model(x)
+                assert torch.allclose(got, judge(x) if tokens == 120 else exact, atol=1e-6)
+            assert (relative_error(got, exact) > 1e-3) == (tokens == 120)
 
     def test_a_class_token_that_was_not_named_is_refused(self) -> None:
         model = Encoder((11, 14), 1)

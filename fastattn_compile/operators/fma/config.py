@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fastattn_compile.operators.base import OperatorConfig
 
 BASES = ("mean", "depthwise", "dense", "recursive")
 GRID_BASES = ("mean", "depthwise")
 BOUNDARIES = ("clean", "zero_pad")
+_ON_GRIDS = ("version", "block", "rank", "basis", "scale_attn", "sinks", "boundary", "grid", "prefix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,12 @@ class FmaConfig(OperatorConfig):
             )
         if self.boundary != "clean":
             raise ValueError(f"a grid has the boundary 'clean', got {self.boundary!r}")
+        # Options of the sequence form, whatever is added to it, must not be passed over in silence.
+        foreign = [
+            f.name for f in fields(self) if f.name not in _ON_GRIDS and getattr(self, f.name) != f.default
+        ]
+        if foreign:
+            raise ValueError(f"not defined on a grid: {', '.join(foreign)}; leave it out, or leave grid out")
         if self.prefix < 0:
             raise ValueError(f"prefix must be 0 or more tokens, got {self.prefix}")
         if self.sinks not in (0, type(self).sinks):
