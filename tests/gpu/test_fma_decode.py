@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_as_good_as, make_inputs
+from oracle import assert_as_good_as, make_inputs, make_parameters
 
 from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
 from fastattn_compile.kernels.gpu import fma_decode
@@ -17,8 +17,11 @@ CASES = {
     "from-one-token": ("causal", 1, 36, {"block": 4}, {}),
     "padded": ("causal & key_padding", 45, 5, {}, {"batch": 2, "heads": 4, "kv_heads": 2}),
     "window": ("causal & window(30)", 62, 4, {"sinks": 0}, {}),
+    "window-over-sinks": ("causal & window(20)", 2, 9, {"block": 4}, {}),
     "unweighted": ("causal", 47, 3, {"scale_attn": False, "rank": 8}, {"heads": 20}),
     "no-power-of-two": ("causal", 70, 4, {"block": 12, "rank": 3}, {"head_dim": 20}),
+    "learned": ("causal & key_padding", 46, 3, {"basis": "depthwise"}, {"batch": 2}),
+    "learned-from-one-token": ("causal & window(20)", 1, 17, {"basis": "depthwise", "block": 4}, {}),
     "float16": ("causal", 46, 4, {}, {"dtype": torch.float16}),
     "bfloat16": ("causal", 46, 4, {}, {"dtype": torch.bfloat16}),
 }
@@ -31,11 +34,11 @@ def on_gpu(device, monkeypatch):
         monkeypatch.setattr(fma_state, "gpu_obstacle", lambda *tensors: "")
 
 
-def decode(operator, inputs, length, kernels, dtype):
+def decode(operator, inputs, length, kernels, dtype, parameters=()):
     """Outputs of the steps after a prompt, and the decoder at its end."""
     tensors = [x.to(dtype) for x in (inputs.query, inputs.key, inputs.value)]
     padding = None if inputs.key_padding is None else inputs.key_padding[:, :length]
-    decoder = operator.decoder(inputs.scale)
+    decoder = operator.decoder(inputs.scale, tuple(p.to(dtype) for p in parameters))
     with use_kernels("aten"):
         prompt = [x[:, :, :length] for x in tensors]
         decoder.prefill(AttentionInputs(*prompt, inputs.scale, inputs.mask, padding))
@@ -55,10 +58,10 @@ def test_steps(case, device, on_gpu):
     inputs = type(inputs)(
         *(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(inputs).values())
     )
-    dtype = inputs.query.dtype
-    got, state = decode(operator, inputs, length, "triton", dtype)
-    exact, wanted = decode(operator, inputs, length, "aten", torch.float64)
-    formula, _ = decode(operator, inputs, length, "aten", dtype)
+    dtype, parameters = inputs.query.dtype, tuple(p.to(device) for p in make_parameters(operator, inputs))
+    got, state = decode(operator, inputs, length, "triton", dtype, parameters)
+    exact, wanted = decode(operator, inputs, length, "aten", torch.float64, parameters)
+    formula, _ = decode(operator, inputs, length, "aten", dtype, parameters)
     for made, oracle, typical in zip(got, exact, formula, strict=True):
         assert_as_good_as(made.out, oracle=oracle.out, formula=typical.out)
         assert_as_good_as(made.log_sum_exp, oracle=oracle.log_sum_exp, formula=typical.log_sum_exp)
@@ -86,6 +89,7 @@ def test_the_operator_keeps_its_contract(device, on_gpu):
         state._found,
         *state._sums,
         state._counts,
+        [],
     )
     given = *token, *tensors, 20, 19, -1, inputs.scale, True
     torch.library.opcheck(fma_decode.step, given, test_utils=["test_schema", "test_faketensor"])

@@ -46,6 +46,13 @@ def test_bidirectional_lists_fit_the_same_tiles(name):
     assert made.fits(SHARED_MEMORY["sm_90"]), made
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_step_with_learned_rows_fits_the_same_tiles(width):
+    row = "fma_decode", "sm_90", "half", width
+    (made,) = reports(*row, configs()[row], learned=True)
+    assert made.fits(SHARED_MEMORY["sm_90"]), made
+
+
 def test_packed_documents_fit_the_same_tiles():
     row = "fma_fwd", "sm_90", "half", 64
     (made,) = reports(*row, configs()[row], packed=True)

@@ -24,20 +24,23 @@ KERNELS = {
 }
 
 _FLOATS = "MASS", "LSE", "DELTA", "RUNS_K", "RUNS_V", "CELLS_K", "CELLS_V", "SUMS_K", "SUMS_V", "COUNT"
+_LEARNED = "FACTOR_K", "FACTOR_V", "SHIFT_K", "SHIFT_V"
 _LONGS = "RING_PLACE", "SINK_PLACE", "FOUND"
 _TYPES = {
-    **dict.fromkeys(_FLOATS, "*fp32"), **dict.fromkeys(_LONGS, "*i64"), "SINK": "*i32", "DOCUMENT": "*i32", "POOLED": "*u8", "FINE": "*u8", "scale": "fp32",
+    **dict.fromkeys((*_FLOATS, *_LEARNED), "*fp32"), **dict.fromkeys(_LONGS, "*i64"), "SINK": "*i32", "DOCUMENT": "*i32",
+    "POOLED": "*u8", "FINE": "*u8", "scale": "fp32",
 }  # fmt: skip
 _OF_KIND = "Q", "K", "V", "ROWS_K", "ROWS_V", "OUT", "GRAD", "DQ", "RING_K", "RING_V", "SINK_K", "SINK_V"
 _CASE: dict[str, Any] = {
     "G": 1, "BLOCK": 64, "RANK": 4, "SINKS": 4, "BS": 16, "BANDED": False, "PADDED": False,
-    "LEARNED": False, "HAS_GRAD_LSE": False, "GRAD_LSE": None, "LOG2S": 4, "CELL": 16, "ALL": False, "SPREAD": True,
-    "q_d": 1, "k_d": 1, "v_d": 1, "WEIGHTED": True, "DOCUMENT": None, "BR": 16, "BL": 8,
+    "HAS_GRAD_LSE": False, "GRAD_LSE": None, "LOG2S": 4, "CELL": 16, "ALL": False, "SPREAD": True,
+    "q_d": 1, "k_d": 1, "v_d": 1, "WEIGHTED": True, "DOCUMENT": None, **dict.fromkeys(_LEARNED), "BR": 16, "BL": 8,
 }  # fmt: skip
 
 
 def reports(
-    name: str, architecture: str, kind: str, width: int, config: Config, causal: bool = True, packed: bool = False
+    name: str, architecture: str, kind: str, width: int, config: Config, causal: bool = True, packed: bool = False,
+    learned: bool = False,
 ) -> list[Report]:
     """What the compiler says of each launch of a kernel.
 
@@ -49,6 +52,7 @@ def reports(
         config: The configuration.
         causal: Which lists.
         packed: Whether documents take the place of sequences.
+        learned: Whether pooled rows are learned.
     """
     kernel, of_kind = KERNELS[name], "*bf16" if kind == "half" else "*fp32"
     exact = "ieee" if architecture == "gfx942" else "tf32x3"
@@ -58,10 +62,10 @@ def reports(
     for which in config.parts:
         given = {
             **_CASE, **config.tiles, "D": width, "E": width, "BD": width, "BE": width, "CAUSAL": causal,
-            "PACKED": packed, "WHICH": which, "PRECISION": "tf32" if kind == "half" else exact,
+            "PACKED": packed, "LEARNED": learned, "WHICH": which, "PRECISION": "tf32" if kind == "half" else exact,
         }  # fmt: skip
-        if packed:
-            del given["DOCUMENT"]
+        for absent in (("DOCUMENT",) if packed else ()) + (_LEARNED if learned else ()):
+            del given[absent]
         constants = {name: x for name, x in given.items() if name in kernel.arg_names}
         made.append(compiled(kernel, types, constants, architecture, config.warps, config.stages))
     return made

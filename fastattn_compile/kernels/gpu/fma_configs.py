@@ -145,6 +145,13 @@ _ROWS = """
     fma_dq sm_80 half 256 16 16 16 8 1
     fma_fwd gfx942 half 256 64 32 32 4 2
     fma_far gfx942 half 256 16 0 16 4 1
+    fma_dkv gfx942 half 256 32 32 0 4 1
+    fma_sinks gfx942 half 256 32 0 0 4 1
+    fma_dq gfx942 half 256 32 32 32 4 1
+    fma_fwd sm_100 float 64 64 64 64 8 2
+    fma_far sm_100 float 64 32 0 64 8 1
+    fma_dkv sm_100 float 64 32 64 0 8 2
+    fma_sinks sm_100 float 64 64 0 0 4 2
 """
 
 # Where the search found none: they may spill, and are right all the same.

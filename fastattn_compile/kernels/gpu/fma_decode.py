@@ -9,6 +9,8 @@ All is computed in float32; in half precision products of numbers of ten bits, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,13 +27,25 @@ _LEVELS = 8
 
 
 @triton.jit
-def take_rows(SUMS, token, at, fresh, real, C: tl.constexpr, BC: tl.constexpr):
-    """Adds a token to one row of every level; the rows of a fresh parent begin with it."""
+def take_rows(SUMS, FACTOR, token, at, number, fresh, real, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr):
+    """Adds a token, times the factors of a learned row, to some rows; those of a fresh parent begin with it."""
     c = tl.arange(0, BC)
     place = SUMS + at[:, None] * C + c[None, :]
     mask = real[:, None] & (c < C)[None, :]
+    token = token[None, :]
+    if LEARNED:
+        token = token * tl.load(FACTOR + number[:, None] * C + c[None, :], mask=mask, other=0.0)
     before = tl.load(place, mask=mask & (fresh == 0)[:, None], other=0.0)
-    tl.store(place, before + token[None, :], mask=mask)
+    tl.store(place, before + token, mask=mask)
+
+
+@triton.jit
+def pooled_rows(SUMS, SHIFT, row, number, factor, there, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr):
+    """Rows from their sums: a factor, and the shift of a learned row."""
+    x = rows_of(SUMS, row, C, 1, there, C, BC) * factor[:, None]
+    if LEARNED:
+        x += rows_of(SHIFT, number, C, 1, there, C, BC)
+    return x
 
 
 @triton.jit
@@ -44,10 +58,10 @@ def clear_rows(SUMS, at, real, C: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "now", "since", "left", "levels", "reached", "fresh_levels"])
 def fma_decode(
-    Q, K, V, RING_K, RING_V, RING_PLACE, SINK_K, SINK_V, SINK_PLACE, FOUND, SUMS_K, SUMS_V, COUNT, OUT, LSE,
-    heads, now, since, left, levels, reached, fresh_levels, scale,
+    Q, K, V, RING_K, RING_V, RING_PLACE, SINK_K, SINK_V, SINK_PLACE, FOUND, SUMS_K, SUMS_V, COUNT, FACTOR_K, FACTOR_V,
+    SHIFT_K, SHIFT_V, OUT, LSE, heads, now, since, left, levels, reached, fresh_levels, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-    RANK: tl.constexpr, SINKS: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    RANK: tl.constexpr, SINKS: tl.constexpr, WEIGHTED: tl.constexpr, LEARNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Output and natural log-sum-exp of the query at ``now``, and the state with its token; ``scale`` carries log2 e.
@@ -69,7 +83,7 @@ def fma_decode(
     COUNT += batch * levels * (4 * RANK)
     largest, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
-    farthest = tl.where(left < 0, 0, now - left)
+    farthest = tl.where(left < 0, 0, tl.maximum(now - left, 0))
 
     for begin in range(0, tl.minimum(now + 1, 2 * BLOCK), BN):
         slot = begin + tl.arange(0, BN)
@@ -87,15 +101,20 @@ def fma_decode(
         level, r = slot // (2 * RANK), slot % (2 * RANK)
         width, child = BLOCK << level, r // RANK
         parent = now // (2 * width)
-        first = (2 * (parent - 1) + child) * width + r % RANK * (width // RANK)
+        first = (2 * (parent - 1) + child) * width
+        if not LEARNED:
+            first += r % RANK * (width // RANK)
         there = (level < reached) & (child <= now // width % 2) & (first >= farthest)
         row = (level * 2 + 1 - parent % 2) * (2 * RANK) + r
         count = tl.load(COUNT + row, mask=there, other=0.0)
         there = there & (count > 0)
-        share = 1 / tl.maximum(count, 1.0)[:, None]
-        k = rows_of(SUMS_K, row, D, 1, there, D, BD) * share
-        v = rows_of(SUMS_V, row, E, 1, there, E, BE) * share
-        weight = tl.log2(tl.maximum(count, 1.0)) if WEIGHTED else tl.zeros([BF], tl.float32)
+        count = tl.maximum(count, 1.0)
+        number, share = level * RANK + r % RANK, 1 / count
+        if LEARNED:
+            share, count = width / count, count / RANK
+        k = pooled_rows(SUMS_K, SHIFT_K, row, number, share, there, D, BD, LEARNED)
+        v = pooled_rows(SUMS_V, SHIFT_V, row, number, share, there, E, BE, LEARNED)
+        weight = tl.log2(count) if WEIGHTED else tl.zeros([BF], tl.float32)
         largest, mass, acc = meet(q, k, v, weight, there[None, :], scale, largest, mass, acc, PRECISION)
     becomes_sink = 0
     if SINKS > 0:
@@ -109,8 +128,8 @@ def fma_decode(
         v = rows_of(SINK_V, i, E, 1, there, E, BE).to(tl.float32)
         largest, mass, acc = meet(q, k, v, None, there[None, :], scale, largest, mass, acc, PRECISION)
         # Every token after the prompt is real.
-        number = tl.load(FOUND + batch).to(tl.int32) + now - since
-        becomes_sink = (number < SINKS).to(tl.int32)
+        sink_rank = tl.load(FOUND + batch).to(tl.int32) + now - since
+        becomes_sink = (sink_rank < SINKS).to(tl.int32)
 
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     query = unit * G + g
@@ -128,26 +147,32 @@ def fma_decode(
         tl.store(RING_V + slot_now * E + e, v_now, mask=e < E)
         tl.store(RING_PLACE + slot_now, now, mask=leads)
         if SINKS > 0:
-            tl.store(SINK_K + number * D + d, k_now, mask=(d < D) & (becomes_sink != 0))
-            tl.store(SINK_V + number * E + e, v_now, mask=(e < E) & (becomes_sink != 0))
-            tl.store(SINK_PLACE + number, now, mask=leads & (becomes_sink != 0))
+            tl.store(SINK_K + sink_rank * D + d, k_now, mask=(d < D) & (becomes_sink != 0))
+            tl.store(SINK_V + sink_rank * E + e, v_now, mask=(e < E) & (becomes_sink != 0))
+            tl.store(SINK_PLACE + sink_rank, now, mask=leads & (becomes_sink != 0))
         kept = tl.where(becomes_sink != 0, 0.0, 1.0)
         k_kept, v_kept = k_now.to(tl.float32) * kept, v_now.to(tl.float32) * kept
-        for lowest in range(0, levels, BL):
-            level = lowest + tl.arange(0, BL)
-            real = level < levels
-            level = tl.minimum(level, levels - 1)
+        # A token is in one row of a group, or in all that are learned.
+        EACH: tl.constexpr = RANK if LEARNED else 1
+        for lowest in range(0, levels * EACH, BL):
+            number = lowest + tl.arange(0, BL)
+            real = number < levels * EACH
+            level = tl.minimum(number // EACH, levels - 1)
             width = BLOCK << level
             fresh = now % (2 * width) == 0
             row = (level * 2 + now // (2 * width) % 2) * (2 * RANK)
-            row += now // width % 2 * RANK + now % width // (width // RANK)
-            take_rows(SUMS_K, k_kept, row, fresh, real, D, BD)
-            take_rows(SUMS_V, v_kept, row, fresh, real, E, BE)
+            row += now // width % 2 * RANK
+            if LEARNED:
+                row += number % RANK
+            else:
+                row += now % width // (width // RANK)
+            take_rows(SUMS_K, FACTOR_K, k_kept, row, number, fresh, real, D, BD, LEARNED)
+            take_rows(SUMS_V, FACTOR_V, v_kept, row, number, fresh, real, E, BE, LEARNED)
             before = tl.load(COUNT + row, mask=real & (fresh == 0) & leads, other=0.0)
             tl.store(COUNT + row, before + kept, mask=real & leads)
         # The other rows of parents that begin: they still hold a parent that no query will meet again.
         r = tl.arange(0, BR)
-        others = (r > 0) & (r < 2 * RANK)
+        others = (r >= EACH) & (r < 2 * RANK)
         for level in range(0, fresh_levels):
             row = (level * 2 + now // (2 * BLOCK << level) % 2) * (2 * RANK) + r
             clear_rows(SUMS_K, row, others, D, BD)
@@ -165,7 +190,7 @@ def fma_decode(
 def step(
     query: Tensor, key: Tensor, value: Tensor, ring_key: Tensor, ring_value: Tensor, ring_place: Tensor,
     sink_key: Tensor, sink_value: Tensor, sink_place: Tensor, found: Tensor, sum_key: Tensor, sum_value: Tensor,
-    count: Tensor, now: int, since: int, left: int, scale: float, weighted: bool,
+    count: Tensor, learned: Sequence[Tensor], now: int, since: int, left: int, scale: float, weighted: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Takes a token into the state and attends it. The state's tensors are contiguous.
 
@@ -183,6 +208,8 @@ def step(
         sum_key: ``(b, g, levels, 2, 2, rank, d)`` float32; parent ``i`` of a level at ``i % 2``, its children, their rows.
         sum_value: ``(b, g, levels, 2, 2, rank, e)`` float32.
         count: ``(b, 1, levels, 2, 2, rank, 1)`` float32, tokens of a row.
+        learned: None, or of learned rows, ``(levels, rank, d)`` for keys and ``(levels, rank, e)`` for values, float32:
+            the factors of the token's place, keys and values, then the shifts of the rows.
         now: Position of the token.
         since: Length of the prompt.
         left: Largest distance that is visible, below 0 for any.
@@ -202,9 +229,9 @@ def step(
     fresh_levels = 0 if inside or not now else min(levels, (parents & -parents).bit_length())
     fma_decode[(batch * kv_heads, -(-heads // kv_heads // config.rows))](
         query.contiguous(), key.contiguous(), value.contiguous(), ring_key, ring_value, ring_place, sink_key, sink_value,
-        sink_place, found, sum_key, sum_value, count, out, log_sum_exp, kv_heads, now, since, left, levels,
+        sink_place, found, sum_key, sum_value, count, *(learned or (None,) * 4), out, log_sum_exp, kv_heads, now, since, left, levels,
         min(levels, parents.bit_length()), fresh_levels, scale * LOG2_E, **channels(D=d, E=e), G=heads // kv_heads, BLOCK=block, RANK=rank, SINKS=sinks,
-        WEIGHTED=weighted, PRECISION=precision(query.dtype), BS=padded(sinks), BR=padded(2 * rank), BL=_LEVELS,
+        WEIGHTED=weighted, LEARNED=bool(learned), PRECISION=precision(query.dtype), BS=padded(sinks), BR=padded(2 * rank), BL=_LEVELS,
         **config.launch,
     )  # fmt: skip
     return out, log_sum_exp

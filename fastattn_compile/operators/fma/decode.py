@@ -54,6 +54,7 @@ class FmaDecoder(Decoder):
         self.block, self.rank = config.block, config.rank
         self.levels = len(parameters) // 4 if operator.learned else (LONGEST // config.block).bit_length()
         self._length: int | None = None
+        self._shifts: list[Tensor] | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in force.
@@ -241,8 +242,8 @@ class FmaDecoder(Decoder):
             self._counts[:, :, level, own, child, row] += kept[:, None, None, None]
 
     def _triton_obstacle(self, query: Tensor, key: Tensor, value: Tensor) -> str:
-        if self.operator.learned:
-            return "rows are learned combinations of their tokens"
+        if self.operator.learned and self.operator.config.basis != "depthwise":
+            return "learned rows that mix channels"
         if self._bias is not None:
             return "it adds no bias by distance to the scores"
         reason = gpu_obstacle(query, key, value)
@@ -252,6 +253,20 @@ class FmaDecoder(Decoder):
 
         return fma_decode.obstacle(query, key, value, self.operator.config.sinks)
 
+    def _learned(self, now: int) -> list[Tensor]:
+        """Factors of learned rows at a position, and their shifts, ``(l, p, c)``; none without."""
+        if not self.operator.learned:
+            return []
+        if self._shifts is None:
+            self._shifts = [
+                torch.stack([p.T.float() for p in self.parameters[1 + side :: 4]]) for side in (0, 2)
+            ]
+        factors = [
+            torch.stack([p[:, :, now % p.shape[2]].T.float() for p in self.parameters[side::4]])
+            for side in (0, 2)
+        ]
+        return [*factors, *self._shifts]
+
     def _by_triton(self, now: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         from fastattn_compile.kernels.gpu import fma_decode
 
@@ -259,7 +274,7 @@ class FmaDecoder(Decoder):
         return AttentionOutput(
             *fma_decode.step(
                 query, key, value, *self._rings, self._ring_place, *self._sinks, self._sink_place, self._found, *self._sums,
-                self._counts, now, self._prompt, left, self.scale, self.operator.config.scale_attn,
+                self._counts, self._learned(now), now, self._prompt, left, self.scale, self.operator.config.scale_attn,
             )
         )  # fmt: skip
 
