@@ -175,6 +175,38 @@ class TestNumbers:
         for at, (g, f, o) in enumerate(zip(got, formula, oracle)):
             assert_as_good_as(g, oracle=o, formula=f, name=f"result {at}")
 
+    @given(st.data())
+    @settings(max_examples=25, deadline=None)
+    def test_any_shape_equals_the_definition(self, data: st.DataObject) -> None:
+        draw = data.draw
+        side = draw(st.integers(1, 4))
+        options = {
+            "grid": (draw(st.integers(1, 15)), draw(st.integers(1, 15))), "block": side * side,
+            "rank": draw(st.sampled_from([r for r in range(1, side * side + 1) if side * side % r == 0])),
+            "basis": draw(st.sampled_from(["mean", "depthwise"])), "prefix": draw(st.integers(0, 2)),
+            "scale_attn": draw(st.booleans()),
+        }  # fmt: skip
+        kv_heads = draw(st.integers(1, 2))
+        operator = make_operator("fma", **options)
+        inputs = make_inputs(
+            draw(st.sampled_from(["none", "key_padding"])), batch=draw(st.integers(1, 2)), kv_heads=kv_heads,
+            heads=kv_heads * draw(st.integers(1, 3)), length=tokens_of(options), head_dim=draw(st.integers(1, 5)),
+            value_dim=draw(st.integers(1, 5)), dtype=torch.float64, seed=draw(st.integers(0, 99)),
+        )  # fmt: skip
+        parameters = make_parameters(operator, inputs)
+        inputs, parameters, sources = leaves(inputs, parameters)
+        results = []
+        for evaluate in (operator.reference, lambda i, p: run(operator, i, p)):
+            output = evaluate(inputs, parameters)
+            generator = torch.Generator().manual_seed(0)
+            seeds = tuple(
+                torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                for x in (output.out, output.log_sum_exp)
+            )
+            results.append([output.out, output.log_sum_exp, *gradients(output, sources, seeds)])
+        for wanted, got in zip(*results):
+            assert relative_error(got, wanted) < 1e-12 or (got - wanted).abs().max() < 1e-12
+
     @each_grid
     def test_gradcheck(self, case: str) -> None:
         operator, inputs, parameters = build(
