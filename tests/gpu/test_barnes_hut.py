@@ -13,7 +13,7 @@ from fastattn_compile.kernels.aten import barnes_hut_tree as aten_tree
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
 from fastattn_compile.kernels.aten.window import LocalTiles
 from fastattn_compile.kernels.dispatch import use_kernels
-from fastattn_compile.kernels.gpu import barnes_hut, barnes_hut_tree
+from fastattn_compile.kernels.gpu import barnes_hut, barnes_hut_decode, barnes_hut_tree
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
@@ -204,6 +204,15 @@ def test_decoding(case, device, monkeypatch):
     for got, oracle, formula in zip(*judged, strict=True):
         assert_as_good_as(got.out, oracle=oracle.out, formula=formula.out)
         assert_as_good_as(got.log_sum_exp, oracle=oracle.log_sum_exp, formula=formula.log_sum_exp)
+
+
+def test_the_op_of_a_step_keeps_its_contract(device):
+    query, key, value = (torch.randn(*n, device=device) for n in ((1, 2, 1, 16), (1, 60, 16), (1, 60, 24)))
+    fine = torch.arange(60, device=device)[None] >= 3
+    sink = torch.arange(3, dtype=torch.int32, device=device)[None]
+    leaves = torch.tensor([[[4, 9, -1, -1]]], dtype=torch.int32, device=device)
+    given = query, key, value, fine, sink, leaves, SCALE, 16, 2, True, -1
+    torch.library.opcheck(barnes_hut_decode.attend_one, given, test_utils=["test_schema", "test_faketensor"])
 
 
 def test_obstacles():

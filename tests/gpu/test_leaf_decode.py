@@ -63,3 +63,14 @@ def test_decoding(case, device, monkeypatch):
             assert torch.equal(got.log_sum_exp.isnan(), oracle.log_sum_exp.isnan())
         else:
             assert_as_good_as(got.log_sum_exp, oracle=oracle.log_sum_exp, formula=formula.log_sum_exp)
+
+
+def test_the_op_keeps_its_contract(device):
+    query, key, value = (
+        torch.randn(1, h, n, c, device=device) for h, n, c in ((2, 1, 16), (1, 40, 16), (1, 40, 24))
+    )
+    leaf, real = torch.arange(40, device=device).view(1, 1, 1, 40) % 4, torch.ones(1, 40, dtype=torch.bool)
+    found = leaf_decode.Sorted.of(leaf, real.to(device), 2, 2)
+    given = query, leaf[:, :, :, :2].transpose(1, 3)[..., 0], key, value, leaf, real.to(device)
+    given = *given, found.order, found.start, found.cut, 2, 0, 3, 0, 0.3
+    torch.library.opcheck(leaf_decode.attend_one, given, test_utils=["test_schema", "test_faketensor"])
