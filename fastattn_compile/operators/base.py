@@ -494,6 +494,11 @@ class Operator(ABC, Generic[ConfigT]):
         return False
 
     @property
+    def only_on_aten(self) -> bool:
+        """Whether no kernel but that on ATen serves this configuration at any site, for predictions of its speed."""
+        return False
+
+    @property
     def learned(self) -> bool:
         """Whether the operator has learned parameters in this configuration."""
         return False

@@ -139,7 +139,7 @@ def speed_of(name: str, device: str, dtype: torch.dtype, known: Sequence[Speed] 
 def predicted_seconds(operator: Operator, spec: SiteSpec) -> float:
     """Time of one forward pass at a site of known sizes."""
     known = known_speeds()
-    if spec.bias != "none":
+    if spec.bias != "none" or operator.only_on_aten:
         # Only kernels on ATen add a bias.
         known = tuple(s for s in known if s.kernels == "aten")
     speed = speed_of(operator.name, spec.device, spec.dtype, known)

@@ -13,7 +13,7 @@ from fastattn_compile.kernels.dispatch import use_kernels
 from fastattn_compile.machine import device_name
 from fastattn_compile.operators import speed
 from fastattn_compile.operators.base import SiteSpec
-from fastattn_compile.operators.mask import CAUSAL
+from fastattn_compile.operators.mask import CAUSAL, NO_MASK
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.operators.speed import Speed, crossover, fit_speed, load_speeds, save_speeds, speed_of
 
@@ -89,6 +89,9 @@ def test_a_bias_is_added_on_aten_only(own_file: Path) -> None:
     operator = make_operator("fma")
     assert speed.predicted_seconds(operator, replace(spec, bias="alibi")) > 0.5
     assert speed.predicted_seconds(operator, spec) < 0.1
+    # Nor is any but ATen's kernel for grids, at whatever site.
+    image = make_operator("fma", grid=(64, 64))
+    assert speed.predicted_seconds(image, replace(spec, mask=NO_MASK)) > 0.5
 
 
 def test_calibration_replaces_only_what_it_measured(own_file: Path) -> None:

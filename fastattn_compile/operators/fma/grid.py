@@ -146,6 +146,11 @@ class GridMultipoleAttention(FastMultipoleAttention):
         return GridMultipoleAttention(config), self.config.prefix + rows * width
 
     @property
+    def only_on_aten(self) -> bool:
+        """The kernels of the sequence form are never taken in its place."""
+        return True
+
+    @property
     def _grid_pattern(self) -> kernels.GridPattern:
         config, (height, width) = self.config, grid_of(self.config)
         return kernels.GridPattern(
