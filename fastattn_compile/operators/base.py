@@ -338,8 +338,9 @@ class OperatorConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """The fields as plain values, as JSON gives them back."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 ConfigT = TypeVar("ConfigT", bound=OperatorConfig)

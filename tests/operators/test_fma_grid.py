@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -456,8 +457,8 @@ class TestChoice:
         [
             ({"grid": (8,)}, "grid must be two positive numbers, height and width"),
             ({"grid": (0, 8)}, "grid must be two positive numbers"),
-            ({"grid": 64}, "grid must be two positive numbers, height and width, got 64"),
-            ({"grid": (8, 8.0)}, "grid must be two positive numbers"),
+            ({"grid": -8}, "grid must be two positive numbers, .* or one for a square, got -8"),
+            ({"grid": (8, 8.0)}, "grid must be height and width, or one number for a square, got"),
             ({"grid": (8, 8), "block": 32}, "32 is no square number; 36 is a cell of 6 x 6"),
             ({"grid": (8, 8), "block": 16, "rank": 3}, "rank must divide block"),
             (
@@ -472,7 +473,7 @@ class TestChoice:
         ],
     )
     def test_bad_configurations_say_why(self, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             make_operator("fma", **options)
 
     def test_further_options_of_the_sequence_form_are_not_passed_over(self) -> None:
@@ -534,6 +535,9 @@ class TestChoice:
         again = operator_from_token(operator.token)
         assert again.config == operator.config and type(again) is type(operator)
         assert dataclasses.replace(operator.config, rank=1).sinks == 0
+        plain = operator.config.to_dict()
+        assert json.loads(json.dumps(plain)) == plain and FmaConfig.from_dict(plain) == operator.config
+        assert make_operator("fma", grid=8, block=16).config.grid == (8, 8)
 
     def test_no_other_kernel_is_taken_in_its_place(self) -> None:
         operator, inputs, _ = build("even")

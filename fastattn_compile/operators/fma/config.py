@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fastattn_compile.operators.base import OperatorConfig
 
@@ -32,9 +33,10 @@ class FmaConfig(OperatorConfig):
         boundary: What stands before the first token: ``"clean"``, nothing; ``"zero_pad"``, keys and values of 0
             that are attended, as in the published code. For weights trained so; causal, without sinks, with
             ``block`` times a power of two tokens, and without decoding.
-        grid: Height and width when the tokens are those of an image, row after row: groups are then square cells and the
-            near field is that of the plane (specification 1.9). ``block`` is the tokens of a finest cell, a square number;
-            bidirectional, with the bases ``"mean"`` and ``"depthwise"``, and no ``sinks`` but ``prefix``.
+        grid: Height and width, or one number for a square, when the tokens are those of an image, row after row: groups are
+            then square cells and the near field is that of the plane (specification 1.9). ``block`` is the tokens of a
+            finest cell, a square number; bidirectional, with the bases ``"mean"`` and ``"depthwise"``, and no ``sinks`` but
+            ``prefix``.
         prefix: Tokens in front of the grid (class token, registers). Every query meets them exactly, and they meet
             every token exactly.
     """
@@ -75,11 +77,15 @@ class FmaConfig(OperatorConfig):
             raise ValueError(f"boundary 'zero_pad' has no sinks, got sinks={self.sinks}; set sinks to 0")
 
     def _check_grid(self) -> None:
-        grid = self.grid
-        whole = isinstance(grid, (tuple, list)) and all(type(size) is int and size > 0 for size in grid)
-        if not whole or len(grid) != 2:  # type: ignore[arg-type]
-            raise ValueError(f"grid must be two positive numbers, height and width, got {grid!r}")
-        object.__setattr__(self, "grid", tuple(grid))  # type: ignore[arg-type]
+        given: Any = self.grid
+        grid = (given, given) if type(given) is int else given
+        if not isinstance(grid, (tuple, list)) or not all(type(size) is int for size in grid):
+            raise TypeError(f"grid must be height and width, or one number for a square, got {given!r}")
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(
+                f"grid must be two positive numbers, height and width, or one for a square, got {given!r}"
+            )
+        object.__setattr__(self, "grid", tuple(grid))
         if math.isqrt(self.block) ** 2 != self.block:
             near = max(1, round(math.sqrt(self.block)))
             raise ValueError(
