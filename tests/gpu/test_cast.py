@@ -64,8 +64,8 @@ def test_buckets_of_causal_cast(group, device):
     buckets = Buckets(torch.randint(-1, clusters, (batch, length), device=device), clusters, size)
     part = buckets.part(heads * group, heads)
     seeds = torch.randn(*query.shape[:3], 24, device=device), torch.randn(query.shape[:3], device=device)
-    out, lse = leaf.forward(query, key, value, 0.3, part)
-    grads = leaf.backward(query, key, value, 0.3, part, out, lse, *seeds)[:3]
+    out, lse = leaf.attend(query, key, value, 0.3, [part])
+    grads = leaf.backward(query, key, value, 0.3, [part], out, lse, *seeds)[:3]
 
     def judge(dtype):
         given = *(x.to(dtype) for x in (query, key, value)), 0.3
