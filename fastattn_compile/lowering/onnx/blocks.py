@@ -12,20 +12,33 @@ from fastattn_compile.lowering.onnx.writer import OnnxWriter
 
 
 @dataclass(frozen=True)
-class Met:
-    """What the blocks meet besides sinks.
+class Pooled:
+    """Rows that stand for several tokens.
 
     Args:
         keys: ``(b, g, rows, d)``.
         values: ``(b, g, rows, e)``.
         table: Row of every slot of a block, ``(k, t)``.
-        bias: Added to the scores, ``(b, 1, k, r or 1, t)``.
     """
 
     keys: ir.Value
     values: ir.Value
     table: ir.Value
+
+
+@dataclass(frozen=True)
+class Met:
+    """What the blocks meet besides sinks.
+
+    Args:
+        table: Token of every slot of a block, ``(k, t)``.
+        bias: Added to the scores, ``(b, 1, k, r or 1, t)``, pooled rows behind tokens.
+        pooled: Pooled rows, where there are any.
+    """
+
+    table: ir.Value
     bias: ir.Value
+    pooled: Pooled | None = None
 
 
 class Blocks:
@@ -78,28 +91,35 @@ class Blocks:
         Args:
             mass: The log-sum-exp stands behind the channels.
         """
-        w = self.w
+        w, spec, m = self.w, self.spec, self.m
         met = self._meet(*self._tokens())
-        query = self._tiles(w.op("Mul", self.query, self.spec.scale))
         biases = [met.bias]
         sinks: list[ir.Value] = []
         if self.sinks:
             biases.append(self._sink_bias())
             sinks = [self._at_sinks(x) for x, _ in self._sides()]
+        last = w.op("Sub", self.length, [1])
 
         def step(w: OnnxWriter, number: ir.Value) -> ir.Value:
-            own = w.op("Gather", query, number, axis=2)
+            # Queries beyond the end are the last one again.
+            rows = w.op("Min", w.op("Add", w.op("Mul", number, m), w.constant(np.arange(m))), last)
+            own = w.op("Mul", w.op("Gather", self.query, rows, axis=2), spec.scale)
+            if spec.group > 1:
+                own = w.op("Reshape", own, [0, spec.kv_heads, spec.group * m, spec.head_dim])
             table = w.op("Gather", met.table, number, axis=0)
+            keys, values = (w.op("Gather", x, table, axis=2) for x, _ in self._sides())
+            if met.pooled is not None:
+                far = w.op("Gather", met.pooled.table, number, axis=0)
+                rows_of = zip((keys, values), (met.pooled.keys, met.pooled.values))
+                keys, values = (w.op("Concat", x, w.op("Gather", y, far, axis=2), axis=2) for x, y in rows_of)
             bias, *sink_bias = (w.op("Gather", x, number, axis=2) for x in biases)
-            scores = w.op("Add", self._product(w, own, w.op("Gather", met.keys, table, axis=2)), bias)
+            scores = w.op("Add", self._product(w, own, keys), bias)
             if sink_bias:
                 of_sinks = w.op("Add", self._product(w, own, sinks[0]), sink_bias[0])
                 scores = w.op("Concat", scores, of_sinks, axis=-1)
-            values = w.op("Gather", met.values, table, axis=2)
-            if sink_bias:
                 values = w.op("Concat", values, sinks[1], axis=2)
             if mass:
-                return with_mass(w, scores, values, self.spec)
+                return with_mass(w, scores, values, spec)
             result: ir.Value = w.op("MatMul", w.op("Softmax", scores, axis=-1), values)
             return result
 
@@ -116,18 +136,23 @@ class Blocks:
         result: ir.Value = w.op("MatMul", query, w.op("Transpose", keys, perm=[0, 1, 3, 2]))
         return result
 
-    # Tiles of queries.
+    def _stretch(self, first: int, slots: int) -> tuple[ir.Value, ir.Value]:
+        """Tokens of every block from ``first`` after its own first one on.
 
-    def _tiles(self, query: ir.Value) -> ir.Value:
-        """``(b, h, n, d)`` as ``(b, g, k, r, d)``."""
-        w, spec = self.w, self.spec
-        padded = w.op("Pad", query, w.join([0, 0, 0, 0, 0, 0, self.missing, 0]))
-        if spec.group == 1:
-            return w.op("Reshape", padded, [0, 0, -1, self.m, spec.head_dim])
-        # Heads are told apart before blocks, so that both counts are numbers.
-        split = w.op("Reshape", padded, [0, spec.kv_heads, spec.group, -1, self.m * spec.head_dim])
-        moved = w.op("Transpose", split, perm=[0, 1, 3, 2, 4])
-        return w.op("Reshape", moved, [0, 0, 0, spec.group * self.m, spec.head_dim])
+        Returns:
+            Their numbers ``(k, slots)``, another token's where there is none; which are there, ``(b or 1, 1, k, slots)``.
+        """
+        w = self.w
+        start = w.op("Mul", w.op("Unsqueeze", w.range(self.blocks), [1]), self.m)
+        place = w.op("Add", start, w.constant(np.arange(first, first + slots)))
+        inside = w.op("And", w.op("GreaterOrEqual", place, 0), w.op("Less", place, self.length))
+        table = w.op("Max", w.op("Min", place, w.op("Sub", self.length, [1])), 0)
+        there = w.op("Unsqueeze", inside, [0])
+        if self.padding is not None:
+            there = w.op("And", there, w.op("Gather", self.padding, table, axis=1))
+        return table, w.op("Unsqueeze", there, [1])
+
+    # Tiles of queries.
 
     def _ungrouped(self, out: ir.Value, channels: int) -> ir.Value:
         """``(b, g, k, r, c)`` as ``(b, h, n, c)``."""

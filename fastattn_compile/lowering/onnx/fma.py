@@ -1,9 +1,9 @@
 """Fast multipole attention as an ONNX body: one gather, one product, one softmax, one product, for any length.
 
-All rows a block of queries may meet stand in one array: tokens, then the pooled parts of every level. A table of row
-numbers, computed from the number of blocks, gathers what each block meets; a bias of the logarithms of how many tokens a
-row stands for says which rows count. So the body has few nodes (a session loads in a time that grows with their square),
-and pads nothing but the last block and the last pair of parts of a level.
+The pooled parts of every level stand in one array. A table of row numbers, computed from the number of blocks, says which
+of them each block meets; a bias of the logarithms of how many tokens a row stands for says which rows count. So the body
+has few nodes (a session loads in a time that grows with their square), and pads nothing but the last block and the last
+pair of parts of a level.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastattn_compile.lowering.onnx.body import (
     hidden,
     only,
 )
-from fastattn_compile.lowering.onnx.blocks import Blocks, Met
+from fastattn_compile.lowering.onnx.blocks import Blocks, Met, Pooled
 from fastattn_compile.lowering.onnx.writer import FAR, OnnxWriter
 from fastattn_compile.operators.base import Operator, Support, no
 from fastattn_compile.operators.fma.config import level_count
@@ -73,10 +73,15 @@ class _Writing(Blocks):
         return w.op("Mul", blocks, w.op("Gather", [1], over, axis=0))
 
     def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
+        near, there = self._stretch(-self.m, self.near)
+        bias = self.w.op("Where", there, 0.0, hidden(self.spec))
+        if not self.levels:
+            return Met(near, self._masked(bias))
         counts = self._levels(self.w.cast(taken, self.spec.dtype), 1)
-        keys, values = (self._rows(x, taken, counts, c) for x, c in self._sides())
         table, met = self._table()
-        return Met(keys, values, table, self._bias(real, counts, table, met))
+        keys, values = (self._means(x, taken, counts, c) for x, c in self._sides())
+        bias = self.w.op("Concat", bias, self._far_bias(counts, table, met), axis=3)
+        return Met(near, self._masked(bias), Pooled(keys, values, table))
 
     def _sink_bias(self) -> ir.Value:
         """The sink slots serve blocks apart from the sink's own; nearer ones meet it as a token: ``(b, 1, k, 1, s)``."""
@@ -110,48 +115,53 @@ class _Writing(Blocks):
         each = w.op("Split", missing, [1] * self.levels, outputs=self.levels, axis=0)
         return [w.join([0, 0, 0, 0, 0, 0, x, 0]) for x in (each if self.levels > 1 else (each,))]
 
-    def _levels(self, x: ir.Value, channels: int) -> list[ir.Value]:
+    def _levels(self, x: ir.Value, channels: int, taken: ir.Value | None = None) -> list[ir.Value]:
         """Sums over the parts of the groups of every level, ``(b, g, rows, c)`` each.
 
         Args:
             x: ``(b, g, n', c)``, 0 where a token is not pooled.
             channels: ``c``.
+            taken: ``(1, 1, n', 1)``: which of the first block's tokens are pooled, where ``x`` does not say so.
         """
-        w, sums = self.w, []
+        w, sums, width = self.w, [], self.m // self.p
+        given = w.slice(x, 0, self.m, 2) if taken is not None else x
         for level in range(self.levels):
-            width = 2 if level else self.m // self.p
-            x = w.op("ReduceSum", w.op("Reshape", x, [0, 0, -1, width, channels]), [3], keepdims=0)
+            x = self._summed(x, 2 if level else width, channels)
+            if taken is not None and not level:
+                # The first block again, without the sinks: cheaper than to write all tokens anew.
+                first = w.op("Mul", given, w.cast(w.slice(taken, 0, self.m, 2), self.spec.dtype))
+                x = w.op("Concat", self._summed(first, width, channels), w.slice(x, self.p, FAR, 2), axis=2)
             x = w.op("Pad", x, self._pads[level])
             sums.append(x)
         return sums
 
-    def _rows(self, x: ir.Value, taken: ir.Value, counts: list[ir.Value], channels: int) -> ir.Value:
-        """All rows of keys or values, ``(b, g, rows, c)``: a block of nothing, tokens, (a block of nothing,) means."""
-        w, m = self.w, self.m
-        x = w.op("Pad", x, w.join([0, 0, m, 0, 0, 0, w.op("Add", self.missing, [0 if self.causal else m]), 0]))
-        if not self.levels:
-            return x
-        tokens = w.slice(x, m, FAR if self.causal else -m, 2)
-        if self.sinks or self.padding is not None:
-            tokens = w.op("Mul", tokens, w.cast(taken, self.spec.dtype))
-        sums = self._levels(tokens, channels)
-        means = [w.op("Div", s, w.op("Max", count, 1.0)) for s, count in zip(sums, counts)]
-        return w.op("Concat", x, *means, axis=2)
+    def _summed(self, x: ir.Value, width: int, channels: int) -> ir.Value:
+        """Sums of ``width`` rows each."""
+        split = self.w.op("Reshape", x, [0, 0, -1, width, channels])
+        result: ir.Value = self.w.op("ReduceSum", split, [3], keepdims=0)
+        return result
 
-    def _table(self) -> tuple[ir.Value, ir.Value | None]:
-        """Which row every slot of every block meets, ``(k, t)``, and whether a far slot is met at all, ``(k, far)``."""
-        w, m, p = self.w, self.m, self.p
+    def _means(self, x: ir.Value, taken: ir.Value, counts: list[ir.Value], channels: int) -> ir.Value:
+        """Means of the parts of all levels, ``(b, g, rows, c)``."""
+        w = self.w
+        x = w.op("Pad", x, w.join([0, 0, 0, 0, 0, 0, self.missing, 0]))
+        if self.padding is not None:
+            x = w.op("Mul", x, w.cast(taken, self.spec.dtype))
+        sums = self._levels(x, channels, taken if self.padding is None and self.sinks else None)
+        means = [w.op("Div", s, w.op("Max", count, 1.0)) for s, count in zip(sums, counts)]
+        result: ir.Value = w.op("Concat", *means, axis=2) if len(means) > 1 else means[0]
+        return result
+
+    def _table(self) -> tuple[ir.Value, ir.Value]:
+        """Which part every far slot of every block meets, ``(k, far)``, and whether it does."""
+        w, p = self.w, self.p
         block = w.op("Unsqueeze", w.range(self.blocks), [1])
-        near = w.op("Add", w.op("Mul", block, [m]), w.constant(np.arange(self.near)))
-        if not self.levels:
-            return near, None
         sides = np.array([-1] if self.causal else [-1, 1])
         grid = np.meshgrid(np.arange(self.levels), sides, np.arange(2 * p), indexing="ij")
         level, side, row = (x.reshape(-1) for x in grid)
         child = row // p
-        fine = w.op("Add", w.op("Mul", self.blocks, [m]), [m if self.causal else 2 * m])
         before = w.op("CumSum", self._rows_of_levels, w.constant(0), exclusive=1)
-        start = w.op("Gather", w.op("Add", before, fine), w.constant(level), axis=0)
+        start = w.op("Gather", before, w.constant(level), axis=0)
         parent = w.op("Add", w.op("Div", block, w.constant(2 << level)), w.constant(side))
         # The second child of the query's own parent is 1; the child beside the query's group belongs to a finer level.
         own = w.op("Mod", w.op("Div", block, w.constant(1 << level)), [2])
@@ -160,21 +170,22 @@ class _Writing(Blocks):
         inside = w.op("And", w.op("GreaterOrEqual", parent, 0), w.op("Less", first, self.blocks))
         met = w.op("And", allowed, inside)
         far = w.op("Add", w.op("Add", w.op("Mul", parent, [2 * p]), w.constant(row)), start)
-        far = w.op("Where", met, far, 0)
-        return w.op("Concat", near, far, axis=1), met
+        return w.op("Where", met, far, 0), met
 
-    def _bias(self, real: ir.Value, counts: list[ir.Value], table: ir.Value, met: ir.Value | None) -> ir.Value:
-        """What is added to the scores, ``(b, 1, k, r or 1, t)``: logarithms of counts, hidden slots, the causal mask."""
-        w, m, spec = self.w, self.m, self.spec
-        fine = w.op("Pad", w.cast(real, spec.dtype), w.constant([0, 0, m, 0, 0, 0, 0 if self.causal else m, 0]))
-        every = w.op("Squeeze", w.op("Concat", fine, *counts, axis=2) if counts else fine, [3])
+    def _far_bias(self, counts: list[ir.Value], table: ir.Value, met: ir.Value) -> ir.Value:
+        """Logarithms of how many tokens a part stands for, hidden where it is not met, ``(b, 1, k, far)``."""
+        w = self.w
+        every = w.op("Squeeze", w.op("Concat", *counts, axis=2) if len(counts) > 1 else counts[0], [3])
         mass = w.op("Gather", every, table, axis=2)
-        there = w.op("Greater", mass, 0.0)
-        if met is not None:
-            always = w.op("Expand", w.constant(np.array(True)), w.op("Concat", self.blocks, [self.near], axis=0))
-            there = w.op("And", there, w.op("Concat", always, met, axis=1))
+        there = w.op("And", w.op("Greater", mass, 0.0), met)
         weight = w.op("Log", w.op("Max", mass, 1.0)) if self.weighted else w.constant(0.0)
-        bias = w.op("Unsqueeze", w.op("Where", there, weight, hidden(spec)), [3])
+        result: ir.Value = w.op("Where", there, weight, hidden(self.spec))
+        return result
+
+    def _masked(self, bias: ir.Value) -> ir.Value:
+        """``(b, 1, k, t)`` with the causal mask, ``(b, 1, k, r or 1, t)``."""
+        w, m, spec = self.w, self.m, self.spec
+        bias = w.op("Unsqueeze", bias, [3])
         if not self.causal:
             return bias
         rows, keys = np.arange(m)[:, None], np.arange(self.near)[None] - m

@@ -49,17 +49,11 @@ class Window(Blocks):
 
     def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
         w, spec = self.w, self.spec
-        after = w.op("Add", self.missing, [self.ahead])
-        pads = w.join([0, 0, self.back, 0, 0, 0, after, 0])
-        keys, values = (w.op("Pad", x, pads) for x, _ in self._sides())
-        first = w.op("Mul", w.op("Unsqueeze", w.range(self.blocks), [1]), [self.m])
-        table = w.op("Add", first, w.constant(np.arange(self.slots)))
-        there = w.op("Pad", w.cast(real, spec.dtype), w.constant([0, 0, self.back, 0, 0, 0, self.ahead, 0]))
-        there = w.op("Greater", w.op("Gather", w.op("Squeeze", there, [3]), table, axis=2), 0.0)
+        table, there = self._stretch(-self.back, self.slots)
         offset = np.arange(self.slots)[None] - np.arange(self.m)[:, None]
         band = np.tile((offset >= 0) & (offset <= self.back + self.ahead), (spec.group, 1))
         seen = w.op("And", w.op("Unsqueeze", there, [3]), w.constant(band))
-        return Met(keys, values, table, w.op("Where", seen, 0.0, hidden(spec)))
+        return Met(table, w.op("Where", seen, 0.0, hidden(spec)))
 
     def _sink_bias(self) -> ir.Value:
         w, spec = self.w, self.spec
