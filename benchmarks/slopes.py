@@ -61,6 +61,7 @@ def image(n: int) -> tuple[int, int]:
 SERIES: dict[str, Series] = {
     "fma": ("fma", True, lambda n: {}, 1.15),
     "fma grid": ("fma", False, lambda n: {"grid": image(n)}, 1.15),
+    "fma pooled queries": ("fma", False, lambda n: {"sinks": 0, "queries": "pooled"}, 1.15),
     "barnes_hut": ("barnes_hut", True, lambda n: {}, 1.15),
     "tf_attention": ("tf_attention", True, lambda n: {"height": height(n)}, 1.15),
     "tc_attention": ("tc_attention", True, lambda n: {"height": height(n)}, 1.15),

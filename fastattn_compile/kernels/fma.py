@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import fma as on_aten
+from fastattn_compile.kernels.aten import fma_pooled
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.cpu import fma as on_cpu
 from fastattn_compile.kernels.dispatch import chosen_kernels, give_way, gpu_obstacle, select
@@ -94,3 +95,22 @@ def backward(
             return *made, (), None
         give_way("fma backward", name, NOT_FINITE)
     return on_aten.backward(query, key, value, scale, pattern, *saved, weights, bias)
+
+
+def pooled_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: fma_pooled.PooledPattern,
+    key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.aten.fma_pooled.forward``, which has no other implementation."""
+    select("fma with pooled queries, forward", {})
+    return fma_pooled.forward(query, key, value, scale, pattern, key_padding)
+
+
+def pooled_backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: fma_pooled.PooledPattern, out: Tensor,
+    log_sum_exp: Tensor, grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.aten.fma_pooled.backward``, which has no other implementation."""
+    select("fma with pooled queries, backward", {})
+    saved = out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
+    return fma_pooled.backward(query, key, value, scale, pattern, *saved)

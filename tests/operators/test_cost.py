@@ -24,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any], str, tuple[float, float]]] = [
     ("exact", {}, "causal", TILES),
     ("fma", {}, "none", (0.97, 1.3)),
     ("fma", {}, "causal", TILES),
+    ("fma", {"sinks": 0, "queries": "pooled"}, "none", (0.97, 1.3)),
     ("fma", {"basis": "depthwise"}, "causal", TILES),
     # Cells cut by the border, and far cells that only some queries of a pass meet, are computed for all.
     ("fma", {"grid": (32, 32), "block": 16, "rank": 4}, "none", (0.97, 1.9)),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import leaves, make_inputs, make_parameters, run
+from oracle import leaves, make_inputs, make_parameters, relative_error, run
 from torch import Tensor
 
+from fastattn_compile.kernels.dispatch import use_kernels
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.exact import ExactAttention
 from fastattn_compile.operators.fma import FastMultipoleAttention, FmaConfig
@@ -56,6 +57,31 @@ def test_golden_outputs(name, path):
     evaluate = run if path == "kernel" else lambda op, *given: op.reference(*given)
     got = evaluate(operator, inputs, parameters).out[0, 0]
     assert (got - torch.tensor(GOLDEN["cases"][name], dtype=torch.float64)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("path", ["kernel", "reference"])
+def test_golden_outputs_of_pooled_queries(path):
+    operator, inputs = plain_fma(block=2, rank=1, queries="pooled"), golden_inputs(NO_MASK)
+    got = (run(operator, inputs) if path == "kernel" else operator.reference(inputs)).out[0, 0]
+    wanted = torch.tensor(GOLDEN["linear_bidir_mean_p1"], dtype=torch.float64)
+    assert (got - wanted).abs().max() < 1e-12
+
+
+def test_pooled_queries_that_are_alike_in_a_block_are_all_queries():
+    """At one level, where groups are blocks, the mean query of a group is each of its queries."""
+    inputs = make_inputs("none", length=31, dtype=torch.float64)
+    alike = inputs.query[:, :, torch.arange(31) // 8]
+    inputs = dataclasses.replace(inputs, query=alike)
+    got, wanted = (run(plain_fma(block=8, rank=2, queries=q), inputs) for q in ("pooled", "all"))
+    assert relative_error(got.out, wanted.out) < 1e-13
+    assert relative_error(got.log_sum_exp, wanted.log_sum_exp) < 1e-13
+
+
+def test_pooled_queries_do_not_decode_and_leave_no_choice_of_kernel():
+    operator = plain_fma(block=8, rank=2, queries="pooled")
+    assert operator.decoder(1.0) is None
+    with use_kernels("cpp"), pytest.raises(RuntimeError, match="no cpp implementation"):
+        run(operator, make_inputs("none"))
 
 
 def test_golden_gradients():

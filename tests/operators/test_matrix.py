@@ -31,6 +31,7 @@ OPERATORS = {
     "fma-depthwise": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "depthwise"}),
     "fma-dense": ("fma", {"block": 8, "rank": 2, "sinks": 3, "basis": "dense"}),
     "fma-recursive": ("fma", {"block": 8, "rank": 4, "sinks": 3, "basis": "recursive"}),
+    "fma-pooled": ("fma", {"block": 8, "rank": 2, "sinks": 0, "queries": "pooled"}),
     "conv_basis": ("conv_basis", {"k": 9, "sinks": 3}),
     "cast": ("cast", {"clusters": 5, "clustering": "sa_topk", "combine": "lse", "select": "key"}),
     "cast-causal": (
@@ -512,7 +513,8 @@ def test_any_shape_equals_the_definition(case, data):
     name, options = OPERATORS[case]
     if name == "fma":
         block, rank = data.draw(st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (8, 8), (12, 3)]))
-        options = {**options, "block": block, "rank": rank, "sinks": data.draw(st.integers(0, block))}
+        sinks = 0 if "queries" in options else data.draw(st.integers(0, block))
+        options = {**options, "block": block, "rank": rank, "sinks": sinks}
         options["scale_attn"] = data.draw(st.booleans())
     group, kv_heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     inputs = make_inputs(

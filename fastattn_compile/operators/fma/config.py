@@ -12,6 +12,7 @@ BASES = ("mean", "depthwise", "dense", "recursive")
 GRID_BASES = ("mean", "depthwise")
 BOUNDARIES = ("clean", "zero_pad")
 _ON_GRIDS = ("version", "block", "rank", "basis", "scale_attn", "sinks", "boundary", "grid", "prefix")
+QUERIES = ("all", "pooled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class FmaConfig(OperatorConfig):
             ``prefix``.
         prefix: Tokens in front of the grid (class token, registers). Every query meets them exactly, and they meet
             every token exactly.
+        queries: Who meets pooled rows: ``"all"``, every query; ``"pooled"``, the mean query of a group at every level, so
+            that the whole takes O(n). A mean of queries knows later tokens, so bidirectional only and without decoding;
+            with means as basis and without sinks.
     """
 
     block: int = 64
@@ -49,6 +53,7 @@ class FmaConfig(OperatorConfig):
     boundary: str = "clean"
     grid: tuple[int, int] | None = None
     prefix: int = 0
+    queries: str = "all"
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -75,6 +80,16 @@ class FmaConfig(OperatorConfig):
             raise ValueError(f"unknown boundary {self.boundary!r}; boundaries: {', '.join(BOUNDARIES)}")
         if self.boundary == "zero_pad" and self.sinks:
             raise ValueError(f"boundary 'zero_pad' has no sinks, got sinks={self.sinks}; set sinks to 0")
+        if self.queries not in QUERIES:
+            raise ValueError(f"unknown queries {self.queries!r}; queries: {', '.join(QUERIES)}")
+        if self.queries == "pooled":
+            if self.sinks:
+                raise ValueError(f"queries 'pooled' has no sinks, got sinks={self.sinks}; set sinks to 0")
+            if self.basis != "mean" or self.boundary != "clean":
+                raise ValueError(
+                    "queries 'pooled' is defined with basis 'mean' and boundary 'clean', "
+                    f"got {self.basis!r} and {self.boundary!r}"
+                )
 
     def _check_grid(self) -> None:
         given: Any = self.grid

@@ -51,6 +51,9 @@ def far_pairs(config: FmaConfig, mask: MaskStructure, length: int) -> int:
     total = 0
     for level in range(level_count(length, config.block)):
         width = config.block << level
+        if config.queries == "pooled":  # one query a group
+            place = np.arange(0, length, width)
+            queries = np.ones_like(place)
         own = place // width
         # The groups of the neighbouring parents, counted from the first child of the query's own parent.
         for other in (-2, -1) if mask.causal else (-2, -1, 2, 3):
@@ -109,6 +112,8 @@ def multipole_cost(config: FmaConfig, spec: SiteSpec) -> Cost:
     per_token = (1 if levels else 0) if config.basis == "mean" else 2 * config.rank * levels
     products = spec.head_dim**2 + spec.value_dim**2 if config.basis == "dense" else channels
     pooling = float(spec.batch * spec.kv_heads * length * per_token * products)
+    if config.queries == "pooled":
+        pooling += float(spec.batch * spec.heads * length * per_token * spec.head_dim)
     learned = 0
     for name, shape in parameter_layout(config, levels, spec.head_dim, spec.value_dim):
         learned += math.prod(shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels import fma as fma_kernels
 from fastattn_compile.kernels.aten.fma_plan import Pattern
+from fastattn_compile.kernels.aten.fma_pooled import PooledPattern
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
@@ -93,6 +94,8 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return no(f"a causal mask shifted by {mask.right} is not supported; only an offset of 0")
         if mask.left is not None and mask.left < 0:
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
+        if self.config.queries == "pooled":
+            return self._supports_pooled(spec)
         extras = refuse_extras(spec, "alibi", "bucketed")
         if extras and self.config.boundary == "zero_pad":
             return no(boundary.obstacle(self.config, spec))
@@ -116,6 +119,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         if self._levels(inputs) == 0:
             return self._bounded(exact_forward(inputs))
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+        if self.config.queries == "pooled":
+            pooled = self._pooled_pattern(inputs)
+            return AttentionOutput(*fma_kernels.pooled_forward(q, k, v, scale, pooled, inputs.key_padding))
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
         bias = bias_of_rows(self.config, inputs)
         return self._bounded(
@@ -139,6 +145,11 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return dataclasses.replace(grads, parameters=tuple(torch.zeros_like(p) for p in parameters))
         q, k, v, scale = inputs.query, inputs.key, inputs.value, inputs.scale
         out, lse = output.out, output.log_sum_exp
+        if self.config.queries == "pooled":
+            saved = out, lse, grad_out, grad_log_sum_exp, inputs.key_padding
+            return Gradients(
+                *fma_kernels.pooled_backward(q, k, v, scale, self._pooled_pattern(inputs), *saved)
+            )
         pattern, used = self._pattern(inputs), self._used(inputs, parameters)
         facts = inputs.key_padding, used, bias_of_rows(self.config, inputs)
         grad_query, grad_key, grad_value, learned, of_bias = fma_kernels.backward(
@@ -175,10 +186,11 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     def decoder(self, scale: float, parameters: tuple[Tensor, ...] = ()) -> Decoder | None:
         """The last two blocks, the sinks and four groups a level: O(block + rank * log n) rows.
 
-        None for the boundary ``"zero_pad"``, whose outputs depend on the length of the whole sequence. The recursive basis
+        None for the boundary ``"zero_pad"``, whose outputs depend on the length of the whole sequence, and for pooled
+        queries, which know later tokens. The recursive basis
         is unfolded for ``DECODED`` tokens.
         """
-        if self.config.boundary == "zero_pad":
+        if self.config.boundary == "zero_pad" or self.config.queries == "pooled":
             return None
         if self.config.basis == "recursive":
             unfolded = unfold(parameters, level_count(DECODED, self.config.block))
@@ -187,8 +199,8 @@ class FastMultipoleAttention(Operator[FmaConfig]):
 
     @property
     def comes_apart(self) -> bool:
-        """Fine keys and pooled rows stand in one softmax; zero keys are neither."""
-        return self.config.boundary == "clean"
+        """Fine keys and pooled rows stand in one softmax of one query; zero keys are neither."""
+        return self.config.boundary == "clean" and self.config.queries == "all"
 
     @property
     def learned(self) -> bool:
@@ -226,11 +238,33 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     def _packed(self, inputs: AttentionInputs) -> AttentionOutput | None:
         """Packed documents without laying them out, where kernels can."""
         segments, more = inputs.segments, inputs.key_padding is not None or inputs.bias is not None
-        if segments is None or more or self.config.boundary != "clean":
+        plain = self.config.boundary == "clean" and self.config.queries == "all"
+        if segments is None or more or not plain:
             return None
         tensors = inputs.query, inputs.key, inputs.value
         made = fma_kernels.forward_packed(*tensors, inputs.scale, self._pattern(inputs), segments)
         return None if made is None else AttentionOutput(*made)
+
+    def _pooled_pattern(self, inputs: AttentionInputs) -> PooledPattern:
+        return PooledPattern(
+            self.config.block, self.config.rank, self._levels(inputs), self.config.scale_attn
+        )
+
+    @staticmethod
+    def _supports_pooled(spec: SiteSpec) -> Support:
+        extras, mask = refuse_extras(spec), spec.mask
+        if not extras:
+            return extras
+        if mask.causal:
+            return no(
+                "queries 'pooled' averages queries with later ones, which leaks the future; use queries 'all'"
+            )
+        if mask.left is not None or mask.right is not None:
+            return no(
+                f"queries 'pooled' serves attention without a window, not {mask}: the queries of a group would see "
+                "different rows; use queries 'all'"
+            )
+        return extras
 
     def _bounded(self, output: AttentionOutput) -> AttentionOutput:
         """With the zero keys of the boundary, if it has them."""

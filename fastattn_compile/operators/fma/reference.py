@@ -59,6 +59,7 @@ class Level:
         count: ``(b or 1, groups * rank)`` float64, tokens a row stands for.
         visible: ``(b or 1, n, groups * rank)`` boolean.
         added: ``(b or 1, g or 1, r or 1, n or 1, groups * rank or 1)``, ``log mean_j exp(bias_ij)`` over a row's tokens.
+        query: ``(b, g, r, n, d)``, what meets these rows; ``None``, the queries themselves.
     """
 
     key: Tensor
@@ -66,6 +67,7 @@ class Level:
     count: Tensor
     visible: Tensor
     added: Tensor
+    query: Tensor | None = None
 
 
 def _split(x: Tensor, width: int) -> Tensor:
@@ -221,7 +223,7 @@ def _level(
         pooled_key, pooled_value = (_mean_rows(x, pooled, cover) for x in (key, value))
         return [Level(pooled_key, pooled_value, count, seen, _mean_bias(inputs, count.shape[1], cover))]
 
-    levels = []
+    levels: list[Level] = []
     share = count.clamp(min=1).log().to(key.dtype)[:, None, None, None]
     slopes = grouped_bias(inputs, inputs.bias.view(1, -1, 1, 1))
     for behind in (False, True):
@@ -266,18 +268,22 @@ def multipole_attention(
     ]
     for level in range(level_count(length, config.block)):
         weights = parameters if config.basis == "recursive" else parameters[4 * level : 4 * level + 4]
-        levels += _level(config, config.block << level, weights, inputs, key, value, real & ~sink)
+        width = config.block << level
+        found = _level(config, width, weights, inputs, key, value, real & ~sink)
+        if config.queries == "pooled":
+            means = _mean_rows(query.masked_fill(~real[:, None, None, :, None], 0), real, width)
+            spread = means.repeat_interleave(width, -2)[..., :length, :]
+            found = [dataclasses.replace(x, query=spread) for x in found]
+        levels += found
 
     batch = max(x.visible.shape[0] for x in levels)
     visible = torch.cat([x.visible.expand(batch, -1, -1) for x in levels], -1)
     heads = query.shape[:3] if inputs.bias is not None else key.shape[:3]
-    keys, values = (
-        torch.cat([x.expand(*heads, -1, -1) for x in side], -2)
-        for side in ([x.key for x in levels], [x.value for x in levels])
-    )
+    values = torch.cat([x.value.expand(*heads, -1, -1) for x in levels], -2)
+    products = [(query if x.query is None else x.query) @ x.key.mT for x in levels]
     count = torch.cat([x.count for x in levels], -1)
     mass = torch.where((count > 0) & config.scale_attn, count, 1)
-    scores = inputs.scale * (query @ keys.mT) + mass.log().to(query.dtype)[:, None, None, None]
+    scores = inputs.scale * torch.cat(products, -1) + mass.log().to(query.dtype)[:, None, None, None]
     if inputs.bias is not None:
         added = [x.added.masked_fill(x.added == -torch.inf, 0) for x in levels]
         scores = scores + torch.cat([x.expand(*heads, -1, -1) for x in added], -1)
