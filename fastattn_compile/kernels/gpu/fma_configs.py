@@ -152,6 +152,8 @@ _ROWS = """
     fma_far sm_100 float 64 32 0 64 8 1
     fma_dkv sm_100 float 64 32 64 0 8 2
     fma_sinks sm_100 float 64 64 0 0 4 2
+    fma_dq sm_100 float 64 64 32 32 8 2
+    fma_fwd sm_80 float 64 64 16 16 8 2
 """
 
 # Where the search found none: they may spill, and are right all the same.
