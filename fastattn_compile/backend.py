@@ -21,12 +21,14 @@ from fastattn_compile.passes.choose import (
     choose_measured,
     choose_operator,
     choose_planned,
+    fused,
     is_decoding,
 )
 from fastattn_compile.passes.learned import take_parameters
 from fastattn_compile.passes.names import module_ids
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.passes.site import NOT_ATTENTION, Site, Softmax
+from fastattn_compile.surfacing import surfacing
 
 _KEPT_RECORDS = 256
 
@@ -98,12 +100,23 @@ def fastattn(
         OptionError: An option is unknown or bad.
         UnsupportedSiteError: ``strict``, and a site cannot be served.
     """
-    parsed = parse_options(options, mode)
+    with surfacing("find and replace the attention of a graph"):
+        parsed = parse_options(options, mode)
+        record = _rewrite(gm, example_inputs, parsed)
+    if record.decisions and not parsed.quiet:
+        print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
+    return _compile(gm, example_inputs, parsed)
+
+
+def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> CompiledGraph:
+    """Replaces what is to be replaced, in place."""
     modules = module_ids(gm)
     analyses = analyse(gm, parsed.within)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
     learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
     choices = _choose(gm, example_inputs, [line for a in analyses for line in a.softmaxes], parsed, learned)
+    if parsed.exact_fuse:
+        choices = {name: fused(choice) for name, choice in choices.items()}
     for analysis in analyses:
         _apply(analysis, choices, learned)
     record = CompiledGraph(modules, [_decision(c) for c in choices.values()])
@@ -113,9 +126,7 @@ def fastattn(
     if parsed.monitor and replaced:
         record.watch(parsed.monitor, replaced)
     remember(record)
-    if choices and not parsed.quiet:
-        print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
-    return _compile(gm, example_inputs, parsed)
+    return record
 
 
 def remember(record: CompiledGraph) -> None:
@@ -213,6 +224,8 @@ def _apply(
         if operator is not None and line.site is not None:
             parameters = learned[line.name] if operator.learned else ()
             replacements.append(Replacement(line.site, operator, parameters))
+        elif choices[line.name].fuse and line.site is not None:
+            replacements.append(Replacement(line.site, None))
     rewrite(analysis.gm, replacements)
 
 

@@ -37,3 +37,7 @@ class VerificationError(FastAttentionError):
 
 class NumericError(FastAttentionError):
     """A site produced NaN or Inf, or a kernel disagrees with its reference."""
+
+
+class InternalError(FastAttentionError):
+    """Something failed that should not: a bug of this package."""

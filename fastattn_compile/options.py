@@ -33,6 +33,8 @@ class Options:
         inductor: Configuration patches for Inductor.
         inductor_mode: A torch.compile mode (``max-autotune``, ...), which cannot be given beside ``options`` otherwise.
         quiet: Do not print the line that says what was done.
+        exact_fuse: Write sites that no operator serves as SDPA with the recovered causal flag, window and grouped heads, so
+            that no n x n mask is built. The same attention, up to rounding.
         within: Path of the compiled module inside the model, when its blocks are compiled one by one (as under FSDP):
             sites are then named as in the whole model, which is how plans and learned parameters know them.
         operator_options: Fields of the named operator's configuration.
@@ -47,6 +49,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     inductor_mode: str | None = None
     quiet: bool = False
+    exact_fuse: bool = False
     within: str = ""
     operator_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,6 +100,7 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> O
     checks = {
         "tolerance": (lambda v: _is_number(v) and v >= 0, "a number >= 0"),
         "strict": (lambda v: isinstance(v, bool), "True or False"),
+        "exact_fuse": (lambda v: isinstance(v, bool), "True or False"),
         "quiet": (lambda v: isinstance(v, bool), "True or False"),
         "monitor": (lambda v: _is_number(v) and 0 <= v <= 1, "a share between 0 and 1"),
         "compiler": (lambda v: v in COMPILERS, f"one of {', '.join(COMPILERS)}"),

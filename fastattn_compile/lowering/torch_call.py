@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from fastattn_compile.lowering.sdpa import structured_sdpa
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.library import torch_op
 from fastattn_compile.operators.mask import MaskStructure
@@ -56,3 +57,16 @@ def call_operator(
         ),
     )  # fmt: skip
     return graph.call_function(python_operator.getitem, (result, 0))
+
+
+def call_sdpa(
+    graph: torch.fx.Graph, nodes: CanonicalNodes, scale: float, mask: MaskStructure, dropout: float, site: str
+) -> torch.fx.Node:
+    """Appends exact attention by SDPA at the graph's insertion point; ``call_operator`` for a site without an operator."""
+    return graph.call_function(
+        structured_sdpa,
+        (
+            nodes.query, nodes.key, nodes.value, nodes.key_padding, nodes.segments, float(scale), str(mask), dropout,
+            site,
+        ),
+    )  # fmt: skip

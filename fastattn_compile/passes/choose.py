@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from fastattn_compile.errors import UnsupportedSiteError
+from fastattn_compile.lowering.sdpa import serves
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.speed import crossover
 from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
@@ -36,12 +37,14 @@ class Choice:
         operator: Its operator; ``None`` leaves the site as it was.
         reason: Why.
         error: Measured relative output error (95th percentile over sampled queries), ``None`` when not measured.
+        fuse: Without an operator, write the site as SDPA with its mask as structure.
     """
 
     line: Softmax
     operator: Operator | None
     reason: str
     error: float | None = None
+    fuse: bool = False
 
 
 def symbolic_spec(site: Site) -> SiteSpec:
@@ -163,6 +166,17 @@ def choose_measured(
         verdict = f"measured error {error:.3g} is {'within' if within else 'above'} tolerance {tolerance:g}"
         choices[name] = Choice(choices[name].line, candidate if within else None, verdict, error)
     return list(choices.values())
+
+
+def fused(choice: Choice) -> Choice:
+    """A site that no operator serves, as SDPA with the recovered structure of its mask, where that computes it."""
+    line = choice.line
+    if choice.operator is not None or line.status != TAKEN or line.site is None or is_decoding(line):
+        return choice
+    if not serves(line.site.spec):
+        return choice
+    reason = f"{choice.reason}; written as SDPA, mask {line.site.spec.mask}"
+    return dataclasses.replace(choice, fuse=True, reason=reason)
 
 
 def _serve(line: Softmax, operator: Operator, reason: str, learned: Collection[str] = ()) -> Choice:

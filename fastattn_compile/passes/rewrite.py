@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator
+from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator, call_sdpa
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.axes import Axes, leaves
@@ -29,12 +29,12 @@ class Replacement:
 
     Args:
         site: The site.
-        operator: Its operator.
+        operator: Its operator; ``None`` for SDPA with the mask as structure.
         parameters: Nodes of the operator's learned parameters.
     """
 
     site: Site
-    operator: Operator
+    operator: Operator | None
     parameters: tuple[torch.fx.Node, ...] = ()
 
 
@@ -78,7 +78,11 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
             _fact(graph, layout, site, "key_padding", facts), _segments(graph, layout, site, facts),
             bias_node(graph, layout, site, facts), replacement.parameters,
         )  # fmt: skip
-        result = call_operator(graph, replacement.operator, nodes, site.scale, site.spec.mask, site.name)
+        structure = site.spec.mask
+        if replacement.operator is None:
+            result = call_sdpa(graph, nodes, site.scale, structure, site.spec.dropout, site.name)
+        else:
+            result = call_operator(graph, replacement.operator, nodes, site.scale, structure, site.name)
         result = layout.emit(
             result, [groups.batch, groups.heads, groups.query, groups.value_channels], site.out_axes
         )

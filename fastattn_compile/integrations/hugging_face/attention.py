@@ -15,6 +15,7 @@ from fastattn_compile.errors import UnsupportedSiteError
 from fastattn_compile.integrations.hugging_face.cache import decode_step, start_decoding
 from fastattn_compile.integrations.hugging_face.mask import StructuredMask
 from fastattn_compile.integrations.hugging_face.route import CROSS, ROUTE, Route, note, parameters_of
+from fastattn_compile.lowering.sdpa import serves, structured_sdpa
 from fastattn_compile.operators.base import AttentionInputs, SiteSpec
 from fastattn_compile.operators.library import torch_op
 from fastattn_compile.operators.mask import CAUSAL, NO_MASK, MaskStructure
@@ -105,9 +106,10 @@ def fastattn_attention(
         if decoding:
             return _as_it_was(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     note(route, None, reason, call.spec)
-    if not call.why and _better_by_structure(call, query):
-        out = _by_operator(route, _EXACT.token, "exact", (), query, call)
-        return out.transpose(1, 2).contiguous(), None
+    if call.mask is not None and not call.why and serves(call.spec):
+        out = _by_structure(route, query, call)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     return _as_it_was(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
 
 
@@ -170,15 +172,17 @@ def _by_operator(
     return out
 
 
-def _better_by_structure(call: _Call, query: Tensor) -> bool:
-    """Whether exact attention by structure spares an n x n mask. Plain causal and unmasked attention need none in SDPA."""
-    plain = call.structure in (NO_MASK, CAUSAL) and query.shape[2] == call.key.shape[2]
-    return (
-        not plain
-        and call.mask is not None
-        and bool(_EXACT.supports(call.spec))
-        and query.device.type == "cpu"
-    )
+def _by_structure(route: Route, query: Tensor, call: _Call) -> Tensor | None:
+    """Exact attention without a mask of the size of the scores; ``None`` where plain SDPA needs none either."""
+    if call.structure in (NO_MASK, CAUSAL) and query.shape[2] == call.key.shape[2]:
+        return None
+    if not torch.compiler.is_compiling():
+        x = _inputs(query, call)
+        facts = x.key_padding, x.segments
+        return structured_sdpa(x.query, x.key, x.value, *facts, x.scale, str(x.mask), call.spec.dropout)
+    # The operator is one node of the graph, whatever the lengths.
+    on_cpu = query.device.type == "cpu" and not call.spec.dropout
+    return _by_operator(route, _EXACT.token, "exact", (), query, call) if on_cpu else None
 
 
 def _as_it_was(
