@@ -39,7 +39,8 @@ def surfacing(stage: str) -> Iterator[None]:
 
 def surfaced(error: FastAttentionError) -> FastAttentionError:
     """The same error as a type that torch.compile hands to its caller unchanged."""
-    made = _passing(type(error))(str(error))
+    kind: Any = type(error)
+    made = _passing(kind)(str(error))
     made.__dict__.update(error.__dict__)
     passed: FastAttentionError = made.with_traceback(error.__traceback__)
     return passed
