@@ -53,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Answers imports of torchvision, unless it is there. What looks for it decides first."""
     if importlib.util.find_spec("torchvision") is None:
-        import diffusers  # noqa: F401
-        import transformers  # noqa: F401
-
+        for name in ("transformers", "diffusers"):
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
         sys.meta_path.append(_Finder())
