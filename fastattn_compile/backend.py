@@ -64,11 +64,13 @@ class CompiledGraph:
         modules: Identities of the modules the graph came from.
         decisions: One for each softmax.
         monitor: Errors sampled at run time.
+        planned: Names that the plan serves by an operator, of this graph's sites or others'.
     """
 
     modules: set[int]
     decisions: list[Decision]
     monitor: measure.Monitor | None = None
+    planned: frozenset[str] = frozenset()
     stop: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def watch(self, share: float, names: set[str]) -> None:
@@ -119,7 +121,7 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
         choices = {name: fused(choice) for name, choice in choices.items()}
     for analysis in analyses:
         _apply(analysis, choices, learned)
-    record = CompiledGraph(modules, [_decision(c) for c in choices.values()])
+    record = CompiledGraph(modules, [_decision(c) for c in choices.values()], planned=_planned(parsed))
     replaced = {
         c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"
     }
@@ -127,6 +129,17 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
         record.watch(parsed.monitor, replaced)
     remember(record)
     return record
+
+
+def _planned(options: Options) -> frozenset[str]:
+    sites = options.plan.sites.items() if options.plan is not None else ()
+    return frozenset(name for name, site in sites if site.operator != "exact")
+
+
+def not_found(model: torch.nn.Module | None = None) -> list[str]:
+    """Names that a plan serves and no graph compiled so far has."""
+    found = {decision.name for decision in decisions(model)}
+    return sorted({name for record in records(model) for name in record.planned} - found)
 
 
 def remember(record: CompiledGraph) -> None:

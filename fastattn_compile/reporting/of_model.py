@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import warnings
+from typing import Any
 
 import torch
 
-from fastattn_compile.backend import Decision, decisions, records
+from fastattn_compile.backend import Decision, decisions, not_found, records
 from fastattn_compile.reporting.document import Report, ReportError, SiteReport
 from fastattn_compile.reporting.provenance import versions
 
@@ -38,7 +40,16 @@ def report(model: torch.nn.Module | None = None) -> Report:
         if decision.softmax.status != "not_attention"
     }
     calls = sum(len(errors) for r in found if r.monitor is not None for errors in r.monitor.errors.values())
-    return Report(tuple(sites.values()), provenance={"versions": versions(), "monitored_calls": calls})
+    provenance: dict[str, Any] = {"versions": versions(), "monitored_calls": calls}
+    missing = not_found(model)
+    if missing:
+        provenance["planned_not_found"] = missing
+        warnings.warn(
+            f"the plan names sites that were not compiled: {', '.join(missing)}; compiled were {', '.join(sites)}. Run what "
+            "was not run yet, or look names up with fa.scan",
+            stacklevel=2,
+        )
+    return Report(tuple(sites.values()), provenance=provenance)
 
 
 def _site(decision: Decision, watched: list[float]) -> SiteReport:

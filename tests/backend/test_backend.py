@@ -101,6 +101,13 @@ class TestPlan:
             assert operators_used() == {"blocks.0": "exact", "blocks.1": "fma"}
         assert fa.Plan.load(tmp_path / "plan.json") == plan
 
+    def test_planned_sites_that_a_model_lacks_are_reported(self) -> None:
+        planned = {"blocks.1": fa.PlannedSite("fma", {"block": 8}), "blocks.7": fa.PlannedSite("fma")}
+        model = compiled(stack(), plan=fa.Plan({**planned, "blocks.8": fa.PlannedSite("exact")}))
+        model(torch.randn(1, 64, 32))
+        with pytest.warns(UserWarning, match=r"not compiled: blocks\.7; compiled were blocks\.0, blocks\.1"):
+            assert fa.report(model).provenance["planned_not_found"] == ["blocks.7"]
+
     @pytest.mark.parametrize(
         ("document", "message"),
         [
