@@ -48,6 +48,7 @@ def vision(zoo: Zoo) -> None:
         "data2vec_vision",
         "Data2VecVision",
         PIXELS | {"use_relative_position_bias": True, "out_indices": [0, 1]},
+        plain={"opaque": LAYERS},
     )
     windows = {
         "image_size": 32,
