@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,46 @@ from typing import Any
 import torch
 import torch.fx
 
-from fastattn_compile.errors import ModelLoadError
+from fastattn_compile.errors import ModelLoadError, OptionError
 from fastattn_compile.integrations.hugging_face.plain import plain_attention
 from fastattn_compile.operators.registry import make_operator, operator_names
 from fastattn_compile.passes.analyse import analyse
 from fastattn_compile.passes.choose import symbolic_spec
+from fastattn_compile.passes.explain import Step, explain
 from fastattn_compile.passes.names import unique_names
 from fastattn_compile.passes.site import EXACT, NOT_ATTENTION, TAKEN, Softmax
 
 SCHEMA = "fastattn.scan/1"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one softmax was read.
+
+    Args:
+        softmax: Its line of the scan.
+        steps: The part of the graph that was walked, in execution order.
+        operators: Name of each operator to its refusal, ``""`` when it can serve the site; empty when it is no site.
+    """
+
+    softmax: Softmax
+    steps: tuple[Step, ...]
+    operators: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation as a JSON document, schema ``fastattn.explanation/1``."""
+        return {
+            "schema": "fastattn.explanation/1",
+            "softmax": _plain(self.softmax),
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "operators": dict(self.operators),
+        }
+
+    def print(self) -> None:
+        """Prints the steps, the structure and what each operator says."""
+        from fastattn_compile.reporting.explained import print_explanation
+
+        print_explanation(self)
 
 
 @dataclass(frozen=True)
@@ -44,19 +76,48 @@ class Scan:
 
     def to_json(self) -> dict[str, Any]:
         """The scan as a JSON document, schema ``fastattn.scan/1``."""
-        fields = ("name", "status", "reason", "source", "kind", "mask", "heads", "kv_heads", "head_dim")
         return {
             "schema": SCHEMA,
-            "softmaxes": [{name: getattr(line, name) for name in fields} for line in self.softmaxes],
+            "softmaxes": [_plain(line) for line in self.softmaxes],
             "counts": self.counts,
             "graphs": self.graphs,
         }
+
+    def explain(self, name: str) -> Explanation:
+        """Shows how one softmax was read.
+
+        Args:
+            name: Its name in the table.
+
+        Raises:
+            OptionError: No softmax has this name.
+        """
+        for line in self.softmaxes:
+            if line.name == name:
+                return Explanation(line, explain(line), _answers(line))
+        close = difflib.get_close_matches(name, [line.name for line in self.softmaxes], 3, 0.0)
+        raise OptionError(
+            f"no softmax is called {name!r}; the nearest names are {', '.join(close) or 'none'}"
+        )
 
     def print(self) -> None:
         """Prints the table."""
         from fastattn_compile.reporting.terminal import print_scan
 
         print_scan(self)
+
+
+def _plain(line: Softmax) -> dict[str, Any]:
+    fields = ("name", "status", "reason", "source", "kind", "mask", "heads", "kv_heads", "head_dim")
+    return {name: getattr(line, name) for name in fields}
+
+
+def _answers(line: Softmax) -> dict[str, str]:
+    """What every operator says to a site, at its defaults."""
+    if line.site is None:
+        return {}
+    spec = symbolic_spec(line.site)
+    return {name: make_operator(name).supports(spec).reason for name in operator_names()}
 
 
 def scan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:

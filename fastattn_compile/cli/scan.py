@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,12 @@ def scan(
     dtype: common.Type = "float32",
     text: common.Text = None,
     full: Annotated[bool, typer.Option("--full", help="One line a softmax, alike or not.")] = False,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="NAME", help="Show how this softmax was read.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the table and every softmax as a page here.")
+    ] = None,
     out: common.Out = None,
     json: common.Json = False,
     threads: common.Threads = None,
@@ -40,8 +47,15 @@ def scan(
             found = scan_loaded(loaded)
     for line in notices:
         common.notice(line)
-    common.deliver(found.to_json(), json, out)
-    if not json:
+    explanation = found.explain(explain) if explain is not None else None
+    common.deliver((explanation or found).to_json(), json, out)
+    if html is not None:
+        from fastattn_compile.reporting.explained import save_scan_html
+
+        save_scan_html(found, html)
+    if explanation is not None and not json:
+        explanation.print()
+    elif not json:
         from fastattn_compile.reporting.terminal import print_scan
 
         print_scan(found, full=full)

@@ -65,9 +65,9 @@ def find(view: GraphView) -> list[Softmax]:
             else:
                 raise _Kept(f"a {node.attributes.get('target', node.kind)} call that was not expanded")
         except _Kept as reason:
-            found.append(Softmax(name, EXACT, str(reason), node.source))
+            found.append(Softmax(name, EXACT, str(reason), node.source, node=node))
         except _NotAttention as reason:
-            found.append(Softmax(name, NOT_ATTENTION, str(reason), node.source))
+            found.append(Softmax(name, NOT_ATTENTION, str(reason), node.source, node=node))
         else:
             found.append(_line(site))
     return found
@@ -96,7 +96,7 @@ def _line(site: Site) -> Softmax:
     spec = site.spec
     return Softmax(
         site.name, TAKEN, "", site.node.source, spec.kind, str(spec.mask), _hint(spec.heads), _hint(spec.kv_heads),
-        _hint(spec.head_dim), site,
+        _hint(spec.head_dim), site, site.node,
     )  # fmt: skip
 
 

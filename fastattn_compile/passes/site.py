@@ -100,6 +100,7 @@ class Softmax:
         kv_heads: Key heads.
         head_dim: Channels of a head.
         site: What a rewrite needs; ``None`` where the graph cannot be rewritten.
+        node: The softmax in the view of its graph.
     """
 
     name: str
@@ -112,3 +113,4 @@ class Softmax:
     kv_heads: int = 0
     head_dim: int = 0
     site: Site | None = field(default=None, repr=False, compare=False)
+    node: Node | None = field(default=None, repr=False, compare=False)

@@ -24,6 +24,25 @@ def test_scan_prints_a_table_or_json(fastattn):
     assert json.loads(Path("scan.json").read_text()) == document
 
 
+def test_scan_explains_one_softmax_and_writes_a_page(fastattn):
+    result = fastattn("scan", "tiny_models:stack", "--explain", "layers.1", "--html", "scan.html")
+    assert result.exit_code == 0, result.output
+    for text in ("queries", "tiny_models.py:18", "causal", "linformer", "the future would leak"):
+        assert text in result.stdout
+    page = Path("scan.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("The part of the graph that was read") == 2
+    document = json.loads(fastattn("scan", "tiny_models:stack", "--explain", "layers.0", "--json").stdout)
+    assert document["schema"] == "fastattn.explanation/1" and document["operators"]["fma"] == ""
+    assert [step["role"] for step in document["steps"] if step["role"]] == [
+        "queries",
+        "keys",
+        "values",
+        "attention",
+    ]
+    result = fastattn("scan", "tiny_models:stack", "--explain", "layer.1")
+    assert result.exit_code == 2 and "nearest names are layers.1" in result.output
+
+
 def test_nothing_found_is_code_4(fastattn):
     result = fastattn("scan", "tiny_models:no_attention")
     assert result.exit_code == 4
