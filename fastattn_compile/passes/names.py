@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ _STACK_LINE = re.compile(r'^\s*File "([^"]+)", line (\d+)', re.MULTILINE)
 _PACKAGES = re.compile(r"(?:site|dist)-packages/")
 
 
+@lru_cache(maxsize=4096)
 def normalise_path(path: str) -> str:
     """A module path without its frame root and in dotted form.
 
@@ -70,10 +72,17 @@ def source_line(node: torch.fx.Node) -> str:
     The file is given from its package on (``transformers/models/...``), or by its name outside an installed
     package.
     """
-    frames = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
-    if not frames:
+    return _last_line(node.meta.get("stack_trace") or "")
+
+
+# A statement makes many nodes, and a block of a model is written once.
+@lru_cache(maxsize=4096)
+def _last_line(trace: str) -> str:
+    begin = trace.rfind('File "')
+    found = _STACK_LINE.search(trace, trace.rfind("\n", 0, begin) + 1) if begin >= 0 else None
+    if found is None:
         return ""
-    file, line = frames[-1]
+    file, line = found.groups()
     file = file.replace("\\", "/")
     parts = _PACKAGES.split(file)
     return f"{parts[-1] if len(parts) > 1 else file.rsplit('/', 1)[-1]}:{line}"
