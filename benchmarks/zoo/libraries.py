@@ -102,7 +102,7 @@ def x_transformers(zoo: Zoo) -> None:
         )  # type: ignore[arg-type]
     talking = {"attn_pre_talking_heads": True, "attn_post_talking_heads": True}
     add(zoo, "x-transformers Encoder talking heads", "x-transformers", LAYERS, layers(**talking), SEQUENCE, {},
-        kept=LAYERS, because="head")  # fmt: skip
+        kept=LAYERS, because="they go into")  # fmt: skip
     add(zoo, "x-transformers Encoder top-k", "x-transformers", LAYERS, layers(attn_sparse_topk=8), SEQUENCE,
         {"opaque": LAYERS})  # fmt: skip
 

@@ -132,7 +132,8 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
         view, live, anchor.weights, scores.axes, keys, own_query, scores.sink is not None, divisor
     )
     if not weights.products:
-        raise _NotAttention(weights.problem or "the weights are not summed over values")
+        lost = f": they go into {weights.lost}" if weights.lost else ""
+        raise _NotAttention(weights.problem or f"the weights are not summed over values{lost}")
     problem = scores.problem or weights.problem
     if problem:
         raise _Kept(problem)

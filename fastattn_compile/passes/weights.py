@@ -19,12 +19,14 @@ class Weights:
         dropout: Probability of dropout on the way.
         used: Something else reads them.
         problem: Why the site must stay as it is, empty when it need not.
+        lost: What else reads them, the first of it.
     """
 
     products: list[tuple[Contraction, Operand]] = field(default_factory=list)
     dropout: float = 0.0
     used: bool = False
     problem: str = ""
+    lost: str = ""
 
 
 def live_nodes(view: GraphView) -> set[Node]:
@@ -96,6 +98,8 @@ def read_weights(
                 work.append((user, current, has_sink))
             else:
                 result.used = True
+                what = str(user.attributes.get("target", user.name)) if user.kind == "opaque" else user.kind
+                result.lost = result.lost or (f"{what} ({user.source})" if user.source else what)
     return result
 
 
