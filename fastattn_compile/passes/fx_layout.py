@@ -129,6 +129,8 @@ def _slice(entry: slice, before: Size, after: Size) -> slice:
     start: Any = 0 if entry.start is None else entry.start
     if isinstance(start, int) and start < 0:
         start = max(before + start, 0) if isinstance(before, int) else before + start
+    if isinstance(after, int) and after == 0:
+        return slice(start, start, None if step == 1 else step)
     # The end follows from the number of elements, whatever the source wrote.
     stop = start + (after - 1) * step + 1
     return slice(start, stop, None if step == 1 else step)
@@ -142,13 +144,17 @@ def _position(entry: Any, size: Size) -> Any:
     return entry + size if isinstance(entry, int) and entry < 0 else entry
 
 
-def read_index(x: Node, entries: list[Any], result: Result) -> tuple[Any, ...] | None:
+def read_index(
+    x: Node, entries: list[Any], result: Result, scalars_broadcast: bool = False
+) -> tuple[Any, ...] | None:
     """A subscript with one entry for each dimension of ``x``, and ``None`` for each new axis.
 
     Args:
         x: What is indexed.
         entries: As written.
         result: Shape of what comes out.
+        scalars_broadcast: Index tensors without dimensions stand among the others, as in ``aten.index``. A Python
+            subscript selects with them first, and with integers, unlike NumPy.
 
     Returns:
         Integers and slices nonnegative; ``None`` when the subscript cannot be read (boolean masks, lists).
@@ -167,7 +173,9 @@ def read_index(x: Node, entries: list[Any], result: Result) -> tuple[Any, ...] |
         entries = entries[:at] + missing + entries[at + 1 :]
     else:
         entries = entries + missing
-    advanced = [i for i, e in enumerate(entries) if isinstance(e, Node)]
+    advanced = [
+        i for i, e in enumerate(entries) if isinstance(e, Node) and (scalars_broadcast or rank(e) != 0)
+    ]
     sizes, outs = iter(x.shape), list(result.shape)
     if advanced:
         # The broadcast index dimensions stand at the first index when all are adjacent, else in front.
@@ -175,12 +183,11 @@ def read_index(x: Node, entries: list[Any], result: Result) -> tuple[Any, ...] |
         if any(r is None for r in ranks):
             return None
         broadcast = max(r for r in ranks if r is not None)
-        # An integer beside index tensors takes part in the broadcast.
-        among = [i for i, e in enumerate(entries) if isinstance(e, Node) or is_number(e)]
-        adjacent = among == list(range(among[0], among[-1] + 1))
+        # What a subscript selects with is gone before the index tensors are looked at.
+        between = entries[advanced[0] : advanced[-1] + 1]
         start = 0
-        if adjacent:
-            start = sum(1 for e in entries[: among[0]] if e is None or isinstance(e, slice))
+        if not any(e is None or isinstance(e, slice) for e in between):
+            start = sum(1 for e in entries[: advanced[0]] if e is None or isinstance(e, slice))
         del outs[start : start + broadcast]
     remaining = iter(outs)
     index: list[Any] = []
@@ -202,10 +209,12 @@ def read_index(x: Node, entries: list[Any], result: Result) -> tuple[Any, ...] |
     return tuple(index)
 
 
-def _index(x: Any, entries: list[Any], result: Result) -> Meaning | None:
+def _index(
+    x: Any, entries: list[Any], result: Result, scalars_broadcast: bool = False
+) -> Meaning | None:
     if not isinstance(x, Node):
         return None
-    index = read_index(x, entries, result)
+    index = read_index(x, entries, result, scalars_broadcast)
     if index is None:
         return None
     if all(isinstance(entry, slice) and entry == _WHOLE for entry in index):
@@ -223,7 +232,7 @@ def _getitem(call: Call, result: Result) -> Meaning | None:
 def _aten_index(call: Call, result: Result) -> Meaning | None:
     # ATen writes None for a dimension that is kept.
     indices = call.get("indices", ())
-    return _index(call.get("x"), [_WHOLE if e is None else e for e in indices], result)
+    return _index(call.get("x"), [_WHOLE if e is None else e for e in indices], result, scalars_broadcast=True)
 
 
 def _along(call: Call, entry: Any, result: Result) -> Meaning | None:
