@@ -18,12 +18,14 @@ class Anchor:
         scores: What the softmax is taken of.
         dim: The axis it runs over.
         division: Where the weights are normalised, when that is after their product with the values.
+        divisor: The sum of the weights that it divides by.
     """
 
     weights: Node
     scores: Node
     dim: int
     division: Node | None = None
+    divisor: Node | None = None
 
 
 def anchor_of(node: Node) -> Anchor | None:
@@ -39,7 +41,7 @@ def anchor_of(node: Node) -> Anchor | None:
 
 def written_out(node: Node) -> Anchor | None:
     """Recognises ``e / e.sum(dim)`` and ``(e @ values) / e.sum(dim)`` with ``e = exp(scores)``."""
-    numerator, denominator = node.inputs[0], sum_of(node.inputs[1])
+    numerator, denominator = node.inputs[0], _sum_of(node.inputs[1])
     if not isinstance(numerator, Node) or denominator is None:
         return None
     summed, dim = denominator.inputs[0], denominator.attributes["dims"][0]
@@ -52,10 +54,10 @@ def written_out(node: Node) -> Anchor | None:
     pair = factors(_through(numerator, "identity", "cast", "reshape", "permute") or numerator)
     if pair is None or not any(_through(x, "identity", "cast", "reshape", "permute") is exponential for x in pair):
         return None
-    return Anchor(exponential, scores, dim, node)
+    return Anchor(exponential, scores, dim, node, denominator)
 
 
-def sum_of(denominator: object) -> Node | None:
+def _sum_of(denominator: object) -> Node | None:
     """The sum over one axis that a divisor is, kept from 0 or not."""
     found = _through(denominator, "add", "clamp", "identity", "cast", "expand", "maximum", "reshape", "permute", "index")
     return found if found is not None and found.kind == "sum" and len(found.attributes.get("dims") or ()) == 1 else None
@@ -84,8 +86,7 @@ def normalised_axes(
         The axes of ``anchor.division``; ``None`` when it divides by something else, pairs other rows, or when the product or
         the sums are read elsewhere too.
     """
-    division = anchor.division
-    divisor = sum_of(division.inputs[1]) if division is not None else None
+    division, divisor = anchor.division, anchor.divisor
     if division is None or divisor is None:
         return None
     rows = [axis for d, axis in enumerate(axes) if d != anchor.dim]

@@ -9,10 +9,9 @@ import torch
 import torch.fx
 
 from fastattn_compile.passes.axes import leaves as atoms
+from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.expression import Expression, constant, substitute
 from fastattn_compile.passes.formula import leaves
-from fastattn_compile.passes.graph import Node
-from fastattn_compile.passes.mask_structure import emit
 from fastattn_compile.passes.relayout import Relayout
 from fastattn_compile.passes.site import Site
 
@@ -54,7 +53,6 @@ class _Writer:
 
     def __init__(self, graph: torch.fx.Graph, site: Site, heads: Any, length: Any) -> None:
         self.graph, self.site, self.heads, self.length = graph, site, heads, length
-        self.device = torch.device(site.spec.device)
 
     def write(self) -> torch.fx.Node:
         """The tensor, in float32 or float64."""
@@ -86,18 +84,13 @@ class _Writer:
         """``-slope * |distance|`` or ``slope * distance`` for every distance."""
         slopes = self._emit(slope, ("head",), (self.heads,))
         start = 1 - self.length if isinstance(self.length, int) else self._call(operator.sub, 1, self.length)
-        distance = self.graph.call_function(torch.arange, (start, self.length), {"device": self.device})
+        distance = self.graph.call_function(torch.arange, (start, self.length), {"device": torch.device(self.site.spec.device)})
         if symmetric:
             distance = self._call(torch.neg, self._call(torch.abs, distance))
         return self._call(operator.mul, self._call(operator.getitem, slopes, (slice(None), None)), distance)
 
     def _emit(self, formula: Expression, axes: tuple[str, ...], sizes: tuple[Any, ...]) -> torch.fx.Node:
-        def load(node: Node) -> torch.fx.Node:
-            found: torch.fx.Node = node.origin
-            return found
-
-        written: torch.fx.Node = emit(formula, axes, sizes, self.device, self.graph.call_function, load)
-        return written
+        return emit_fx(self.graph, formula, axes, sizes, self.site.spec.device)
 
     def _call(self, function: Any, *arguments: Any) -> torch.fx.Node:
         return self.graph.call_function(function, arguments)

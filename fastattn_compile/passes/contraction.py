@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastattn_compile.passes.axes import LAYOUT_KINDS, Atom, Axes, fresh, leaves, step, unify
-from fastattn_compile.passes.graph import Node
+from fastattn_compile.passes.graph import Node, Size
 
 CONTRACTION_KINDS = frozenset({"matmul", "baddbmm", "einsum"})
 
@@ -123,19 +123,19 @@ def contraction(node: Node) -> Contraction | None:
     batch = fresh(node.shape[:-2])
     rows, columns, inner = [Atom(a.shape[-2])], [Atom(b.shape[-1])], [Atom(a.shape[-1])]
 
-    def batch_of(operand: Node) -> Axes:
-        shape = operand.shape or ()
-        mine = batch[len(batch) - (len(shape) - 2) :]
-        # A dimension of size 1 is broadcast: the operand does not have that axis.
-        return [axis if size != 1 or axis[0].size == 1 else [] for axis, size in zip(mine, shape)]
-
     return Contraction(
         node,
-        trace(a, [*batch_of(a), rows, inner]),
-        trace(b, [*batch_of(b), inner, columns]),
+        trace(a, [*_axes_had(batch, a.shape[:-2]), rows, inner]),
+        trace(b, [*_axes_had(batch, b.shape[:-2]), inner, columns]),
         [*batch, rows, columns],
         inner,
     )
+
+
+def _axes_had(axes: Axes, shape: tuple[Size, ...]) -> Axes:
+    """The axes of an operand that is broadcast to ``axes``: it does not have one along which its size is 1."""
+    mine = axes[len(axes) - len(shape) :]
+    return [axis if size != 1 or axis[0].size == 1 else [] for axis, size in zip(mine, shape)]
 
 
 def _summed(node: Node) -> Contraction | None:
@@ -149,15 +149,7 @@ def _summed(node: Node) -> Contraction | None:
         return None
     rank, summed = len(product.shape), dims[0] % len(product.shape)
     axes = fresh(product.shape)
-
-    def axes_of(operand: Node) -> Axes:
-        shape = operand.shape or ()
-        return [
-            axis if size != 1 or axis[0].size == 1 else []
-            for size, axis in zip(shape, axes[rank - len(shape) :])
-        ]
-
-    in_a, in_b = axes_of(a), axes_of(b)
+    in_a, in_b = _axes_had(axes, a.shape), _axes_had(axes, b.shape)
     if not all(axes[summed] in operand for operand in (in_a, in_b)):
         return None
     kept: Axes = [axis for d, axis in enumerate(axes) if d != summed]

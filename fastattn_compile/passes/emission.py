@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.fx
 from torch import Tensor
 
 from fastattn_compile.passes.expression import (
@@ -79,6 +80,24 @@ def emit(
     if axes_of(expression) == set(axes):
         return handle
     return call(torch.broadcast_to, (handle, list(sizes)), {})
+
+
+def emit_fx(
+    graph: torch.fx.Graph, expression: Expression, axes: Sequence[str], sizes: Sequence[Handle], device: str
+) -> torch.fx.Node:
+    """``emit`` at the insertion point of an FX graph, where tensors of the view are the nodes they stand for.
+
+    Args:
+        graph: The graph.
+        expression: As for ``emit``.
+        axes: As for ``emit``.
+        sizes: As for ``emit``.
+        device: Type of the device.
+    """
+    written: torch.fx.Node = emit(
+        expression, axes, sizes, torch.device(device), graph.call_function, lambda node: node.origin
+    )
+    return written
 
 
 def evaluate(

@@ -16,8 +16,8 @@ class Step:
     """One node.
 
     Args:
-        role: What it is to the attention: ``"queries"``, ``"keys"``, ``"values"``, ``"product"``, ``"softmax"``,
-            ``"output"``; ``"beside"`` for an operand that does not depend on them, such as a mask; else ``""``.
+        role: What it is to the attention: ``"queries"``, ``"keys"``, ``"values"``, ``"softmax"``, ``"output"``, or
+            ``"attention"`` for a fused call; ``"beside"`` for an operand that does not depend on them, such as a mask; else ``""``.
         kind: What it computes, in the vocabulary of ``passes.graph``.
         name: Of the node.
         shape: Of its result, as text.
@@ -92,6 +92,5 @@ def _back(node: Node) -> tuple[Step, ...]:
 
 
 def _step(node: Node, role: str) -> Step:
-    kind = str(node.attributes.get("target", "opaque")) if node.kind == "opaque" else node.kind
     shape = "" if node.shape is None else f"({', '.join(map(str, node.shape))})"
-    return Step(role, kind, node.name, shape, node.source)
+    return Step(role, node.operation, node.name, shape, node.source)

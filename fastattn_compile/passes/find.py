@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fastattn_compile.operators.base import SiteSpec
-from fastattn_compile.passes.anchors import Anchor, anchor_of, normalised_axes, sum_of
+from fastattn_compile.passes.anchors import Anchor, anchor_of, normalised_axes
 from fastattn_compile.passes.axes import Atom, Axes, Axis, fresh, leaves, length
 from fastattn_compile.passes.contraction import Operand, trace
 from fastattn_compile.passes.features import counts_features
@@ -127,9 +127,8 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
         raise _NotAttention("the softmax runs over the features of a projection, not over positions")
     if own_key - contracted:
         raise _NotAttention("the keys have an axis that the softmax does not run over")
-    divisor = sum_of(anchor.division.inputs[1]) if anchor.division is not None else None
     weights = read_weights(
-        view, live, anchor.weights, scores.axes, keys, own_query, scores.sink is not None, divisor
+        view, live, anchor.weights, scores.axes, keys, own_query, scores.sink is not None, anchor.divisor
     )
     if not weights.products:
         lost = f": they go into {weights.lost}" if weights.lost else ""

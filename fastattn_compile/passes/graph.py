@@ -98,6 +98,15 @@ class Node:
         """The inputs that are nodes."""
         return [x for x in self.inputs if isinstance(x, Node)]
 
+    @property
+    def operation(self) -> str:
+        """What it computes: its kind, and of an opaque node what is called."""
+        return str(self.attributes.get("target", self.kind)) if self.kind == "opaque" else self.kind
+
+    def located(self, text: str) -> str:
+        """A text about the node with the line that made it, for a reader."""
+        return f"{text} ({self.source})" if self.source else text
+
 
 class GraphView:
     """Normalised nodes in execution order, with a networkx DiGraph from operand to user.

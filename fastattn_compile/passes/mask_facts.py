@@ -88,7 +88,7 @@ Fact = Bound | Chunk | Keys | Rows | Segment | Opaque
 
 def name_of(node: Node) -> str:
     """A node and the line that made it, for a reader."""
-    return f"{node.name} ({node.source})" if node.source else node.name
+    return node.located(node.name)
 
 
 def read_condition(condition: Expression, places: Places, offset: Size | None) -> list[Fact]:

@@ -15,9 +15,8 @@ from fastattn_compile.operators.base import Operator
 from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.contraction import Operand
+from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.functionalize import erase_dead
-from fastattn_compile.passes.graph import Node
-from fastattn_compile.passes.mask_structure import emit
 from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
 from fastattn_compile.passes.temperature import scaled
@@ -126,13 +125,6 @@ def _fact(
     batch, keys = leaves(site.groups.batch), leaves(site.groups.key)
     identity = (name, expression, tuple(a.size for a in batch), tuple(a.size for a in keys))
     if identity not in facts:
-
-        def load(node: Node) -> torch.fx.Node:
-            found: torch.fx.Node = node.origin
-            return found
-
-        facts[identity] = emit(
-            expression, ("batch", "key"), (layout.product(batch), layout.product(keys)),
-            torch.device(site.spec.device), graph.call_function, load,
-        )  # fmt: skip
+        sizes = (layout.product(batch), layout.product(keys))
+        facts[identity] = emit_fx(graph, expression, ("batch", "key"), sizes, site.spec.device)
     return facts[identity]

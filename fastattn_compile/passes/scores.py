@@ -121,8 +121,7 @@ def _beginning(node: Node) -> str:
         if node.kind not in _UNARY | _BINARY | LAYOUT_KINDS or not node.operands:
             break
         node = next(_operands_of_interest(node), node.operands[0]) if node.kind in _BINARY else node.operands[0]
-    what = str(node.attributes.get("target", node.name)) if node.kind == "opaque" else f"{node.kind} {node.name}"
-    return f"{what} ({node.source})" if node.source else what
+    return node.located(node.operation if node.kind == "opaque" else f"{node.kind} {node.name}")
 
 
 def _operands_of_interest(node: Node) -> Iterator[Node]:

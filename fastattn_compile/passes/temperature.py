@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.fx
 
+from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.expression import Expression, axes_of
 from fastattn_compile.passes.formula import ANY_AXIS, leaves
 from fastattn_compile.passes.graph import Node, Size
 from fastattn_compile.passes.mask_facts import name_of
 from fastattn_compile.passes.mask_lift import Lifter
-from fastattn_compile.passes.mask_structure import MaskTerm, depends_on, emit, formula_of
+from fastattn_compile.passes.mask_structure import MaskTerm, depends_on, formula_of
 from fastattn_compile.passes.relayout import Relayout
 from fastattn_compile.passes.site import Factor, Groups
 
@@ -79,21 +79,14 @@ def scaled(
         The tensor times its factors, of its own type.
     """
     by_role = {"batch": groups.batch, "head": groups.heads, side: getattr(groups, side)}
-    for factor in factors:
-        if factor.side != side:
-            continue
+    mine = [factor for factor in factors if factor.side == side]
+    for factor in mine:
         # Keys have fewer heads where query heads share them: a factor that varies with heads is not among them then.
         roles = ["batch", *(["head"] if "head" in axes_of(factor.formula) else []), side]
         sizes = [layout.product(by_role[role]) for role in roles]
-        written = emit(factor.formula, roles, sizes, torch.device(device), graph.call_function, _origin)
+        written = emit_fx(graph, factor.formula, roles, sizes, device)
         at = (slice(None), *([slice(None)] if "head" in roles else [None]), slice(None), None)
         written = graph.call_function(operator.getitem, (written, at))
         apply = operator.mul if factor.power > 0 else operator.truediv
         tensor = graph.call_function(apply, (tensor, written))
-    wanted = [f for f in factors if f.side == side]
-    return graph.call_method("to", (tensor, dtype)) if wanted and dtype is not None else tensor
-
-
-def _origin(node: Node) -> torch.fx.Node:
-    found: torch.fx.Node = node.origin
-    return found
+    return graph.call_method("to", (tensor, dtype)) if mine and dtype is not None else tensor

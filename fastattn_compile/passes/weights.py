@@ -98,8 +98,7 @@ def read_weights(
                 work.append((user, current, has_sink))
             else:
                 result.used = True
-                what = str(user.attributes.get("target", user.name)) if user.kind == "opaque" else user.kind
-                result.lost = result.lost or (f"{what} ({user.source})" if user.source else what)
+                result.lost = result.lost or user.located(user.operation)
     return result
 
 
