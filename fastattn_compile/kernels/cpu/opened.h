@@ -43,7 +43,7 @@ class Opened {
     room = round_up(most * args.leaf + 4, W);
     weights.resize(rows.size() * room);
     for (size_t r = 0; r < rows.size(); r++) {  // behind what it opened
-      const int64_t own = (starts[rows[r].group + 1] - starts[rows[r].group]) * args.leaf;
+      const int64_t own = (end(rows[r]) - begin(rows[r])) * args.leaf;
       std::fill(&weights[r * room + own], weights.data() + (r + 1) * room, NEG_INF);
     }
     by_leaf([&](auto n, int64_t leaf, const Visit* visits) { score<n.value>(leaf, visits); });
@@ -74,19 +74,23 @@ class Opened {
   std::vector<int64_t> starts, first;
   std::vector<Visit> visits;
 
+  // Where the leaves of a query stand among all that are listed.
+  int64_t begin(const Waiting& row) const { return starts[row.group]; }
+  int64_t end(const Waiting& row) const { return starts[row.group + 1]; }
+
   // Sorts by leaf, by counting. Of one leaf the queries stay in order.
   void order() {
     first.assign(tree.levels[0].count + 1, 0);
     int64_t total = 0;
     for (const Waiting& row : rows) {
-      total += starts[row.group + 1] - starts[row.group];
-      for (int64_t i = starts[row.group]; i < starts[row.group + 1]; i++) first[listed[i] + 1]++;
+      total += end(row) - begin(row);
+      for (int64_t i = begin(row); i < end(row); i++) first[listed[i] + 1]++;
     }
     for (size_t leaf = 1; leaf < first.size(); leaf++) first[leaf] += first[leaf - 1];
     visits.resize(total);
     for (size_t r = 0; r < rows.size(); r++)
-      for (int64_t from = starts[rows[r].group], i = from; i < starts[rows[r].group + 1]; i++)
-        visits[first[listed[i]]++] = {(int32_t)r, (int32_t)((i - from) * args.leaf)};
+      for (int64_t i = begin(rows[r]); i < end(rows[r]); i++)
+        visits[first[listed[i]]++] = {(int32_t)r, (int32_t)((i - begin(rows[r])) * args.leaf)};
     by.resize(rows.size());
   }
 

@@ -97,12 +97,11 @@ static inline void fetch(const float* from, int64_t count) {
 
 // The sum of the lanes of an integer vector.
 static inline int64_t lanes_sum(veci x) {
-  int32_t part[W], total = 0;
+  int32_t part[W];
   std::memcpy(part, &x, sizeof part);
   for (int wide = W / 2; wide >= 1; wide /= 2)
     for (int j = 0; j < wide; j++) part[j] += part[j + wide];
-  total = part[0];
-  return total;
+  return part[0];
 }
 
 // The k largest of some scores, by a search for the k-th in the order of their bits; of equals those that come first. No
