@@ -65,8 +65,8 @@ class Blocks:
     def _checked(self, blocks: ir.Value) -> ir.Value:
         return blocks
 
-    def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
-        """The rows; which tokens are there and which are no sinks, ``(b, 1, n', 1)`` boolean."""
+    def _meet(self, taken: ir.Value) -> Met:
+        """The rows; ``taken``: which tokens are there and no sinks, ``(b, 1, n', 1)`` boolean."""
         raise NotImplementedError
 
     def _sink_bias(self) -> ir.Value:
@@ -92,7 +92,8 @@ class Blocks:
             mass: The log-sum-exp stands behind the channels.
         """
         w, spec, m = self.w, self.spec, self.m
-        met = self._meet(*self._tokens())
+        _, taken = self._tokens()
+        met = self._meet(taken)
         biases = [met.bias]
         sinks: list[ir.Value] = []
         if self.sinks:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from fastattn_compile.lowering.onnx.blocks import Blocks, Met, Pooled
 from fastattn_compile.lowering.onnx.body import (
     Body,
     BodyInputs,
@@ -22,7 +23,6 @@ from fastattn_compile.lowering.onnx.body import (
     hidden,
     only,
 )
-from fastattn_compile.lowering.onnx.blocks import Blocks, Met, Pooled
 from fastattn_compile.lowering.onnx.writer import FAR, OnnxWriter
 from fastattn_compile.operators.base import Operator, Support, no
 from fastattn_compile.operators.fma.config import level_count
@@ -40,7 +40,9 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     if plain != operator.config:
         return no(f"its ONNX body serves none of the further options of {operator}")
     if spec.mask.left is not None or spec.mask.right not in (None, 0):
-        return no(f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}")
+        return no(
+            f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}"
+        )
     return only(spec.mask, "right", "end_aligned", "key_padding")
 
 
@@ -72,7 +74,7 @@ class _Writing(Blocks):
         over = w.cast(w.op("Greater", blocks, [1 << (self.levels + 1)]), ir.DataType.INT64)
         return w.op("Mul", blocks, w.op("Gather", [1], over, axis=0))
 
-    def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
+    def _meet(self, taken: ir.Value) -> Met:
         near, there = self._stretch(-self.m, self.near)
         bias = self.w.op("Where", there, 0.0, hidden(self.spec))
         if not self.levels:
@@ -102,7 +104,9 @@ class _Writing(Blocks):
         """Rows of every level: its groups stand in pairs, ``2 * ceil(k / 2^(level + 1))`` of them."""
         w = self.w
         widths = w.constant(2 << np.arange(self.levels))
-        return w.op("Mul", w.op("Div", w.op("Sub", w.op("Add", self.blocks, widths), [1]), widths), [2 * self.p])
+        return w.op(
+            "Mul", w.op("Div", w.op("Sub", w.op("Add", self.blocks, widths), [1]), widths), [2 * self.p]
+        )
 
     @cached_property
     def _pads(self) -> list[ir.Value]:
@@ -165,7 +169,9 @@ class _Writing(Blocks):
         parent = w.op("Add", w.op("Div", block, w.constant(2 << level)), w.constant(side))
         # The second child of the query's own parent is 1; the child beside the query's group belongs to a finer level.
         own = w.op("Mod", w.op("Div", block, w.constant(1 << level)), [2])
-        allowed = w.op("Not", w.op("Less", w.op("Mul", w.op("Sub", w.constant(child), own), w.constant(side)), 0))
+        allowed = w.op(
+            "Not", w.op("Less", w.op("Mul", w.op("Sub", w.constant(child), own), w.constant(side)), 0)
+        )
         first = w.op("Mul", w.op("Add", w.op("Mul", parent, [2]), w.constant(child)), w.constant(1 << level))
         inside = w.op("And", w.op("GreaterOrEqual", parent, 0), w.op("Less", first, self.blocks))
         met = w.op("And", allowed, inside)

@@ -47,7 +47,7 @@ class Window(Blocks):
         sinks = sinks if behind or beyond else 0
         super().__init__(w, spec, given, _BLOCK, sinks, self.back + _BLOCK + self.ahead)
 
-    def _meet(self, real: ir.Value, taken: ir.Value) -> Met:
+    def _meet(self, taken: ir.Value) -> Met:
         w, spec = self.w, self.spec
         table, there = self._stretch(-self.back, self.slots)
         offset = np.arange(self.slots)[None] - np.arange(self.m)[:, None]
