@@ -25,7 +25,13 @@ def _by_triton(kernel: str, query: Tensor, key: Tensor, value: Tensor, rule: Rul
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights, real: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    rule: Rule,
+    weights: Weights,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``kernels.aten.cast.forward``."""
     given = query, key, value, scale, rule, weights, real

@@ -1,4 +1,4 @@
-"""Fast multipole attention: one face for its kernels on ATen, in C++ and in Triton. Arguments and results are those of ``aten.fma``."""
+"""Fast multipole attention: one face for its kernels on ATen, in C++ and in Triton, with the arguments of ``aten.fma``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.cpu import fma as on_cpu
 from fastattn_compile.kernels.dispatch import chosen_kernels, give_way, gpu_obstacle, select
 
-NOT_FINITE = "keys or values hold an infinity or NaN, which its sums would spread to queries that do not see it"
+NOT_FINITE = (
+    "keys or values hold an infinity or NaN, which its sums would spread to queries that do not see it"
+)
 
 
 def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:

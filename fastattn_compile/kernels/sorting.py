@@ -30,7 +30,9 @@ def stable_order(code: Tensor, bins: int) -> Tensor:
     return torch.sort(code, dim=-1, stable=True).indices
 
 
-def ranked(code: Tensor, bins: int, wanted: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ranked(
+    code: Tensor, bins: int, wanted: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Items sorted by number, and where in that order those of a wanted number between two positions stand.
 
     Args:

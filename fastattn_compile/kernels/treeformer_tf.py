@@ -11,7 +11,6 @@ from fastattn_compile.kernels.aten.treeformer_tf import Part, PartGradients
 from fastattn_compile.kernels.cpu import ranges as cpu
 from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
 
-
 NOT_FINITE = "a key or value that is met holds an infinity or NaN, whose queries ATen tells apart"
 
 

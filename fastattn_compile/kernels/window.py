@@ -1,4 +1,4 @@
-"""Local attention: one face for its kernels on ATen, in C++ and in Triton. Arguments and results are those of ``aten.window``."""
+"""Local attention: one face for its kernels on ATen, in C++ and in Triton, with the arguments of ``aten.window``."""
 
 from __future__ import annotations
 

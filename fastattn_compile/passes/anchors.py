@@ -1,4 +1,4 @@
-"""Where a softmax is: an operator, ``exp`` over its sum, the exponential of a log-softmax, or normalised after the values."""
+"""Where a softmax is: an operator, ``exp`` over its sum, ``exp`` of a log-softmax, or normalised after the values."""
 
 from __future__ import annotations
 
@@ -52,15 +52,23 @@ def written_out(node: Node) -> Anchor | None:
     if _through(numerator, "identity", "cast") is exponential:
         return Anchor(node, scores, dim)
     pair = factors(_through(numerator, "identity", "cast", "reshape", "permute") or numerator)
-    if pair is None or not any(_through(x, "identity", "cast", "reshape", "permute") is exponential for x in pair):
+    if pair is None or not any(
+        _through(x, "identity", "cast", "reshape", "permute") is exponential for x in pair
+    ):
         return None
     return Anchor(exponential, scores, dim, node, denominator)
 
 
 def _sum_of(denominator: object) -> Node | None:
     """The sum over one axis that a divisor is, kept from 0 or not."""
-    found = _through(denominator, "add", "clamp", "identity", "cast", "expand", "maximum", "reshape", "permute", "index")
-    return found if found is not None and found.kind == "sum" and len(found.attributes.get("dims") or ()) == 1 else None
+    found = _through(
+        denominator, "add", "clamp", "identity", "cast", "expand", "maximum", "reshape", "permute", "index"
+    )
+    return (
+        found
+        if found is not None and found.kind == "sum" and len(found.attributes.get("dims") or ()) == 1
+        else None
+    )
 
 
 def _through(node: object, *kinds: str) -> Node | None:
@@ -92,7 +100,9 @@ def normalised_axes(
     rows = [axis for d, axis in enumerate(axes) if d != anchor.dim]
     kept = [[] if d == anchor.dim else axis for d, axis in enumerate(axes)]
     found = _followed(view, live, product.node, product.axes, division, 0)
-    total = _followed(view, live, divisor, rows if len(divisor.shape or ()) < len(axes) else kept, division, 1)
+    total = _followed(
+        view, live, divisor, rows if len(divisor.shape or ()) < len(axes) else kept, division, 1
+    )
     if found is None or total is None or division.shape is None or len(found) != len(division.shape):
         return None
     aligned: Axes = [[] for _ in range(len(found) - len(total))] + total

@@ -67,7 +67,7 @@ class _Writer:
         return self.graph.call_method("to", (found, wide))
 
     def _by_distance(self) -> torch.fx.Node:
-        """What is added at ``key - query`` from ``-(n - 1)`` to ``n - 1``: the first column and the first row of the scores."""
+        """What is added at ``key - query`` from ``-(n - 1)`` to ``n - 1``: the first column and row of the scores."""
         formula = self.site.mask.bias_expression
         if formula is None:
             raise ValueError(f"{self.site.name} has no bias")
@@ -84,7 +84,9 @@ class _Writer:
         """``-slope * |distance|`` or ``slope * distance`` for every distance."""
         slopes = self._emit(slope, ("head",), (self.heads,))
         start = 1 - self.length if isinstance(self.length, int) else self._call(operator.sub, 1, self.length)
-        distance = self.graph.call_function(torch.arange, (start, self.length), {"device": torch.device(self.site.spec.device)})
+        distance = self.graph.call_function(
+            torch.arange, (start, self.length), {"device": torch.device(self.site.spec.device)}
+        )
         if symmetric:
             distance = self._call(torch.neg, self._call(torch.abs, distance))
         return self._call(operator.mul, self._call(operator.getitem, slopes, (slice(None), None)), distance)

@@ -159,7 +159,9 @@ def choose_measured(
     for site in worthwhile:
         if site.name not in errors:
             choices[site.name] = Choice(
-                choices[site.name].line, None, "exact attention could not be run beside it to measure the error"
+                choices[site.name].line,
+                None,
+                "exact attention could not be run beside it to measure the error",
             )
     for name, error in errors.items():
         within = error <= tolerance

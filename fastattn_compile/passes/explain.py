@@ -17,7 +17,8 @@ class Step:
 
     Args:
         role: What it is to the attention: ``"queries"``, ``"keys"``, ``"values"``, ``"softmax"``, ``"output"``, or
-            ``"attention"`` for a fused call; ``"beside"`` for an operand that does not depend on them, such as a mask; else ``""``.
+            ``"attention"`` for a fused call; ``"beside"`` for an operand that does not depend on them, such as a mask;
+            else ``""``.
         kind: What it computes, in the vocabulary of ``passes.graph``.
         name: Of the node.
         shape: Of its result, as text.

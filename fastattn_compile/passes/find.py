@@ -143,7 +143,9 @@ def _read_anchor(view: GraphView, live: set[Node], anchor: Anchor, name: str) ->
     if anchor.division is not None:
         divided = normalised_axes(view, live, anchor, output, scores.axes)
         if divided is None:
-            raise _Kept("the weights are normalised after the product with the values, by something else than their sum")
+            raise _Kept(
+                "the weights are normalised after the product with the values, by something else than their sum"
+            )
         out, out_axes = anchor.division, divided
     # Atoms may have been split by the products met on the way: resolve again.
     keys = leaves(keys)
@@ -264,7 +266,11 @@ def _site(
     mask = recognise(canonical_terms(scores.terms, groups), lifter_of(view), sizes, causal, product)
     tensors, powers = [term for term, _ in scores.factors], [power for _, power in scores.factors]
     factors = read_factors(
-        list(zip(canonical_terms(tensors, groups), powers)), lifter_of(view), sizes, bool(groups.repeated), product
+        list(zip(canonical_terms(tensors, groups), powers)),
+        lifter_of(view),
+        sizes,
+        bool(groups.repeated),
+        product,
     )
     if isinstance(factors, str):
         raise _Kept(factors)

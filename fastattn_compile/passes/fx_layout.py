@@ -209,9 +209,7 @@ def read_index(
     return tuple(index)
 
 
-def _index(
-    x: Any, entries: list[Any], result: Result, scalars_broadcast: bool = False
-) -> Meaning | None:
+def _index(x: Any, entries: list[Any], result: Result, scalars_broadcast: bool = False) -> Meaning | None:
     if not isinstance(x, Node):
         return None
     index = read_index(x, entries, result, scalars_broadcast)
@@ -232,7 +230,9 @@ def _getitem(call: Call, result: Result) -> Meaning | None:
 def _aten_index(call: Call, result: Result) -> Meaning | None:
     # ATen writes None for a dimension that is kept.
     indices = call.get("indices", ())
-    return _index(call.get("x"), [_WHOLE if e is None else e for e in indices], result, scalars_broadcast=True)
+    return _index(
+        call.get("x"), [_WHOLE if e is None else e for e in indices], result, scalars_broadcast=True
+    )
 
 
 def _along(call: Call, entry: Any, result: Result) -> Meaning | None:

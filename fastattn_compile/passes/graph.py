@@ -14,7 +14,7 @@ import networkx as nx
 import sympy
 import torch
 
-Size = Union[int, sympy.Expr]
+Size = Union[int, sympy.Expr]  # noqa: UP007  an alias of a type that has no annotations
 
 # kind -> (tensor operands in order, attributes). A number stands in ``Node.inputs`` where an operand is a scalar.
 KINDS: Mapping[str, tuple[str, str]] = {

@@ -216,7 +216,9 @@ def counted_slope(bias: Expression, key_padding: Expression) -> Expression | Non
     along = number.node.attributes.get("dim")
     if number.node.tainted or counted is not mask.node or not isinstance(along, int):
         return None
-    required = key_padding.terms if isinstance(key_padding, Logic) and key_padding.op == "and" else (key_padding,)
+    required = (
+        key_padding.terms if isinstance(key_padding, Logic) and key_padding.op == "and" else (key_padding,)
+    )
     by_key = axes_of(mask.indices[along]) == {"key"} and axes_of(mask) <= {"batch", "key"}
     return slope if by_key and truthy(mask) in required else None
 
@@ -238,7 +240,7 @@ def _constant_in_rows(x: Expression) -> bool:
 
 
 def _slope(x: Expression, offset: object) -> tuple[Expression, bool] | None:
-    """The factor of a bias ``slope(head) * (key - query)`` or ``slope(head) * |key - query|``, and whether it is the second."""
+    """The factor of ``slope(head) * (key - query)`` or ``slope(head) * |key - query|``, and whether it is the second."""
     slope: Expression = constant(1)
     positions: list[Expression] = []
     for factor in _factors(x):

@@ -42,7 +42,15 @@ from fastattn_compile.passes.expression import (
 )
 from fastattn_compile.passes.formula import ANY_AXIS, Linear, Unknown, leaves, places_of
 from fastattn_compile.passes.graph import Node, Size, dependencies, same_size
-from fastattn_compile.passes.mask_bias import HIDDEN, classify_bias, counted_slope, indicator, is_hiding, read_additive, summands
+from fastattn_compile.passes.mask_bias import (
+    HIDDEN,
+    classify_bias,
+    counted_slope,
+    indicator,
+    is_hiding,
+    read_additive,
+    summands,
+)
 from fastattn_compile.passes.mask_facts import (
     Bound,
     Chunk,
@@ -182,7 +190,9 @@ def _analyse(
         # A factor that is real data is not known to be 0 or 1.
         passed = None if any(leaf.domain == "real" for leaf in leaves(met)) else indicator(met)
         if passed is None or logical_and(visible, passed) != visible:
-            return _opaque(f"the scores are multiplied by {name_of(term.node)}, and not hidden wherever it is not 1")
+            return _opaque(
+                f"the scores are multiplied by {name_of(term.node)}, and not hidden wherever it is not 1"
+            )
         visible = logical_and(before, visible)
     if trust_added:
         visible, bias = _trusted(visible, bias)
@@ -453,7 +463,9 @@ def verify(
         starts = (0, sizes[3] - sizes[2])
         shapes = [-(distance - start).abs() for start in starts]
         if analysis.counted and analysis.key_padding is not None:
-            shapes = [evaluate(analysis.key_padding, grids, values, symbols).expand(sizes[0], 1, 1, -1).cumsum(3)]
+            shapes = [
+                evaluate(analysis.key_padding, grids, values, symbols).expand(sizes[0], 1, 1, -1).cumsum(3)
+            ]
         if analysis.bias == "bucketed":
             shapes = [distance]
         if not any(equal_in_rows(bias, slope * shape) for shape in shapes):

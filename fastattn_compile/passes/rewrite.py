@@ -12,8 +12,8 @@ import torch.fx
 
 from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator, call_sdpa
 from fastattn_compile.operators.base import Operator
-from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.axes import Axes, leaves
+from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.functionalize import erase_dead
@@ -106,7 +106,9 @@ def _segments(
     identity = ("counted", real)
     if identity not in facts:
         call = graph.call_function
-        later, earlier = (call(operator.getitem, (real, (slice(None), at))) for at in (slice(1, None), slice(-1)))
+        later, earlier = (
+            call(operator.getitem, (real, (slice(None), at))) for at in (slice(1, None), slice(-1))
+        )
         begins = call(torch.logical_and, (later, call(torch.logical_not, (earlier,))))
         first = call(operator.getitem, (real, (slice(None), 0)))
         stretches = call(torch.add, (call(torch.sum, (begins, 1)), first))

@@ -120,7 +120,9 @@ def _beginning(node: Node) -> str:
     for _ in range(_DEPTH):
         if node.kind not in _UNARY | _BINARY | LAYOUT_KINDS or not node.operands:
             break
-        node = next(_operands_of_interest(node), node.operands[0]) if node.kind in _BINARY else node.operands[0]
+        node = (
+            next(_operands_of_interest(node), node.operands[0]) if node.kind in _BINARY else node.operands[0]
+        )
     return node.located(node.operation if node.kind == "opaque" else f"{node.kind} {node.name}")
 
 
@@ -130,7 +132,9 @@ def _operands_of_interest(node: Node) -> Iterator[Node]:
         candidates = node.inputs[1:3]
     elif node.kind == "cat":
         candidates = node.inputs
-    elif (node.kind == "sub" and isinstance(node.inputs[1], Node) and node.inputs[1].kind == "amax") or node.kind == "div":
+    elif (
+        node.kind == "sub" and isinstance(node.inputs[1], Node) and node.inputs[1].kind == "amax"
+    ) or node.kind == "div":
         candidates = node.inputs[:1]
     else:
         candidates = node.inputs[:2]

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 
 from fastattn_compile.passes.emission import emit_fx
-from fastattn_compile.passes.expression import Expression, axes_of
+from fastattn_compile.passes.expression import axes_of
 from fastattn_compile.passes.formula import ANY_AXIS, leaves
 from fastattn_compile.passes.graph import Node, Size
 from fastattn_compile.passes.mask_facts import name_of

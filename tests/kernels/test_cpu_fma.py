@@ -1,4 +1,4 @@
-"""Fast multipole attention in C++ against its definition: every type and mask it serves, any length, forward and backward."""
+"""Fast multipole attention in C++ against its definition: all types and masks it serves, any length, both directions."""
 
 from __future__ import annotations
 
@@ -79,7 +79,12 @@ def test_any_strides() -> None:
 
 def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")) if k.get("dtype") in (torch.float32, None) else empty(*a, **k))  # fmt: skip
+
+    def poisoned(*sizes, **options):
+        made = empty(*sizes, **options)
+        return made.fill_(float("nan")) if options.get("dtype") in (torch.float32, None) else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
     inputs = make_inputs("causal & key_padding", length=75)
     check(inputs)
     inputs.key_padding[0] = False

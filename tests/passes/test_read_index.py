@@ -33,7 +33,11 @@ def same(got: tuple[Any, ...], x: torch.Tensor, entries: list[Any]) -> bool:
                 return False
             continue
         places = list(range(next(sizes)))
-        if isinstance(written, (int, slice)) and not isinstance(found, Node) and places[found] != places[written]:
+        if (
+            isinstance(written, (int, slice))
+            and not isinstance(found, Node)
+            and places[found] != places[written]
+        ):
             return False
     return len(got) == len(entries)
 

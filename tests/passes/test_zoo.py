@@ -10,13 +10,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import find  # noqa: E402
-from zoo import models  # noqa: E402
+import find
+from zoo import models
 
 MODELS = models()
 PICKED = (
-    "bert", "deberta_v2", "modernbert", "openai_gpt", "gpt_neo", "gpt_oss", "gemma2", "deepseek_v3_mla", "t5", "whisper", "swinv2",
-    "levit", "mixtral", "fnet", "poolformer",
+    "bert", "deberta_v2", "modernbert", "openai_gpt", "gpt_neo", "gpt_oss", "gemma2", "deepseek_v3_mla", "t5",
+    "whisper", "swinv2", "levit", "mixtral", "fnet", "poolformer",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten.barnes_hut_far import FarField, Met
 from fastattn_compile.kernels.aten.barnes_hut_tree import TreePattern
+from fastattn_compile.kernels.aten.window import Local, LocalTiles, Tile
 from fastattn_compile.kernels.tiles import (
     all_finite,
     normalise,
@@ -24,7 +25,6 @@ from fastattn_compile.kernels.tiles import (
     statistics_dtype,
     without_nonfinite,
 )
-from fastattn_compile.kernels.aten.window import Local, LocalTiles, Tile
 
 
 def near_field(pattern: TreePattern) -> Local:

@@ -20,8 +20,8 @@ from fastattn_compile.kernels.aten.barnes_hut_tree import (
     query_features,
     voices_of,
 )
-from fastattn_compile.kernels.tiles import without_nonfinite
 from fastattn_compile.kernels.aten.window import LocalTiles
+from fastattn_compile.kernels.tiles import without_nonfinite
 
 
 @dataclass(frozen=True)

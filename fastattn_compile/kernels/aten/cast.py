@@ -62,6 +62,7 @@ class Slots:
 
     @staticmethod
     def of(table: Tensor, length: int, group: int, dtype: torch.dtype) -> Slots:
+        """The slots of a table of tokens, ``(b, clusters, slots)``, -1 where a slot is empty."""
         batch, clusters, _ = table.shape
         filled = table >= 0
         first = torch.arange(batch, device=table.device)[:, None, None] * length

@@ -113,7 +113,9 @@ class Buckets:
             from fastattn_compile.kernels.gpu import leaf
 
             part = self.part(query.shape[1], key.shape[1])
-            return leaf.backward(query, key, value, scale, [part], out, lse[..., None], grad_out, grad_lse)[:3]
+            return leaf.backward(query, key, value, scale, [part], out, lse[..., None], grad_out, grad_lse)[
+                :3
+            ]
         q, k, v = (self._take(x, self.order) for x in (query, key, value))
         o, z, grad_o = (self._take(x, self.order) for x in (out, lse, grad_out))
         grad_z = None if grad_lse is None else self._take(grad_lse, self.order)

@@ -242,7 +242,9 @@ def backward(
             grad_value[tile.batch, tile.heads, tile.keys] += torch.bmm(weights.mT, grad_o)
             grad_scores = torch.bmm(grad_o, v.mT).sub_(slopes).mul_(weights)
             if added is not None and own is not None:
-                columns = slice((tile.heads.start - heads.start) * group, (tile.heads.stop - heads.start) * group)
+                columns = slice(
+                    (tile.heads.start - heads.start) * group, (tile.heads.stop - heads.start) * group
+                )
                 distance = _distance(tile, offset, query.device)
                 added.take(own[:, columns], grad_scores.unflatten(1, (group, -1)), distance)
             _put(grad_query, tile, group, torch.bmm(grad_scores, k).mul_(scale))

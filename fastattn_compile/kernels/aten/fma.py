@@ -60,8 +60,8 @@ def forward(
         scale: Factor on the scores.
         pattern: Who meets whom.
         key_padding: ``(b, n)`` boolean, true where a token is real.
-        weights: For a learned pattern, for every level key weight ``(d, rank, width)`` (dense ``(d, rank, d, width)``), key bias ``(d,
-            rank)``, value weight ``(e, rank, width)``, value bias ``(e, rank)``; further levels are not read.
+        weights: For a learned pattern, for every level key weight ``(d, rank, width)`` (dense ``(d, rank, d, width)``), key
+            bias ``(d, rank)``, value weight ``(e, rank, width)``, value bias ``(e, rank)``; further levels are not read.
         bias: Added by distance: ``(h,)`` slopes of ALiBi (not with a learned pattern), ``(h, 2 N - 1)`` numbers with
             ``N >= n``, or ``None``.
 
@@ -246,9 +246,7 @@ class _Scatter:
         name: Name of the buffers.
     """
 
-    def __init__(
-        self, space: Workspace, part: Part, array: Tensor, bias: FarBias | None, name: str
-    ) -> None:
+    def __init__(self, space: Workspace, part: Part, array: Tensor, bias: FarBias | None, name: str) -> None:
         self.tiling, self.part, self.array, self.bias = space.tiling, part, array, bias
         units, _, channels = array.shape
         plan, pattern = self.tiling.plan, self.tiling.pattern

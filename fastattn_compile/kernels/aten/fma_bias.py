@@ -32,9 +32,9 @@ class FarBias(ABC):
 
     @abstractmethod
     def add(self, scores: Tensor, blocks: slice) -> None:
-        """Adds what the queries of some blocks add to their slots; scores ``(u, r, blocks, m, slots)``, -inf where hidden."""
+        """Adds what the queries of some blocks add to their slots: ``(u, r, blocks, m, slots)``, -inf where hidden."""
 
-    def take(self, grad_scores: Tensor, blocks: slice) -> None:
+    def take(self, grad_scores: Tensor, blocks: slice) -> None:  # noqa: B027  not every bias is learned
         """Adds the gradients of scores, ``(u, r, blocks, m, slots)``, to that of the bias."""
 
     def gradient(self) -> Tensor | None:
@@ -102,9 +102,7 @@ class _Side:
         behind: The queries stand before the rows, so that a row's first token is the nearest.
     """
 
-    def __init__(
-        self, slopes: Tensor, taken: Tensor, plan: Plan, pattern: Pattern, behind: bool
-    ) -> None:
+    def __init__(self, slopes: Tensor, taken: Tensor, plan: Plan, pattern: Pattern, behind: bool) -> None:
         self.plan, self.cover = plan, pattern.block // pattern.rank
         self._finest = plan.blocks * pattern.rank if plan.levels else 0
         masses, self._shares = [], []
@@ -114,7 +112,9 @@ class _Side:
             weights = (-slopes[..., None] * away).masked_fill(~taken.view(-1, self.cover), -torch.inf)
             mass = weights.logsumexp(-1)
             self._within = (weights - mass[..., None]).exp_().nan_to_num_(0)
-            masses.append(torch.nn.functional.pad(mass, (0, plan.offsets[1] - self._finest), value=-torch.inf))
+            masses.append(
+                torch.nn.functional.pad(mass, (0, plan.offsets[1] - self._finest), value=-torch.inf)
+            )
         for level in range(1, plan.levels):
             step = slopes * (self.cover << (level - 1))
             halves = [masses[-1][:, 0::2], masses[-1][:, 1::2]]
@@ -274,5 +274,3 @@ def _moved(table: Tensor, by: int) -> Tensor:
     """The table ``(h, size)`` from one distance on, its last number repeated."""
     by = min(by, table.shape[1] - 1)
     return torch.cat([table[:, by:], table[:, -1:].expand(-1, by)], 1)
-
-

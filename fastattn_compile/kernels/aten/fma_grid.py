@@ -299,7 +299,10 @@ class _Facts:
         size = max(1, self.call.at_once // len(self.part))
         strip = size * max(1, LISTED // size)
         for begin in range(0, self.call.cells, strip):
-            listed = _Met(self, *met_cells(self.pattern, slice(begin, min(begin + strip, self.call.cells)), self.call.device))
+            listed = _Met(
+                self,
+                *met_cells(self.pattern, slice(begin, min(begin + strip, self.call.cells)), self.call.device),
+            )
             for first in range(0, len(listed.near), size):
                 some = listed.of(slice(first, first + size))
                 yield slice(begin + first, begin + first + len(some.near)), some
@@ -331,7 +334,11 @@ class _Met:
         self.rows = torch.cat([fine.flatten(1), front.expand(len(near), -1), pooled.flatten(1)], 1)
         self.bias = facts.bias[self.rows]
         # On a GPU the question how many there are would wait for the device.
-        some = far < facts.empty_cell if device.type == "cpu" else torch.ones_like(far, dtype=torch.bool, device="cpu")
+        some = (
+            far < facts.empty_cell
+            if device.type == "cpu"
+            else torch.ones_like(far, dtype=torch.bool, device="cpu")
+        )
         self.most = some.sum(1).tolist()
 
     def of(self, cells: slice) -> _Met:

@@ -97,8 +97,8 @@ def met_cells(pattern: GridPattern, cells: slice, device: torch.device) -> tuple
         device: Of the results.
 
     Returns:
-        Near cells ``(cells, 9)`` of the finest level; pooled cells ``(cells, 27 * levels)`` of all levels, in rising order. What lies
-        outside the grid has the number after the last: of the near ones in its place, of the far ones at the end.
+        Near cells ``(cells, 9)`` of the finest level; pooled cells ``(cells, 27 * levels)`` of all levels, in rising order.
+        What lies outside the grid has the number after the last: of the near ones in its place, of the far ones at the end.
     """
     near_steps, far_steps = _steps(device)
     down, across = pattern.cells(0)

@@ -115,7 +115,7 @@ def gains(counts: Tensor, pattern: GridPattern) -> Tensor:
 
 
 def _by_channel(x: Tensor, level: int, pattern: GridPattern) -> tuple[Tensor, int, int]:
-    """Tokens as ``(c, u * cells, t)``, and the rows and columns of a cell: no more than the grid has if it is the only one."""
+    """Tokens as ``(c, u * cells, t)``, and rows and columns of a cell: no more than the grid has if it is the only one."""
     number, width = pattern.cells(level), pattern.side << level
     down, across = (
         min(width, size) if cells == 1 else width

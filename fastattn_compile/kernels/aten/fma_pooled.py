@@ -228,7 +228,9 @@ class _Levels:
         key, value, query = key.to(dtype), value.to(dtype), given
         if key_padding is not None:
             self.real = key_padding.to(dtype)
-            key, value, query = (x.masked_fill(~key_padding[:, None, :, None], 0) for x in (key, value, query))
+            key, value, query = (
+                x.masked_fill(~key_padding[:, None, :, None], 0) for x in (key, value, query)
+            )
         self.queries = _pool(query, self.real, m, 2, pattern.levels)
         self.keys, self.values = (_pool(x, self.real, m // p, 2 * p, pattern.levels) for x in (key, value))
         # A query before it was hidden: rows of padding attend too.

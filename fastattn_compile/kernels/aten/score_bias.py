@@ -42,7 +42,7 @@ class ScoreBias(ABC):
         """A place to add up gradients for some key heads; ``None`` when the bias gets no gradient."""
         return None
 
-    def take(self, gradient: Tensor | None, grad_scores: Tensor, distance: Tensor) -> None:
+    def take(self, gradient: Tensor | None, grad_scores: Tensor, distance: Tensor) -> None:  # noqa: B027  not every bias is learned
         """Adds the gradients of scores to that of the bias.
 
         Args:
@@ -51,7 +51,9 @@ class ScoreBias(ABC):
             distance: As for ``at``.
         """
 
-    def take_each(self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor) -> None:
+    def take_each(  # noqa: B027  not every bias is learned
+        self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor
+    ) -> None:
         """Adds the gradients of scores to that of the bias, in a fixed order.
 
         Args:
@@ -119,8 +121,9 @@ class Distances(ScoreBias):
             rows = grad_scores.flatten(2).flatten(0, 1).T
             gradient.index_add_(0, self.place(distance).flatten(), rows)
 
-
-    def take_each(self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor) -> None:
+    def take_each(
+        self, gradient: Tensor | None, heads: Tensor, grad_scores: Tensor, distance: Tensor
+    ) -> None:
         """Adds the gradients of scores to that of the bias, in a fixed order."""
         if gradient is None:
             return

@@ -116,7 +116,11 @@ def node_ranges(
             wanted = wanted + (sight.query_segment << level)[:, None]
         code = code.masked_fill(gone, sight.segments << level)
         order, *edges = ranked(
-            code.flatten(0, 1), (sight.segments << level) + 1, wanted.reshape(units, -1, queries), sight.low, sight.high
+            code.flatten(0, 1),
+            (sight.segments << level) + 1,
+            wanted.reshape(units, -1, queries),
+            sight.low,
+            sight.high,
         )
         low, high = (edge.view(batch, heads, queries) for edge in edges)
         here = waiting & (high > low) if ancestors and level > 0 else waiting

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.treeformer_ranges import Ranges
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
     all_finite,
@@ -29,7 +30,6 @@ from fastattn_compile.kernels.tiles import (
     work_dtype,
 )
 from fastattn_compile.kernels.tiles import without_nonfinite as clean
-from fastattn_compile.kernels.aten.treeformer_ranges import Ranges
 
 Hidden = Callable[[Tensor, Tensor], Tensor]
 

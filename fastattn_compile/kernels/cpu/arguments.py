@@ -15,7 +15,10 @@ class BlockArguments(ctypes.Structure):
     """``BlockArgs`` of ``blocks.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "log_sum_exp", "real", "grad_out")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "key", "value", "out", "log_sum_exp", "real", "grad_out")
+        ),
         *((name, ctypes.c_void_p) for name in ("grad_lse", "grad_query", "grad_key", "grad_value")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in _STRIDED),
         *((name, ctypes.c_int64) for name in ("b", "h", "g", "n", "d", "e", "m", "p", "sinks")),

@@ -42,7 +42,12 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, poo
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, key_padding: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    pattern: TreePattern,
+    key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Barnes-Hut attention, as ``kernels.aten.barnes_hut.forward``.
 

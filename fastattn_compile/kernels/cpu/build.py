@@ -1,4 +1,4 @@
-"""Building the C++ sources: by the compiler and flags that Inductor picks, into the cache where Inductor keeps its own code."""
+"""Building the C++ sources: by the compiler and flags that Inductor picks, into the cache that Inductor keeps its own in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import platform
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -79,19 +79,21 @@ def compiled(code: str) -> ctypes.CDLL:
         return _compiled(code)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(code: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     # Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here.
     flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-march=native")
-    built: ctypes.CDLL = CppCodeCache.load(f"// {pick_vec_isa()} {_processor()}\n{code}", "cpu", extra_flags=flags)
+    built: ctypes.CDLL = CppCodeCache.load(
+        f"// {pick_vec_isa()} {_processor()}\n{code}", "cpu", extra_flags=flags
+    )
     return built
 
 
 def _processor() -> str:
-    """The instruction sets of this processor, which -march=native builds for: a cache shared by machines keeps them apart."""
+    """The instruction sets of this processor, which -march=native builds for: a shared cache keeps machines apart."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

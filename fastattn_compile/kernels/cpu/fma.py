@@ -21,7 +21,9 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:
         value: ``(b, g, n, e)``.
         pattern: Who meets whom.
     """
-    served = Pattern(pattern.block, pattern.rank, pattern.sinks, pattern.causal, None, pattern.right, pattern.weighted)
+    served = Pattern(
+        pattern.block, pattern.rank, pattern.sinks, pattern.causal, None, pattern.right, pattern.weighted
+    )
     if pattern.banded or pattern != served:
         return f"it serves the mean basis without a window, not {pattern}"
     return type_obstacle(query, key, value) or obstacle("fma")
@@ -32,14 +34,21 @@ def _call(
     grad_log_sum_exp: Tensor | None = None,
 ) -> bool:  # fmt: skip
     real = None if key_padding is None else key_padding.contiguous()
-    arguments = block_arguments(tensors, log_sum_exp, scale, pattern.block, pattern.sinks, pattern.causal, real)
+    arguments = block_arguments(
+        tensors, log_sum_exp, scale, pattern.block, pattern.sinks, pattern.causal, real
+    )
     arguments.p, arguments.weighted = pattern.rank, pattern.weighted
     arguments.grad_lse = None if grad_log_sum_exp is None else grad_log_sum_exp.data_ptr()
     return library("fma").fma_run(ctypes.byref(arguments)) == 0
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, key_padding: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    pattern: Pattern,
+    key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Fast multipole attention, as ``kernels.aten.fma.forward``.
 
@@ -59,7 +68,9 @@ def backward(
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Gradients of query, key and value, as ``kernels.aten.fma.backward``; ``None`` as in ``forward``."""
-    query, key, value, out, grad_out = (dense_rows(x) for x in (query, key, value, out, grad_out.to(out.dtype)))
+    query, key, value, out, grad_out = (
+        dense_rows(x) for x in (query, key, value, out, grad_out.to(out.dtype))
+    )
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
     tensors = {
         "query": query, "key": key, "value": value, "out": out, "grad_out": grad_out,

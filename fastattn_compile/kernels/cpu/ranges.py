@@ -1,4 +1,4 @@
-"""Attention of every query to a range of a list of keys in C++, for leaves of trees and for windows: what it serves, and its calls."""
+"""Attention of every query to a range of a list of keys in C++, for leaves and windows: what it serves, and its calls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) ->
     return counting or type_obstacle(query, key, value) or obstacle("ranges")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]
+) -> tuple[Tensor, Tensor] | None:
     """As ``kernels.aten.treeformer_tf.attend``; ``None`` when a key or value that is met is not finite."""
     made: tuple[Tensor, Tensor] | None = None
     for part in parts:
@@ -97,7 +99,12 @@ def window(
         real = real & (rank > local.sinks)
     if local.sinks or key_padding is not None:
         lists["hidden"] = ~real
-    base = torch.arange(shape[0] * key.shape[1]).view(shape[0], -1, 1).repeat_interleave(shape[1] // key.shape[1], 1) * keys
+    base = (
+        torch.arange(shape[0] * key.shape[1])
+        .view(shape[0], -1, 1)
+        .repeat_interleave(shape[1] // key.shape[1], 1)
+        * keys
+    )
     lists["start"], lists["stop"] = lists["start"] + base, lists["stop"] + base
     found = _call(query, key, value, scale, 1, lists)
     return None if found is None else (found[0].to(value.dtype), found[1].squeeze(-1))
@@ -111,7 +118,12 @@ def _call(
     out = torch.empty(*query.shape[:3], value.shape[3])
     log_sum_exp = torch.empty(*query.shape[:3], 1)
     strided = {"query": query, "key": key, "value": value}
-    held = {**strided, "out": out, "log_sum_exp": log_sum_exp, **{name: x.contiguous() for name, x in given.items()}}
+    held = {
+        **strided,
+        "out": out,
+        "log_sum_exp": log_sum_exp,
+        **{name: x.contiguous() for name, x in given.items()},
+    }
     arguments = _Arguments()
     for name, tensor in held.items():
         setattr(arguments, name, tensor.data_ptr())

@@ -69,7 +69,9 @@ def follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Tens
     return leaf, scores
 
 
-def ranked(code: Tensor, codes: int, wanted: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ranked(
+    code: Tensor, codes: int, wanted: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``kernels.sorting.ranked``."""
     code, wanted, low, high = (x.contiguous() for x in (code, wanted, low, high))
     order, start, stop = torch.empty_like(code), torch.empty_like(wanted), torch.empty_like(wanted)
@@ -89,7 +91,10 @@ def coarse(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tenso
     seen = torch.empty(query_leaf.shape)
     arguments = _Coarse(*(t.data_ptr() for t in (key_leaf, query_leaf, real, value, learned, out, seen)))
     arguments.u, arguments.r = query_leaf.shape[:2]
-    arguments.n, arguments.L = query_leaf.shape[2] * query_leaf.shape[3], key_leaf.shape[1] * key_leaf.shape[2]
+    arguments.n, arguments.L = (
+        query_leaf.shape[2] * query_leaf.shape[3],
+        key_leaf.shape[1] * key_leaf.shape[2],
+    )
     arguments.e, arguments.height = value.shape[-1], cut.height
     arguments.causal, arguments.softmax, arguments.root = cut.causal, weighting.softmax, weighting.root
     arguments.threads, arguments.share = torch.get_num_threads(), weighting.share

@@ -47,7 +47,9 @@ class _Call:
         self.speakers = self.per_unit if pattern.share else 1
         self.groups = -(-length // pattern.group)
         self.choosers = batch * heads // self.speakers
-        real = torch.ones(1, length, dtype=torch.bool, device=key.device) if key_padding is None else key_padding
+        real = (
+            torch.ones(1, length, dtype=torch.bool, device=key.device) if key_padding is None else key_padding
+        )
         rank = real.cumsum(1)
         self.fine = real & (rank > pattern.sinks)
         wanted = torch.arange(1, pattern.sinks + 1, device=key.device).expand(real.shape[0], -1).contiguous()
@@ -75,7 +77,9 @@ class _Call:
             "BO": padded(pattern.open), "BS": padded(pattern.sinks),
         }  # fmt: skip
 
-    def of_rows(self, kernel: str, query: Tensor, value: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    def of_rows(
+        self, kernel: str, query: Tensor, value: Tensor
+    ) -> tuple[tuple[int, int, int], dict[str, int]]:
         """Grid and configuration of a kernel that owns the queries of a group, or a tile of them."""
         rows = self.speakers * self.pattern.group
         launch = chosen(kernel if rows > 16 else f"{kernel}_few", query, value).launch

@@ -33,7 +33,10 @@ def bh_fwd(
     row, row_head = first + m % GROUP, head % heads + m // GROUP
     real = (m < R * GROUP) & (row < length)
     q = heads_of(Q, batch, row_head, row - start, q_b, q_h, q_n, q_d, real, D, BD)
-    KEY, VALUE = K + batch * k_b + (unit % kv_heads).to(tl.int64) * k_h, V + batch * v_b + (unit % kv_heads).to(tl.int64) * v_h
+    KEY, VALUE = (
+        K + batch * k_b + (unit % kv_heads).to(tl.int64) * k_h,
+        V + batch * v_b + (unit % kv_heads).to(tl.int64) * v_h,
+    )
     FINE += batch * fine_b
     largest, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
@@ -67,7 +70,11 @@ def bh_fwd(
     at = (batch * heads + row_head) * (length - start) + row - start
     e = tl.arange(0, BE)
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-    tl.store(OUT + at[:, None] * E + e[None, :], acc.to(OUT.dtype.element_ty), mask=real[:, None] & (e < E)[None, :])
+    tl.store(
+        OUT + at[:, None] * E + e[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=real[:, None] & (e < E)[None, :],
+    )
     tl.store(LSE + at, log2_sum(largest, mass) * 0.6931471805599453, mask=real)
 
 
@@ -87,7 +94,10 @@ def bh_dq(
     row, row_head = first + m % GROUP, head % heads + m // GROUP
     real = (m < R * GROUP) & (row < length)
     q = heads_of(Q, batch, row_head, row, q_b, q_h, q_n, q_d, real, D, BD)
-    KEY, VALUE = K + batch * k_b + (unit % kv_heads).to(tl.int64) * k_h, V + batch * v_b + (unit % kv_heads).to(tl.int64) * v_h
+    KEY, VALUE = (
+        K + batch * k_b + (unit % kv_heads).to(tl.int64) * k_h,
+        V + batch * v_b + (unit % kv_heads).to(tl.int64) * v_h,
+    )
     FINE += batch * fine_b
     at, e = (batch * heads + row_head) * length + row, tl.arange(0, BE)
     values = real[:, None] & (e < E)[None, :]
@@ -128,4 +138,6 @@ def bh_dq(
 
     d = tl.arange(0, BD)
     acc *= scale * 0.6931471805599453
-    tl.store(DQ + at[:, None] * D + d[None, :], acc.to(DQ.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    tl.store(
+        DQ + at[:, None] * D + d[None, :], acc.to(DQ.dtype.element_ty), mask=real[:, None] & (d < D)[None, :]
+    )

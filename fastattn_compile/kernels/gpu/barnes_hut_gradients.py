@@ -51,7 +51,9 @@ def bh_dkv(
             real = row < high
             q = rows_of(Q + batch * q_b + head * q_h, row, q_n, q_d, real, D, BD)
             at = (batch * heads + head) * length + row
-            grad = tl.load(GRAD + at[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
+            grad = tl.load(
+                GRAD + at[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0
+            )
             lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
             delta = tl.load(DELTA + at, mask=real, other=0.0)
             seen = there[:, None] & real[None, :] & shown(row[None, :], key[:, None], left, right)
@@ -99,7 +101,9 @@ def bh_far_dkv(
         grad = tl.load(GRAD + at[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
         lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
         delta = tl.load(DELTA + at, mask=real, other=0.0)
-        dk, dv = give(q, k, v, None, grad, lse, delta, there[:, None] & real[None, :], scale, dk, dv, PRECISION)
+        dk, dv = give(
+            q, k, v, None, grad, lse, delta, there[:, None] & real[None, :], scale, dk, dv, PRECISION
+        )
     d = tl.arange(0, BD)
     at = tile.to(tl.int64) * LEAF + i
     dk *= scale * 0.6931471805599453
@@ -108,7 +112,9 @@ def bh_far_dkv(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def bh_far_sum(PART, OUT, FIRST, unit, length, C: tl.constexpr, LEAF: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr):
+def bh_far_sum(
+    PART, OUT, FIRST, unit, length, C: tl.constexpr, LEAF: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr
+):
     """Adds the parts ``(tiles, LEAF, C)`` of one leaf, tiles ``FIRST[leaf]`` on, to its tokens in ``(u, n, C)``."""
     leaf, i, c = tl.program_id(0), tl.arange(0, BL), tl.program_id(1) * BC + tl.arange(0, BC)
     owned = ((i < LEAF) & (leaf * LEAF + i < length))[:, None] & (c < C)[None, :]

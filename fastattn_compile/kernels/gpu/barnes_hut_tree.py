@@ -46,7 +46,9 @@ def bh_merge(
         here = here & (tl.load(TAKEN + unit // heads * taken_b + row, mask=here, other=0) != 0)
         base = X + unit // heads * x_b + unit % heads * x_h
         x = tl.load(
-            base + row.to(tl.int64)[:, None] * x_n + d[None, :] * x_d, mask=here[:, None] & channel[None, :], other=0.0
+            base + row.to(tl.int64)[:, None] * x_n + d[None, :] * x_d,
+            mask=here[:, None] & channel[None, :],
+            other=0.0,
         ).to(tl.float32)
         if KIND == 1:
             x = x * x
@@ -74,8 +76,8 @@ def bh_merge(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bh_descend(
-    Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, heads, per_unit, length, start, q_start, q_b, q_h, q_n, q_d, count_row, count_units,
-    main_b, main_n, more_b, more_n, total, width, groups, left, right, scale,
+    Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, heads, per_unit, length, start, q_start, q_b, q_h, q_n, q_d, count_row,
+    count_units, main_b, main_n, more_b, more_n, total, width, groups, left, right, scale,
     D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, CAUSAL: tl.constexpr, STATISTIC: tl.constexpr, TOP: tl.constexpr, KEEP_ABOVE: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -102,7 +104,9 @@ def bh_descend(
     if TOP:
         node, valid = i, i < total
     else:
-        above = tl.load(KEPT_ABOVE + choice * KEEP_ABOVE + i // FANOUT, mask=i < KEEP_ABOVE * FANOUT, other=-1)
+        above = tl.load(
+            KEPT_ABOVE + choice * KEEP_ABOVE + i // FANOUT, mask=i < KEEP_ABOVE * FANOUT, other=-1
+        )
         node, valid = above * FANOUT + i % FANOUT, above >= 0
         # Parents that an edge of the far field cuts were no candidates: their children are.
         cut, span = (i - KEEP_ABOVE * FANOUT) // FANOUT, width * FANOUT
@@ -146,7 +150,9 @@ def bh_descend(
             step = voice % SAMPLES * (GROUP // SAMPLES)
             place = tl.minimum(tl.maximum(first - step if CAUSAL else first + step, 0), length - 1)
             at = base + (place - q_start).to(tl.int64) * q_n
-            q += tl.load(at[:, None] + d[None, :] * q_d, mask=speaks[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            q += tl.load(
+                at[:, None] + d[None, :] * q_d, mask=speaks[:, None] & (d < D)[None, :], other=0.0
+            ).to(tl.float32)
             q = finite(q)
         else:
             members = 0
@@ -155,7 +161,9 @@ def bh_descend(
                 inside = (place >= 0) & (place < length)
                 at = base + (place - q_start).to(tl.int64) * q_n
                 more = tl.load(
-                    at[:, None] + d[None, :] * q_d, mask=inside & speaks[:, None] & (d < D)[None, :], other=0.0
+                    at[:, None] + d[None, :] * q_d,
+                    mask=inside & speaks[:, None] & (d < D)[None, :],
+                    other=0.0,
                 )
                 q += finite(more.to(tl.float32))
                 members += inside.to(tl.int32)
@@ -171,7 +179,10 @@ def bh_descend(
             mean = tl.load(MAIN + row[:, None] * main_n + d[None, :], mask=mask, other=0.0) / count[:, None]
             s = tl.dot(q, tl.trans(mean), s, input_precision=PRECISION)
             if STATISTIC == 1:
-                variance = tl.load(MORE + row[:, None] * more_n + d[None, :], mask=mask, other=0.0) / count[:, None] - mean * mean
+                variance = (
+                    tl.load(MORE + row[:, None] * more_n + d[None, :], mask=mask, other=0.0) / count[:, None]
+                    - mean * mean
+                )
                 s = tl.dot(0.5 * q * q, tl.trans(variance), s, input_precision=PRECISION)
     # A node with a value that is not finite comes first, so that whoever could see it does see it.
     s = tl.where(s - s == 0, s + tl.log(count)[None, :], float("inf"))
@@ -243,7 +254,9 @@ def build_tree(pattern: TreePattern, key: Tensor, taken: Tensor) -> NodeTree:
     places = [torch.arange(0, length + width, width, device=key.device).clamp(max=length) for width in widths]
     ends = [before[:, place[: n + 1]] for place, n in zip(places, total)]
     count = torch.cat([x[:, 1:] - x[:, :-1] for x in ends], 1).float()
-    kinds = {"mean": (SUM,), "cumulant": (SUM, SQUARES), "bound": (LARGEST_NEGATED, LARGEST)}[pattern.statistic]
+    kinds = {"mean": (SUM,), "cumulant": (SUM, SQUARES), "bound": (LARGEST_NEGATED, LARGEST)}[
+        pattern.statistic
+    ]
     made = [_merged(pattern, key, taken, total, first, kind) for kind in kinds]
     return NodeTree(pattern, total, first, count.contiguous(), made[0], made[-1])
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import cast as aten
-from fastattn_compile.kernels.aten.cast_affinity import Rule, Tokens, Weights
+from fastattn_compile.kernels.aten.cast_affinity import Rule, Weights
 from fastattn_compile.kernels.gpu import leaf
 from fastattn_compile.kernels.gpu.launch import LIGHT, padded, precision
 from fastattn_compile.kernels.gpu.online import COUNTS
@@ -34,7 +34,9 @@ def cast_mix(
     lane, c, e = tl.program_id(1).to(tl.int64), tl.arange(0, BC), tl.program_id(2) * BE + tl.arange(0, BE)
     head, sequence, i = lane // batch, lane % batch, tl.program_id(0) * BT + tl.arange(0, BT)
     real, row = i < rows, lane * rows + i
-    z = tl.load(LOGITS + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=float("-inf"))
+    z = tl.load(
+        LOGITS + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=float("-inf")
+    )
     largest = tl.max(z, 1)
     anchor = tl.where(largest == float("-inf"), 0.0, largest)
     p = tl.exp(z - anchor[:, None])
@@ -53,7 +55,9 @@ def cast_mix(
         mine = (step < count)[:, None] & (c[None, :] == (slot // S % C)[:, None])
         share = tl.sum(tl.where(mine, p, 0.0), 1)
         at = ((head * slots + slot) * R + i % R) * E
-        inside = tl.load(INSIDE + at[:, None] + e[None, :], mask=(step < count)[:, None] & (e < E)[None, :], other=0.0)
+        inside = tl.load(
+            INSIDE + at[:, None] + e[None, :], mask=(step < count)[:, None] & (e < E)[None, :], other=0.0
+        )
         acc += share[:, None] * inside.to(tl.float32)
         if not OWN_SUMMARY:
             foreign = tl.where(mine, 0.0, foreign)
@@ -152,7 +156,13 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> str:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights, real: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    rule: Rule,
+    weights: Weights,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``kernels.aten.cast.forward`` with Triton's ``Pass``."""
     return aten.forward(query, key, value, scale, rule, weights, real, Pass)

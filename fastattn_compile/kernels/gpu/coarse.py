@@ -57,9 +57,17 @@ def tc_spread(
             t = begin + tl.arange(0, BT)
             leaf = tl.load(LEAF + base + t, mask=t < rows, other=0)
             inside = ((leaf[None, :] >> (H - level)[:, None]) == number[:, None]) & (t < rows)[None, :]
-            at = (base + t)[None, :] * (H + 1) + level[:, None] if BY_LEVEL else (base + t)[None, :] + level[:, None] * 0
+            at = (
+                (base + t)[None, :] * (H + 1) + level[:, None]
+                if BY_LEVEL
+                else (base + t)[None, :] + level[:, None] * 0
+            )
             weight = tl.load(WEIGHT + at, mask=inside, other=0.0)
-            x = tl.load(X + (base + t)[:, None] * E + e[None, :], mask=(t < rows)[:, None] & (e < E)[None, :], other=0.0)
+            x = tl.load(
+                X + (base + t)[:, None] * E + e[None, :],
+                mask=(t < rows)[:, None] & (e < E)[None, :],
+                other=0.0,
+            )
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
             if HAS_SUM:
                 total += tl.sum(tl.load(SCALAR + at, mask=inside, other=0.0), 1)
@@ -144,9 +152,14 @@ def tc_read(
         for begin in range(0, part * BT + BT, BT):
             j = begin + tl.arange(0, BT)
             key = (unit * chunks + chunk) * rows + j
-            other, real = tl.load(KEY_LEAF + key, mask=j < rows, other=0), tl.load(REAL + key, mask=j < rows, other=0.0)
+            other, real = (
+                tl.load(KEY_LEAF + key, mask=j < rows, other=0),
+                tl.load(REAL + key, mask=j < rows, other=0.0),
+            )
             weight = shared_weights(FACTOR, leaf, other, i, j, row, real, rows, H, BT, BT)
-            v = tl.load(VALUE + key[:, None] * E + e[None, :], mask=(j < rows)[:, None] & (e < E)[None, :], other=0.0)
+            v = tl.load(
+                VALUE + key[:, None] * E + e[None, :], mask=(j < rows)[:, None] & (e < E)[None, :], other=0.0
+            )
             acc = tl.dot(weight, v, acc, input_precision=PRECISION)
     tl.store(OUT + row[:, None] * E + e[None, :], acc, mask=(i < rows)[:, None] & (e < E)[None, :])
 
@@ -166,7 +179,9 @@ def tc_dots(
     total = tl.zeros([BT, BH], tl.float32)
     for first in range(0, E, BE):
         e = first + tl.arange(0, BE)
-        grad = tl.load(GRAD + row[:, None] * E + e[None, :], mask=(i < rows)[:, None] & (e < E)[None, :], other=0.0)
+        grad = tl.load(
+            GRAD + row[:, None] * E + e[None, :], mask=(i < rows)[:, None] & (e < E)[None, :], other=0.0
+        )
         for level in range(H + 1):
             at = ((1 << level) - 1 + (leaf >> (H - level))) * E
             x = tl.load(table + at[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
@@ -177,12 +192,18 @@ def tc_dots(
                 key = (unit * chunks + chunk) * rows + j
                 other = tl.load(KEY_LEAF + key, mask=j < rows, other=0)
                 real = tl.load(REAL + key, mask=j < rows, other=0.0)
-                v = tl.load(VALUE + key[:, None] * E + e[None, :], mask=(j < rows)[:, None] & (e < E)[None, :], other=0.0)
+                v = tl.load(
+                    VALUE + key[:, None] * E + e[None, :],
+                    mask=(j < rows)[:, None] & (e < E)[None, :],
+                    other=0.0,
+                )
                 pair = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
                 pair = tl.where((j[None, :] <= i[:, None]) & (real > 0)[None, :], pair, 0.0)
                 for level in range(H + 1):
                     same = (leaf >> (H - level))[:, None] == (other >> (H - level))[None, :]
-                    total += tl.where((h == level)[None, :], tl.sum(tl.where(same, pair, 0.0), 1)[:, None], 0.0)
+                    total += tl.where(
+                        (h == level)[None, :], tl.sum(tl.where(same, pair, 0.0), 1)[:, None], 0.0
+                    )
     tl.store(OUT + row[:, None] * (H + 1) + h[None, :], total, mask=(i < rows)[:, None] & (h <= H)[None, :])
 
 
@@ -196,7 +217,10 @@ def tc_give(
     nodes = 2 * (1 << H) - 1
     j, e = part * BT + tl.arange(0, BT), tl.program_id(2) * BE + tl.arange(0, BE)
     key = (unit * chunks + chunk) * rows + j
-    leaf, real = tl.load(KEY_LEAF + key, mask=j < rows, other=0), tl.load(REAL + key, mask=j < rows, other=0.0)
+    leaf, real = (
+        tl.load(KEY_LEAF + key, mask=j < rows, other=0),
+        tl.load(REAL + key, mask=j < rows, other=0.0),
+    )
     table = TABLE + (unit * chunks + chunk if CAUSAL else unit) * nodes * E
     acc = tl.zeros([BT, BE], tl.float32)
     for level in range(H + 1):
@@ -210,7 +234,9 @@ def tc_give(
                 query = tl.load(QUERY_LEAF + base + i, mask=i < rows, other=0)
                 weight = shared_weights(FACTOR, query, leaf, i, j, base + i, real, rows, H, BT, BT)
                 grad = tl.load(
-                    GRAD + (base + i)[:, None] * E + e[None, :], mask=(i < rows)[:, None] & (e < E)[None, :], other=0.0
+                    GRAD + (base + i)[:, None] * E + e[None, :],
+                    mask=(i < rows)[:, None] & (e < E)[None, :],
+                    other=0.0,
                 )
                 acc = tl.dot(tl.trans(weight), grad, acc, input_precision=PRECISION)
     acc = tl.where((real > 0)[:, None], acc, 0.0)
@@ -239,7 +265,12 @@ class _Launches:
         self.block = min(_CHANNELS, padded(self.channels))
         self.blocks = -(-self.channels // self.block)
         self.common = {"H": cut.height, "CAUSAL": cut.causal, "BT": _ROWS, **HEAVY}
-        self.products = {**self.common, "E": self.channels, "PRECISION": precision(torch.float32), "BE": self.block}
+        self.products = {
+            **self.common,
+            "E": self.channels,
+            "PRECISION": precision(torch.float32),
+            "BE": self.block,
+        }
 
     def spread(self, x: Tensor, of_keys: bool, weight: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of what each chunk meets: sums of the chunks before (keys) or after (queries) it."""

@@ -118,7 +118,9 @@ def make_side(
     terms, (batch, heads, group) = bounds.shape[-1] - 1, lanes
     query, key = query.flatten(0, 2), key.expand(batch, heads, 1, n, d).flatten(0, 2)
     profile = query.new_empty(*lanes, terms, n)
-    bias = None if offset_bias is None else offset_bias.to(query.dtype).expand(heads, group, 1, n).contiguous()
+    bias = (
+        None if offset_bias is None else offset_bias.to(query.dtype).expand(heads, group, 1, n).contiguous()
+    )
     spread = bounds.expand(batch, heads, group, terms + 1)
     block = min(_TERMS, triton.next_power_of_2(terms))
     conv_profile[(-(-n // _ROWS), -(-terms // block), lanes.numel())](
@@ -138,7 +140,17 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor, conjugate: bool, add: bool, gro
     lanes, terms, channels, entries = out.shape
     parts = (torch.view_as_real(z) for z in (x, y, out))
     conv_multiply[(terms * channels, -(-entries // _ENTRIES), lanes)](
-        *parts, entries, channels, x.shape[2], group, *strides(x), *strides(y), CONJUGATE=conjugate, ADD=add, B=_ENTRIES, **LIGHT
+        *parts,
+        entries,
+        channels,
+        x.shape[2],
+        group,
+        *strides(x),
+        *strides(y),
+        CONJUGATE=conjugate,
+        ADD=add,
+        B=_ENTRIES,
+        **LIGHT,
     )
 
 
@@ -197,7 +209,9 @@ def transposed_sums(sides: Sequence[Side], x: Tensor, buckets: Buckets) -> Tenso
         spectra = _bucket_spectra(side, x, buckets, size)
         for first, inside in _portions(side, c, size):
             count = inside.shape[3]
-            weights = torch.stack([_weights(side, first, count, buckets.top(a), size) for a in buckets.live], 2)
+            weights = torch.stack(
+                [_weights(side, first, count, buckets.top(a), size) for a in buckets.live], 2
+            )
             total = spectra.new_empty(lanes.numel(), count, c, size // 2 + 1)
             _multiply(spectra[:, None], weights[:, :, :, None], total, True, False, 1)
             columns = torch.fft.irfft(total, size)[..., :n].unflatten(0, lanes)

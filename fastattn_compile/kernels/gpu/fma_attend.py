@@ -103,7 +103,7 @@ def fma_fwd(
         ROWS_K += (head * all_rows + base) * D
         ROWS_V += (head * all_rows + base) * E
     place, of_group, real, first, last = packed_rows(tl.program_id(0), length, G, BLOCK, BM)
-    if PACKED:
+    if PACKED:  # noqa: SIM102  known when it is compiled, the other is not
         if first * BLOCK >= length:
             return  # the grid is that of the longest document
     of_group = of_group + head * G
@@ -133,9 +133,7 @@ def fma_fwd(
         k, v = rows_of(ROWS_K, row, D, 1, there, D, BD), rows_of(ROWS_V, row, E, 1, there, E, BE)
         largest, mass, acc = meet(q, k, v, weight, seen, scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
-        key, there, seen = sink_keys(
-            place, SINK + sink_at, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
-        )
+        key, there, seen = sink_keys(place, SINK + sink_at, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS)
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
         largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     e = tl.arange(0, BE)

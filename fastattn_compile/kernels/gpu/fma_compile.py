@@ -39,7 +39,13 @@ _CASE: dict[str, Any] = {
 
 
 def reports(
-    name: str, architecture: str, kind: str, width: int, config: Config, causal: bool = True, packed: bool = False,
+    name: str,
+    architecture: str,
+    kind: str,
+    width: int,
+    config: Config,
+    causal: bool = True,
+    packed: bool = False,
     learned: bool = False,
 ) -> list[Report]:
     """What the compiler says of each launch of a kernel.

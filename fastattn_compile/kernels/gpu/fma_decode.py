@@ -27,7 +27,9 @@ _LEVELS = 8
 
 
 @triton.jit
-def take_rows(SUMS, FACTOR, token, at, number, fresh, real, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr):
+def take_rows(
+    SUMS, FACTOR, token, at, number, fresh, real, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr
+):
     """Adds a token, times the factors of a learned row, to some rows; those of a fresh parent begin with it."""
     c = tl.arange(0, BC)
     place = SUMS + at[:, None] * C + c[None, :]
@@ -40,7 +42,9 @@ def take_rows(SUMS, FACTOR, token, at, number, fresh, real, C: tl.constexpr, BC:
 
 
 @triton.jit
-def pooled_rows(SUMS, SHIFT, row, number, factor, there, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr):
+def pooled_rows(
+    SUMS, SHIFT, row, number, factor, there, C: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr
+):
     """Rows from their sums: a factor, and the shift of a learned row."""
     x = rows_of(SUMS, row, C, 1, there, C, BC) * factor[:, None]
     if LEARNED:
@@ -61,8 +65,8 @@ def fma_decode(
     Q, K, V, RING_K, RING_V, RING_PLACE, SINK_K, SINK_V, SINK_PLACE, FOUND, SUMS_K, SUMS_V, COUNT, FACTOR_K, FACTOR_V,
     SHIFT_K, SHIFT_V, OUT, LSE, heads, now, since, left, levels, reached, fresh_levels, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-    RANK: tl.constexpr, SINKS: tl.constexpr, WEIGHTED: tl.constexpr, LEARNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
+    RANK: tl.constexpr, SINKS: tl.constexpr, WEIGHTED: tl.constexpr, LEARNED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Output and natural log-sum-exp of the query at ``now``, and the state with its token; ``scale`` carries log2 e.
 
@@ -229,10 +233,10 @@ def step(
     fresh_levels = 0 if inside or not now else min(levels, (parents & -parents).bit_length())
     fma_decode[(batch * kv_heads, -(-heads // kv_heads // config.rows))](
         query.contiguous(), key.contiguous(), value.contiguous(), ring_key, ring_value, ring_place, sink_key, sink_value,
-        sink_place, found, sum_key, sum_value, count, *(learned or (None,) * 4), out, log_sum_exp, kv_heads, now, since, left, levels,
-        min(levels, parents.bit_length()), fresh_levels, scale * LOG2_E, **channels(D=d, E=e), G=heads // kv_heads, BLOCK=block, RANK=rank, SINKS=sinks,
-        WEIGHTED=weighted, LEARNED=bool(learned), PRECISION=precision(query.dtype), BS=padded(sinks), BR=padded(2 * rank), BL=_LEVELS,
-        **config.launch,
+        sink_place, found, sum_key, sum_value, count, *(learned or (None,) * 4), out, log_sum_exp, kv_heads, now, since,
+        left, levels, min(levels, parents.bit_length()), fresh_levels, scale * LOG2_E, **channels(D=d, E=e),
+        G=heads // kv_heads, BLOCK=block, RANK=rank, SINKS=sinks, WEIGHTED=weighted, LEARNED=bool(learned),
+        PRECISION=precision(query.dtype), BS=padded(sinks), BR=padded(2 * rank), BL=_LEVELS, **config.launch,
     )  # fmt: skip
     return out, log_sum_exp
 

@@ -97,9 +97,17 @@ def forward(
         Output ``(b, h, n, e)``; log-sum-exp ``(b, h, n)`` float32.
     """
     documents, config = find_documents(segments, pattern), chosen("fma_fwd", query, value)
-    batch, kv_heads, n, d = key.shape
+    _, kv_heads, n, d = key.shape
     group, nb, sinks = query.shape[1] // kv_heads, 2 << documents.levels, pattern.sinks
-    made = documents.pooled, documents.counts, nb, documents.levels, pattern.rank, pattern.block, documents.table
+    made = (
+        documents.pooled,
+        documents.counts,
+        nb,
+        documents.levels,
+        pattern.rank,
+        pattern.block,
+        documents.table,
+    )
     rows_k, rows_v = pool_means(key, *made), pool_means(value, *made)
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)

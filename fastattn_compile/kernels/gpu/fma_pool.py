@@ -116,7 +116,7 @@ def pool_means(
     Returns:
         ``(b, g, rows, c)`` in the type of ``x``; of documents ``(1, g, rows of all, c)``.
     """
-    batch, heads, length, c = x.shape
+    batch, heads, _, c = x.shape
     pooled = x.new_empty(batch if documents is None else 1, heads, counts.shape[1], c)
     batch = batch if documents is None else len(documents)
     source, cell, level = x, block // rank, 0
@@ -128,7 +128,8 @@ def pool_means(
         fma_pool[(chunks, batch * heads, -(-c // bc))](
             source, None if every else taken, counts, pooled, sums, documents, heads, source.shape[2], nb, level, levels,
             cell, counts.shape[1], *source.stride(), _step(taken), _step(counts), C=c, BC=bc, RANK=rank, ALL=every,
-            PACKED=documents is not None, R=2 * CELLS, BT=64, PRECISION=precision(source.dtype), num_warps=4 if bc < 128 else 8, num_stages=2,
+            PACKED=documents is not None, R=2 * CELLS, BT=64, PRECISION=precision(source.dtype),
+            num_warps=4 if bc < 128 else 8, num_stages=2,
         )  # fmt: skip
         source, cell, level = sums, 2, level + _LEVELS
     return pooled

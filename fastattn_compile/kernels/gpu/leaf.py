@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_compile.kernels.aten.treeformer_tf import NearPairs, Part, PartGradients, join
-from fastattn_compile.kernels.gpu.op_configs import Config, chosen
 from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, precision, tensor_obstacle
-from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum, online_softmax, row_offset
 from fastattn_compile.kernels.gpu.leaf_lists import Lists, cluster_lists, range_lists
+from fastattn_compile.kernels.gpu.online import COUNTS, blemish, finite, log2_sum, online_softmax, row_offset
+from fastattn_compile.kernels.gpu.op_configs import Config, chosen
 
 
 @triton.jit
@@ -61,7 +61,10 @@ def leaf_fwd(
         slot = begin + tl.arange(0, BN)
         listed = slot < last
         key = tl.load(KEY_ROW + slot, mask=listed, other=0)
-        k_at, v_at = row_offset(key, k_heads, k_len, k_b, k_h, k_n), row_offset(key, k_heads, k_len, v_b, v_h, v_n)
+        k_at, v_at = (
+            row_offset(key, k_heads, k_len, k_b, k_h, k_n),
+            row_offset(key, k_heads, k_len, v_b, v_h, v_n),
+        )
         k = tl.load(K + k_at[:, None] + d[None, :] * k_d, mask=listed[:, None] & (d < D)[None, :], other=0.0)
         v = tl.load(V + v_at[:, None] + e[None, :] * v_d, mask=listed[:, None] & (e < E)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + (blemish(k) + blemish(v))[None, :]
@@ -74,7 +77,11 @@ def leaf_fwd(
         acc = tl.dot(p.to(v.dtype), finite(v), acc * shrink[:, None], input_precision=PRECISION)
     out_row = tl.load(OUT_ROW + place, mask=real, other=0).to(tl.int64)
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-    tl.store(OUT + out_row[:, None] * E + e[None, :], acc.to(OUT.dtype.element_ty), mask=real[:, None] & (e < E)[None, :])
+    tl.store(
+        OUT + out_row[:, None] * E + e[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=real[:, None] & (e < E)[None, :],
+    )
     tl.store(LSE + out_row, log2_sum(largest, mass) * 0.6931471805599453, mask=real)
 
 
@@ -109,9 +116,16 @@ def leaf_dq(
         slot = begin + tl.arange(0, BN)
         listed = slot < last
         key = tl.load(KEY_ROW + slot, mask=listed, other=0)
-        k_at, v_at = row_offset(key, k_heads, k_len, k_b, k_h, k_n), row_offset(key, k_heads, k_len, v_b, v_h, v_n)
-        k = finite(tl.load(K + k_at[:, None] + d[None, :] * k_d, mask=listed[:, None] & (d < D)[None, :], other=0.0))
-        v = finite(tl.load(V + v_at[:, None] + e[None, :] * v_d, mask=listed[:, None] & (e < E)[None, :], other=0.0))
+        k_at, v_at = (
+            row_offset(key, k_heads, k_len, k_b, k_h, k_n),
+            row_offset(key, k_heads, k_len, v_b, v_h, v_n),
+        )
+        k = finite(
+            tl.load(K + k_at[:, None] + d[None, :] * k_d, mask=listed[:, None] & (d < D)[None, :], other=0.0)
+        )
+        v = finite(
+            tl.load(V + v_at[:, None] + e[None, :] * v_d, mask=listed[:, None] & (e < E)[None, :], other=0.0)
+        )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
             s += tl.load(BIAS + slot, mask=listed, other=0.0)[None, :] * 1.4426950408889634
@@ -125,7 +139,11 @@ def leaf_dq(
         total += tl.sum(ds, 1)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     acc *= scale * 0.6931471805599453
-    tl.store(DQ + out_row[:, None] * D + d[None, :], acc.to(DQ.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    tl.store(
+        DQ + out_row[:, None] * D + d[None, :],
+        acc.to(DQ.dtype.element_ty),
+        mask=real[:, None] & (d < D)[None, :],
+    )
     tl.store(SUM + out_row, total, mask=real)
 
 
@@ -143,9 +161,16 @@ def leaf_dkv(
     listed, d, e = inside < list_len, tl.arange(0, BD), tl.arange(0, BE)
     slot = (unit * lists + level) * list_len + inside
     key = tl.load(KEY_ROW + slot, mask=listed, other=0)
-    k_at, v_at = row_offset(key, k_heads, k_len, k_b, k_h, k_n), row_offset(key, k_heads, k_len, v_b, v_h, v_n)
-    k = finite(tl.load(K + k_at[:, None] + d[None, :] * k_d, mask=listed[:, None] & (d < D)[None, :], other=0.0))
-    v = finite(tl.load(V + v_at[:, None] + e[None, :] * v_d, mask=listed[:, None] & (e < E)[None, :], other=0.0))
+    k_at, v_at = (
+        row_offset(key, k_heads, k_len, k_b, k_h, k_n),
+        row_offset(key, k_heads, k_len, v_b, v_h, v_n),
+    )
+    k = finite(
+        tl.load(K + k_at[:, None] + d[None, :] * k_d, mask=listed[:, None] & (d < D)[None, :], other=0.0)
+    )
+    v = finite(
+        tl.load(V + v_at[:, None] + e[None, :] * v_d, mask=listed[:, None] & (e < E)[None, :], other=0.0)
+    )
     bias = tl.zeros([BN], tl.float32)
     if HAS_BIAS:
         bias += tl.load(BIAS + slot, mask=listed, other=0.0) * 1.4426950408889634
@@ -268,7 +293,14 @@ def attend_lists_backward(
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[int | float, ...]:
-    return (*query.shape[1:3], *query.stride(), *key.shape[1:3], *key.stride(), *value.stride(), scale * LOG2_E)
+    return (
+        *query.shape[1:3],
+        *query.stride(),
+        *key.shape[1:3],
+        *key.stride(),
+        *value.stride(),
+        scale * LOG2_E,
+    )
 
 
 def _near(hidden: NearPairs | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -285,7 +317,9 @@ def _sizes(query: Tensor, value: Tensor, lists: Lists, hidden: NearPairs | None)
     }  # fmt: skip
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]
+) -> tuple[Tensor, Tensor]:
     """``treeformer_tf.attend`` in Triton, part by part; the output has the values' type.
 
     Args:
@@ -331,7 +365,11 @@ def backward(
     """
     config_dq, config_dkv = chosen("leaf_dq", query, value), chosen("leaf_dkv", query, value)
     slope = None if grad_log_sum_exp is None else grad_log_sum_exp.float().contiguous()
-    saved = out.flatten(0, 2).contiguous(), log_sum_exp.float().flatten().contiguous(), grad_out.to(query.dtype).contiguous()
+    saved = (
+        out.flatten(0, 2).contiguous(),
+        log_sum_exp.float().flatten().contiguous(),
+        grad_out.to(query.dtype).contiguous(),
+    )
     kind, total, said = query.dtype if len(parts) == 1 else torch.float32, None, []
     for part in parts:
         lists = range_lists(part.ranges, key.shape[2], config_dq.rows)

@@ -140,7 +140,11 @@ def tf_decode(
     V += batch * v_b + head * v_h
     LEAF += batch * leaf_b + head * leaf_h
     REAL += batch * real_b
-    largest, mass, acc = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32), tl.zeros([BE], tl.float32)
+    largest, mass, acc = (
+        tl.full([1], float("-inf"), tl.float32),
+        tl.zeros([1], tl.float32),
+        tl.zeros([BE], tl.float32),
+    )
     cut = tl.minimum(tl.load(CUT + batch), length).to(tl.int32)
     found = -1
     for tree in range(0, trees):
@@ -213,7 +217,7 @@ def attend_one(
     """
     batch, heads, _, d = query.shape
     kv_heads, length, e = value.shape[1:]
-    lanes, group, trees = batch * heads, heads // kv_heads, leaf.shape[2]
+    lanes, trees = batch * heads, leaf.shape[2]
     parts = max(1, min(_PARTS, _PROGRAMS // lanes))
     leaf, sizes = leaf.contiguous(), (heads, heads // kv_heads, trees, length, order.shape[3])
     level = torch.empty(lanes, trees, dtype=torch.int32, device=query.device)

@@ -46,7 +46,9 @@ class Lists:
     def reaching(self, level: int, columns: int) -> tuple[Tensor, Tensor]:
         """For tiles of ``columns`` slots of every unit's list: the stretch of queries whose ranges may meet it."""
         tiles = torch.arange(-(-self.length // columns), device=self.start.device) * columns
-        begin = (torch.arange(self.units, device=self.start.device) * self.lists + level)[:, None] * self.length
+        begin = (torch.arange(self.units, device=self.start.device) * self.lists + level)[
+            :, None
+        ] * self.length
         low, high = (begin + tiles).flatten(), (begin + (tiles + columns).clamp(max=self.length)).flatten()
         first = torch.searchsorted(self.stop.cummax(0).values, low, right=True, out_int32=True)
         last = torch.searchsorted(self.start, high, out_int32=True)
@@ -65,7 +67,9 @@ def range_lists(ranges: Ranges, length: int, rows: int) -> Lists:
     beyond = ranges.order.numel()
     # Queries that meet nothing stand last.
     idle = stop <= start
-    start, stop, node = (x.masked_fill(idle, fill) for x, fill in ((start, beyond), (stop, beyond), (node, 0)))
+    start, stop, node = (
+        x.masked_fill(idle, fill) for x, fill in ((start, beyond), (stop, beyond), (node, 0))
+    )
     row = torch.sort(start * (beyond + 1) + stop, stable=True).indices
     start, stop, node = start[row], stop[row], node[row]
     part = torch.div(start, length, rounding_mode="floor")

@@ -33,7 +33,9 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     if not config.share_group and spec.group > 1:
         return no("its ONNX body makes one choice for all query heads of a key head: share_group=True")
     if spec.mask.left is not None or spec.mask.right not in (None, 0):
-        return no(f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}")
+        return no(
+            f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}"
+        )
     return only(spec.mask, "right", "end_aligned", "key_padding")
 
 
@@ -116,7 +118,9 @@ class _Writing(Blocks):
             if cumulant:
                 mean, square = w.op("Split", features, [dim, dim], outputs=2, axis=3)
                 features = w.op("Concat", mean, w.op("Sub", square, w.op("Mul", mean, mean)), axis=3)
-            mass = w.op("Where", w.op("Greater", counts, self._real(0.0)), w.op("Log", some), self._real(-1e30))
+            mass = w.op(
+                "Where", w.op("Greater", counts, self._real(0.0)), w.op("Log", some), self._real(-1e30)
+            )
             nodes = w.shape(features, 2)
             wide = w.op("Expand", mass, self._every_unit())
             made.append(_Level(
@@ -142,7 +146,9 @@ class _Writing(Blocks):
             total = w.op("Mul", self.blocks, [self.m])
             after = w.op("Sub", w.op("Sub", total, self.length), [before])
             query = w.op("Pad", query, w.join([0, 0, before, 0, 0, 0, after, 0]))
-            query = w.op("ReduceSum", w.op("Reshape", query, [0, 0, -1, group, spec.head_dim]), [3], keepdims=0)
+            query = w.op(
+                "ReduceSum", w.op("Reshape", query, [0, 0, -1, group, spec.head_dim]), [3], keepdims=0
+            )
             first = w.op("Mul", w.range(w.op("Mul", self.blocks, [self.choosers])), group)
             there = w.op("Add", first, 1) if self.causal else w.op("Sub", self.length, first)
             count = w.cast(w.op("Max", w.op("Min", there, group), 1), self.dtype)
@@ -157,12 +163,20 @@ class _Writing(Blocks):
         """``(b, h, k * groups * size, c)`` as ``(k, b, g, groups * v * size, c)``."""
         w, spec = self.w, self.spec
         channels = w.shape(x, 3)
-        x = w.op("Reshape", x, w.join([0, spec.kv_heads, -1, groups * size, channels])) if spec.group == 1 else x
+        x = (
+            w.op("Reshape", x, w.join([0, spec.kv_heads, -1, groups * size, channels]))
+            if spec.group == 1
+            else x
+        )
         if spec.group == 1:
             return w.op("Transpose", x, perm=[2, 0, 1, 3, 4])
-        heads = w.op("Reshape", x, w.join([-1, spec.group, self.blocks, groups, w.op("Mul", channels, [size])]))
+        heads = w.op(
+            "Reshape", x, w.join([-1, spec.group, self.blocks, groups, w.op("Mul", channels, [size])])
+        )
         moved = w.op("Transpose", heads, perm=[2, 0, 3, 1, 4])
-        return w.op("Reshape", moved, w.join([self.blocks, -1, spec.kv_heads, groups * spec.group * size, channels]))
+        return w.op(
+            "Reshape", moved, w.join([self.blocks, -1, spec.kv_heads, groups * spec.group * size, channels])
+        )
 
     # The loop.
 
@@ -326,7 +340,10 @@ class _Writing(Blocks):
         if self.m % width:
             shape = w.op("Shape", w.slice(nodes, 0, 1, 3))
             parents = [w.op("Div", edge, [width]) for edge in edges]
-            crossed = [w.op("And", w.op("Greater", edge, 0), w.op("Greater", w.op("Mod", edge, [width]), 0)) for edge in edges]
+            crossed = [
+                w.op("And", w.op("Greater", edge, 0), w.op("Greater", w.op("Mod", edge, [width]), 0))
+                for edge in edges
+            ]
             if len(edges) > 1:
                 apart = w.op("Not", w.op("And", crossed[0], w.op("Equal", *parents)))
                 crossed[1] = w.op("And", w.op("And", crossed[1], apart), w.op("Less", edges[1], self.length))

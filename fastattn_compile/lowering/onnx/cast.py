@@ -71,7 +71,9 @@ class _Writing:
         self.query, self.key, self.value = given.query, given.key, given.value
         if self.padding is not None:
             mine = w.op("Unsqueeze", self.padding, [1, 3])
-            self.query, self.key, self.value = (w.op("Where", mine, x, 0.0) for x in (given.query, given.key, given.value))
+            self.query, self.key, self.value = (
+                w.op("Where", mine, x, 0.0) for x in (given.query, given.key, given.value)
+            )
         size = config.cluster_size
         self.size = w.constant([size]) if size else w.op(
             "Div", w.op("Add", self.length, [config.clusters - 1]), [config.clusters]
@@ -85,7 +87,9 @@ class _Writing:
         elif spec.group > 1:
             heads = w.op("Unsqueeze", of_keys, [2])
             shape = [config.clusters, spec.kv_heads, spec.group, spec.head_dim]
-            of_queries = w.op("Reshape", w.op("Expand", heads, shape), [config.clusters, spec.heads, spec.head_dim])
+            of_queries = w.op(
+                "Reshape", w.op("Expand", heads, shape), [config.clusters, spec.heads, spec.head_dim]
+            )
         query, key = self._wide(self.query), self._wide(self.key)
         self.of_query = w.op("MatMul", query, w.op("Transpose", of_queries, perm=[1, 2, 0]))
         self.of_key = w.op("MatMul", key, w.op("Transpose", of_keys, perm=[1, 2, 0]))
@@ -93,7 +97,9 @@ class _Writing:
         if config.gated:
             weight, bias = learned.pop(0), learned.pop(0)
             gates = 1 if config.phi_heads == "shared" else spec.kv_heads
-            together = w.op("Reshape", w.op("Transpose", query, perm=[0, 2, 1, 3]), [0, 0, spec.heads * spec.head_dim])
+            together = w.op(
+                "Reshape", w.op("Transpose", query, perm=[0, 2, 1, 3]), [0, 0, spec.heads * spec.head_dim]
+            )
             weight = w.op("Reshape", weight, [gates, spec.heads * spec.head_dim])
             product = w.op("MatMul", together, w.op("Transpose", weight, perm=[1, 0]))
             self.gate = w.op("Add", product, bias)  # (b, n, p)
@@ -215,11 +221,15 @@ class _Writing:
         key = self._members(self.key, spec.kv_heads, spec.head_dim, clusters)
         value = self._members(self.value, spec.kv_heads, spec.value_dim, clusters)
         if spec.group > 1:
-            query = w.op("Reshape", query, w.join([0, spec.kv_heads, spec.group, count, self.size, spec.head_dim]))
+            query = w.op(
+                "Reshape", query, w.join([0, spec.kv_heads, spec.group, count, self.size, spec.head_dim])
+            )
             key, value = (w.op("Unsqueeze", x, [2]) for x in (key, value))
         last = [0, 1, 2, 3, 5, 4] if spec.group > 1 else [0, 1, 2, 4, 3]
         scores = w.op("MatMul", query, w.op("Transpose", key, perm=last))
-        bias = w.op("Where", clusters.there, 0.0 if share is None else self._narrow(w.op("Log", share)), hidden(spec))
+        bias = w.op(
+            "Where", clusters.there, 0.0 if share is None else self._narrow(w.op("Log", share)), hidden(spec)
+        )
         bias = w.op("Unsqueeze", bias, [1, 2, 4] if spec.group > 1 else [1, 3])
         scores = w.op("Add", scores, bias)
         if share is None:
@@ -322,7 +332,11 @@ class _Writing:
         if self.padding is not None:
             weights = w.op("Where", w.op("Greater", every, hidden(spec) / 2), weights, 0.0)
         most = w.shape(mine, 3)
-        return w.slice(weights, 0, most, 3), w.slice(weights, most, w.op("Add", most, [self.config.clusters]), 3), values
+        return (
+            w.slice(weights, 0, most, 3),
+            w.slice(weights, most, w.op("Add", most, [self.config.clusters]), 3),
+            values,
+        )
 
 
 def highest_of_all(w: OnnxWriter, x: ir.Value, spec: BodySpec) -> ir.Value:

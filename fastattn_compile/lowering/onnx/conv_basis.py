@@ -29,7 +29,9 @@ _RANGE = 1e8
 def _supports(operator: Operator, spec: BodySpec) -> Support:
     config = operator.config
     if config.approximation != "conv" or config.offset_bias != "none" or config.key_bias:
-        return no("its ONNX body serves the convolutions alone: approximation='conv' and no learned or sloped bias")
+        return no(
+            "its ONNX body serves the convolutions alone: approximation='conv' and no learned or sloped bias"
+        )
     if config.anchors not in ("strided", "sink_strided") or config.stride:
         return no(
             "its ONNX body serves anchors at even distances (strided or sink_strided, stride=0): what is looked for by "
@@ -38,7 +40,9 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     if spec.dtype == _DOUBLE:
         return no("its ONNX body sums by transforms in float64, which keep less than float64 of the result")
     if spec.mask.left is not None or spec.mask.right not in (None, 0):
-        return no(f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}")
+        return no(
+            f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}"
+        )
     return only(spec.mask, "right", "end_aligned", "key_padding")
 
 
@@ -56,7 +60,9 @@ class _Writing:
     def __init__(self, w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> None:
         self.w, self.spec, self.config, self.padding = w, spec, operator.config, given.key_padding
         self.terms = operator.config.k
-        self.alone = min(operator.config.sinks, self.terms - 1) if operator.config.anchors == "sink_strided" else 0
+        self.alone = (
+            min(operator.config.sinks, self.terms - 1) if operator.config.anchors == "sink_strided" else 0
+        )
         self.length = w.shape(given.query, 2)
         self.query = w.op("Mul", w.cast(given.query, _DOUBLE), self._real(spec.scale))
         self.key, value = w.cast(given.key, _DOUBLE), w.cast(given.value, _DOUBLE)
@@ -84,14 +90,18 @@ class _Writing:
         """Cosines and sines of a real transform of ``2 w`` numbers, and of the way back to its second half."""
         w = self.w
         steps = w.range(self.double_width)
-        turns = w.op("Mod", w.op("Mul", w.op("Unsqueeze", w.range(self.frequencies), [1]), steps), self.double_width)
+        turns = w.op(
+            "Mod", w.op("Mul", w.op("Unsqueeze", w.range(self.frequencies), [1]), steps), self.double_width
+        )
         size = w.cast(self.width, _DOUBLE)
         angle = w.op("Div", w.op("Mul", w.cast(turns, _DOUBLE), self._real(math.pi)), size)
         self.sine = w.op("Neg", w.op("Sin", angle))
         self.cosine = w.op("Sin", w.op("Add", angle, self._real(math.pi / 2)))
         both = w.op("Concat", self.cosine, self.sine, axis=0)
         back = w.op("Transpose", w.slice(both, self.width, self.double_width, 1), perm=[1, 0])
-        edge = w.op("Mod", w.op("Mod", w.range(w.op("Mul", self.frequencies, [2])), self.frequencies), self.width)
+        edge = w.op(
+            "Mod", w.op("Mod", w.range(w.op("Mul", self.frequencies, [2])), self.frequencies), self.width
+        )
         share = w.op("Where", w.op("Equal", edge, 0), self._real(0.5), self._real(1.0))
         self.back = w.op("Div", w.op("Mul", back, share), size)
 
@@ -117,7 +127,12 @@ class _Writing:
             out = w.op("Where", seen, out, self._real(0.0))
         worst = lowest(w, w.op("Reshape", w.cast(good, ir.DataType.INT32), [-1]), spec)
         # Scores too far apart for the transforms stop the run with an index out of range.
-        checked = w.op("Gather", self.w.constant([1.0], _DOUBLE), w.op("Sub", w.constant(1, ir.DataType.INT32), worst), axis=0)
+        checked = w.op(
+            "Gather",
+            self.w.constant([1.0], _DOUBLE),
+            w.op("Sub", w.constant(1, ir.DataType.INT32), worst),
+            axis=0,
+        )
         result: ir.Value = w.cast(w.op("Mul", w.op("Div", out, total), checked), spec.dtype)
         return result
 
@@ -208,7 +223,7 @@ class _Writing:
         return self._by_row(sums, self.channels), scale, least
 
     def _windows(self, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Weights of every block of rows and the one before it, ``(b, g, v, i, 2 w, k)``; their scale ``(b, g, v, i, 1)``."""
+        """Weights of every block of rows and the one before, ``(b, g, v, i, 2 w, k)``; their scale ``(b, g, v, i, 1)``."""
         w, terms = self.w, self.terms
         after = w.op("Sub", w.op("Mul", self.blocks, self.width), self.length)
         pads = w.join([0, 0, 0, self.width, 0, 0, 0, 0, after, 0])

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from fastattn_compile.lowering.onnx import barnes_hut, cast, conv_basis, exact, fma, linformer, tree_coarse, tree_leaf, window
+from fastattn_compile.lowering.onnx import (
+    barnes_hut,
+    cast,
+    conv_basis,
+    exact,
+    fma,
+    linformer,
+    tree_coarse,
+    tree_leaf,
+    window,
+)
 from fastattn_compile.lowering.onnx.body import Body, BodySpec
 from fastattn_compile.operators.base import Operator, Support, no
 
 _BODIES = {
-    "exact": exact.BODY, "fma": fma.BODY, "window": window.BODY, "linformer": linformer.BODY,
+    "exact": exact.BODY,
+    "fma": fma.BODY,
+    "window": window.BODY,
+    "linformer": linformer.BODY,
     "tf_attention": tree_leaf.BODY,
-    "tc_attention": tree_coarse.BODY, "barnes_hut": barnes_hut.BODY, "cast": cast.BODY,
+    "tc_attention": tree_coarse.BODY,
+    "barnes_hut": barnes_hut.BODY,
+    "cast": cast.BODY,
     "conv_basis": conv_basis.BODY,
 }
 

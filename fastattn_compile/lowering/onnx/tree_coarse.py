@@ -113,7 +113,11 @@ class _Writing:
         bits = np.arange(self.leaves)[:, None] ^ np.arange(self.leaves)
         shared = self.height - np.ceil(np.log2(bits + 1)).astype(np.int64)
         of_leaves = w.op("GatherElements", shares, w.op("Gather", w.constant(shared), query, axis=0), axis=4)
-        chunks = w.op("Reshape", member, [0, 0, -1, _CHUNK, self.leaves]) if self.causal else w.op("Unsqueeze", member, [2])
+        chunks = (
+            w.op("Reshape", member, [0, 0, -1, _CHUNK, self.leaves])
+            if self.causal
+            else w.op("Unsqueeze", member, [2])
+        )
         turned = w.op("Transpose", chunks, perm=[0, 1, 2, 4, 3])
         sums = w.op("MatMul", turned, self.value)
         if not self.causal:

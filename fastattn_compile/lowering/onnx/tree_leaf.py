@@ -41,7 +41,9 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     if not support:
         return support
     if config.fallback == "self+window":
-        return no("its ONNX body has no window of its own for empty leaves; use fallback='ancestor' or 'zero'")
+        return no(
+            "its ONNX body has no window of its own for empty leaves; use fallback='ancestor' or 'zero'"
+        )
     if config.sinks and not config.window:
         return no("its ONNX body meets sinks beside a window alone: window=1 is the token itself")
     if config.window and spec.mask.right not in (None, 0):
@@ -49,7 +51,9 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
     if config.capacity or config.query_gradient == "sibling":
         return no("its ONNX body has no capacity of leaves and no siblings")
     if config.n_trees > 1 and config.combine == "union":
-        return no("its ONNX body takes the mean of several trees (combine='mean'), not one softmax over all of them")
+        return no(
+            "its ONNX body takes the mean of several trees (combine='mean'), not one softmax over all of them"
+        )
     return only(spec.mask, "right", "end_aligned", "key_padding")
 
 
@@ -195,7 +199,9 @@ class _Writing:
         width = w.op("Gather", widths, depth, axis=0)
         begin = w.op("Sub", found.query, w.op("Mod", found.query, width))
         start, stop = (w.op("GatherElements", marks, x, axis=2) for x in (begin, w.op("Add", begin, width)))
-        return _Reads(start, stop, w.op("Greater", count, 0), w.op("Add", w.op("Mul", depth, self.leaves), begin))
+        return _Reads(
+            start, stop, w.op("Greater", count, 0), w.op("Add", w.op("Mul", depth, self.leaves), begin)
+        )
 
     def _inverse(self, order: ir.Value, length: ir.Value) -> ir.Value:
         """Where in an order the items stand."""
@@ -223,7 +229,9 @@ class _Writing:
         limit = w.op("Reshape", w.op("Gather", self.limit, order, axis=0), [-1, _TILE, 1])
         ends = []
         for end in (reads.first, reads.stop):
-            sorted_ends = w.op("Reshape", w.op("GatherElements", end, order, axis=2), w.join([self.units, -1]))
+            sorted_ends = w.op(
+                "Reshape", w.op("GatherElements", end, order, axis=2), w.join([self.units, -1])
+            )
             base = w.op("Mul", w.op("Unsqueeze", w.range(self.units), [1]), self.rows)
             ends.append(w.op("Reshape", w.op("Add", sorted_ends, base), [-1, _TILE, 1]))
         begin = lowest(w, w.op("Squeeze", ends[0], [2]), spec, keepdims=1)

@@ -53,7 +53,10 @@ class Routing:
         key = given.key
         if given.key_padding is not None:
             key = w.op("Where", w.op("Unsqueeze", given.key_padding, [1, 3]), key, 0.0)
-        self.key, self.query = self._wide(key), self._wide(given.query if own else merged(w, given.query, spec))
+        self.key, self.query = (
+            self._wide(key),
+            self._wide(given.query if own else merged(w, given.query, spec)),
+        )
         self.own = own
 
     def _wide(self, x: ir.Value) -> ir.Value:

@@ -32,7 +32,9 @@ class OnnxWriter:
         self.nodes: list[ir.Node] = []
         self._constants: dict[Any, ir.Value] = {}
 
-    def op(self, op_type: str, *operands: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def op(
+        self, op_type: str, *operands: Operand, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:
         """Appends a node.
 
         Args:
@@ -70,7 +72,9 @@ class OnnxWriter:
         key = (array.tobytes(), array.shape, kind, dtype)
         if key not in self._constants:
             tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
-            node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=f"{self.prefix}c{len(self.nodes)}")
+            node = ir.Node(
+                "", "Constant", [], [ir.AttrTensor("value", tensor)], name=f"{self.prefix}c{len(self.nodes)}"
+            )
             node.outputs[0].name = node.name
             self.nodes.append(node)
             self._constants[key] = node.outputs[0]
@@ -87,10 +91,14 @@ class OnnxWriter:
             shape: Of what a step gives, in the writer's type; names stand for free dimensions.
         """
         number = ir.Value(
-            name=f"{self.prefix}step_{len(self.nodes)}", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
+            name=f"{self.prefix}step_{len(self.nodes)}",
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([]),
         )
         going = ir.Value(
-            name=f"{self.prefix}going_{len(self.nodes)}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
+            name=f"{self.prefix}going_{len(self.nodes)}",
+            type=ir.TensorType(ir.DataType.BOOL),
+            shape=ir.Shape([]),
         )
         inner = OnnxWriter(self.dtype, f"{self.prefix}loop_{len(self.nodes)}_", self.outer or self)
         result = step(inner, number)

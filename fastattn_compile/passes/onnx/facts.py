@@ -111,7 +111,9 @@ class FactWriter:
     def _where(self, condition: ir.Value, a: Any, b: Any) -> ir.Value:
         types = [self.type_of(x) for x in (a, b) if isinstance(x, ir.Value)]
         dtype = types[0] if types else self.type_of(self.w.constant(np.array(a)))
-        return self._typed(self.w.op("Where", condition, self._operand(a, dtype), self._operand(b, dtype)), dtype)
+        return self._typed(
+            self.w.op("Where", condition, self._operand(a, dtype), self._operand(b, dtype)), dtype
+        )
 
     def _clamp(self, x: ir.Value, min: Any = None, max: Any = None) -> ir.Value:
         for bound, op_type in ((min, "Max"), (max, "Min")):

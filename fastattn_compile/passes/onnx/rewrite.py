@@ -210,7 +210,10 @@ def _initialisers(model: ir.Model, replacement: Replacement, number: int) -> lis
     for name, value in replacement.parameters.items():
         tensor = ir.tensor(value.detach().cpu().numpy(), name=f"fastattn_{number}_{name}")
         initialiser = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape), const_value=tensor
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(value.shape),
+            const_value=tensor,
         )
         model.graph.register_initializer(initialiser)
         made.append(initialiser)

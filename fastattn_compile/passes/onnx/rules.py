@@ -141,7 +141,11 @@ def _several(call: Call, at: int) -> Meaning | None:
 def _where(call: Call, at: int) -> Meaning:
     condition, yes, no = call.inputs[0], call.input(1), call.input(2)
     # What exporters write around a softmax whose row may be hidden whole: rows of NaN become 0. Ours are 0 already.
-    if isinstance(condition, Node) and condition.attributes.get("target") == "IsNaN" and condition.inputs[0] is no:
+    if (
+        isinstance(condition, Node)
+        and condition.attributes.get("target") == "IsNaN"
+        and condition.inputs[0] is no
+    ):
         return Meaning("identity", (no,))
     return Meaning("where", (condition, yes, no))
 
@@ -219,8 +223,12 @@ def _quantised_softmax(call: Call, at: int) -> Meaning | None:
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
 def _quantised_binary(call: Call, at: int) -> Meaning:
     a, b = call.inputs[0], call.inputs[3]
-    dtype = next((x.dtype for x in (a, b) if isinstance(x, Node) and x.kind not in ("constant", "parameter")), None)
-    return Meaning("add" if call.node.op_type == "QLinearAdd" else "mul", (_number(a), _number(b)), {}, None, dtype)
+    dtype = next(
+        (x.dtype for x in (a, b) if isinstance(x, Node) and x.kind not in ("constant", "parameter")), None
+    )
+    return Meaning(
+        "add" if call.node.op_type == "QLinearAdd" else "mul", (_number(a), _number(b)), {}, None, dtype
+    )
 
 
 # ---- products and softmaxes
@@ -277,7 +285,9 @@ def _softmax(call: Call, at: int) -> Meaning | None:
     # Before opset 13 all axes from this one on are one: only the last by itself is a softmax over one axis.
     if call.opset < 13 and axis != rank - 1:
         return None
-    return Meaning("softmax" if call.node.op_type != "LogSoftmax" else "log_softmax", (call.inputs[0],), {"dim": axis})
+    return Meaning(
+        "softmax" if call.node.op_type != "LogSoftmax" else "log_softmax", (call.inputs[0],), {"dim": axis}
+    )
 
 
 @rule("ReduceSum", "ReduceMax")
@@ -422,7 +432,13 @@ def _gather(call: Call, at: int) -> Meaning | None:
 def _gather_nd(call: Call, at: int) -> Meaning | None:
     """Indices that were concatenated along the last axis, one column a dimension of the data."""
     x, indices = call.tensor(0), call.tensor(1)
-    if x is None or indices is None or call.get("batch_dims", 0) or indices.shape is None or not indices.shape:
+    if (
+        x is None
+        or indices is None
+        or call.get("batch_dims", 0)
+        or indices.shape is None
+        or not indices.shape
+    ):
         return None
     columns = indices.shape[-1]
     if not isinstance(columns, int):
@@ -430,7 +446,11 @@ def _gather_nd(call: Call, at: int) -> Meaning | None:
     last = len(indices.shape) - 1
     parts = [
         Meaning(
-            "index", (indices,), {"index": (*(slice(None),) * last, c)}, tuple(indices.shape[:-1]), indices.dtype
+            "index",
+            (indices,),
+            {"index": (*(slice(None),) * last, c)},
+            tuple(indices.shape[:-1]),
+            indices.dtype,
         )
         for c in range(columns)
     ]
@@ -454,7 +474,9 @@ def _attention(call: Call, at: int) -> Meaning | None:
     if len(q.shape or ()) == 3:
         if not heads or not kv_heads:
             return None
-        return unfolded(call, q, k, v, int(heads), int(kv_heads), call.tensor(3), bool(call.get("is_causal", 0)))
+        return unfolded(
+            call, q, k, v, int(heads), int(kv_heads), call.tensor(3), bool(call.get("is_causal", 0))
+        )
     attributes = {
         "dropout": 0.0, "is_causal": bool(call.get("is_causal", 0)), "scale": call.get("scale"), "enable_gqa": True,
     }  # fmt: skip
@@ -498,5 +520,3 @@ def _multi_head(call: Call, at: int) -> Meaning | None:
         return None
     heads = int(call.get("num_heads"))
     return unfolded(call, q, k, v, heads, heads, None, bool(call.get("unidirectional", 0)))
-
-

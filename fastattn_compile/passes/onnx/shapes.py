@@ -21,7 +21,10 @@ Shape = tuple[Size, ...]
 def is_known(shape: Shape | None) -> bool:
     """Whether every size means something; inference names those it gave up ``unk__...``."""
     return shape is not None and not any(
-        str(s).startswith(("unk__", "?")) for size in shape if isinstance(size, sympy.Expr) for s in size.free_symbols
+        str(s).startswith(("unk__", "?"))
+        for size in shape
+        if isinstance(size, sympy.Expr)
+        for s in size.free_symbols
     )
 
 
@@ -42,11 +45,56 @@ def result_shape(node: ir.Node, values: SizeValues) -> Shape | None:
 
 
 _ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Mod And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual Where Max Min".split()
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Mod",
+        "And",
+        "Or",
+        "Xor",
+        "Equal",
+        "Less",
+        "LessOrEqual",
+        "Greater",
+        "GreaterOrEqual",
+        "Where",
+        "Max",
+        "Min",
+    ]
 )
 _SAME = frozenset(
-    "Cast Identity Softmax LogSoftmax Neg Abs Exp Log Sqrt Tanh Sigmoid Relu Erf Not Clip IsNaN IsInf Trilu CumSum Dropout "
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear LayerNormalization Reciprocal CastLike Gelu".split()
+    [
+        "Cast",
+        "Identity",
+        "Softmax",
+        "LogSoftmax",
+        "Neg",
+        "Abs",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Tanh",
+        "Sigmoid",
+        "Relu",
+        "Erf",
+        "Not",
+        "Clip",
+        "IsNaN",
+        "IsInf",
+        "Trilu",
+        "CumSum",
+        "Dropout",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "LayerNormalization",
+        "Reciprocal",
+        "CastLike",
+        "Gelu",
+    ]
 )
 
 
@@ -107,7 +155,11 @@ def _product(a: Shape | None, b: Shape | None) -> Shape | None:
 
 def _transpose(node: ir.Node, values: SizeValues) -> Shape | None:
     shape = _operand(node, values, 0)
-    return None if shape is None else tuple(shape[d] for d in attribute(node, "perm") or reversed(range(len(shape))))
+    return (
+        None
+        if shape is None
+        else tuple(shape[d] for d in attribute(node, "perm") or reversed(range(len(shape))))
+    )
 
 
 def _reshape(node: ir.Node, values: SizeValues) -> Shape | None:

@@ -113,7 +113,9 @@ class SizeValues:
             return
         array = np.asarray(found, dtype=object)
         if array.size <= _LARGEST:
-            self.known[node.outputs[0]] = np.asarray(np.vectorize(plain, otypes=[object])(array) if array.size else array)
+            self.known[node.outputs[0]] = np.asarray(
+                np.vectorize(plain, otypes=[object])(array) if array.size else array
+            )
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
@@ -257,5 +259,6 @@ def shapes_of(shape: ir.Shape | None) -> tuple[Size, ...] | None:
     if shape is None:
         return None
     return tuple(
-        d if isinstance(d, int) else parse_size(d.value) if d.value else symbol(f"?{next(_unknown)}") for d in shape
+        d if isinstance(d, int) else parse_size(d.value) if d.value else symbol(f"?{next(_unknown)}")
+        for d in shape
     )

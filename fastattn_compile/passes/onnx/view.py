@@ -55,7 +55,9 @@ def infer_shapes(model: ir.Model) -> None:
             if value.dtype is None and tensor.elem_type:
                 value.dtype = ir.DataType(tensor.elem_type)
             if tensor.HasField("shape") and (value.shape is None or not _settled(value.shape)):
-                dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+                dims = [
+                    d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
+                ]
                 value.shape = ir.Shape(dims)
 
 
@@ -197,7 +199,9 @@ class _Builder:
 
     def _append(self, name: str, meaning: Meaning, value: ir.Value | None, module: str, source: str) -> Node:
         inputs = tuple(
-            self._append(f"{name}.{len(self.nodes)}", x, None, module, source) if isinstance(x, Meaning) else x
+            self._append(f"{name}.{len(self.nodes)}", x, None, module, source)
+            if isinstance(x, Meaning)
+            else x
             for x in meaning.inputs
         )
         shape, dtype = meaning.shape, meaning.dtype
@@ -205,7 +209,9 @@ class _Builder:
             shape = self.shape(value)
         if value is not None and dtype is None:
             dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
-        made = Node(name, meaning.kind, inputs, meaning.attributes, shape, dtype, module, source, False, value)
+        made = Node(
+            name, meaning.kind, inputs, meaning.attributes, shape, dtype, module, source, False, value
+        )
         self.nodes.append(made)
         return made
 
@@ -255,7 +261,9 @@ def _constant(array: NDArray[Any], value: ir.Value) -> Meaning:
         return Meaning("constant", (), {"value": array.reshape(-1)[0].item()})
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         return Meaning("parameter")
-    return Meaning("constant", (), {"value": torch.from_numpy(array if array.flags.writeable else array.copy())})
+    return Meaning(
+        "constant", (), {"value": torch.from_numpy(array if array.flags.writeable else array.copy())}
+    )
 
 
 def provenance(node: ir.Node) -> tuple[str, str]:
