@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.graph import GraphView, Node, Size
+from fastattn_compile.passes.onnx import layout_rules  # noqa: F401  registers its rules
 from fastattn_compile.passes.onnx.rules import RULES, Call
 from fastattn_compile.passes.onnx.shapes import is_known, result_shape
 from fastattn_compile.passes.onnx.sizes import SizeValues, shapes_of
