@@ -128,6 +128,7 @@ class Walk {
   const Tree& tree;
   const int64_t batch, g, heads, parts;
   Slots<T> slots;
+  Ahead ahead;
   Chooser chooser;
   Fours fours;
   Opened<T> opened;
@@ -148,9 +149,11 @@ class Walk {
         Tile& tile = tiles[h * parts + first / QT];
         const int64_t here = std::min<int64_t>(QT, count - first);
         transpose_in(query(h, first_token + first), a.query_strides[2], here, a.d, a.scale * LOG2E, rows.data(), tile.query.data());
-        score(slots, tile.query.data(), first, scores.data());
+        const std::vector<Run>& runs = slots.met(first);
+        slots.announce(i, first, h == 0, Rows<T>{query(h, 0), a.query_strides[2], a.d}, ahead);
+        score(slots, runs, tile.query.data(), first, scores.data(), ahead);
         vec most[NV], sum[NV];
-        weigh(slots, first, scores.data(), tile.out.data(), most, sum);
+        weigh(slots, runs, scores.data(), tile.out.data(), most, sum);
         for (int j = 0; j < NV; j++) {
           // Who met nothing near starts from nothing, not from a score of 0.
           store(tile.most + j * W, sum[j] > 0.f ? most[j] : splat(NEG_INF));
@@ -193,7 +196,7 @@ class Walk {
       for (int64_t first = 0; first < count; first += QT) {
         Tile& tile = tiles[h * parts + first / QT];
         const int64_t here = std::min<int64_t>(QT, count - first), token = first_token + first;
-        float by[QT], *lse = a.log_sum_exp + (batch * a.h + g * heads + h) * a.n + token;
+        float by[QT] = {}, *lse = a.log_sum_exp + (batch * a.h + g * heads + h) * a.n + token;
         for (int64_t r = 0; r < here; r++) {
           by[r] = tile.sum[r] > 0.f ? 1.f / tile.sum[r] : 0.f;
           lse[r] = tile.sum[r] > 0.f ? (tile.most[r] + std::log2(tile.sum[r])) * LN2 : NEG_INF;

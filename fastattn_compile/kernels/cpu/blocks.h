@@ -37,7 +37,7 @@ void parallel(const BlockArgs& a, int64_t count, const Work& work) {
 
 // Where the parts of a level stand among the pooled rows: row r of group j of level l at start[l] + p * j + r.
 struct Levels {
-  int64_t blocks, count = 0, rows = 0;
+  int64_t blocks, count = 0, rows = 0, part;  // part: tokens of a finest part; of a block where there are no levels
   std::vector<int64_t> start, groups;
   Levels(int64_t n, int64_t m, int64_t p) {  // no levels when p is 0
     blocks = (n + m - 1) / m;
@@ -47,15 +47,16 @@ struct Levels {
       groups.push_back((blocks + (1ll << l) - 1) >> l);
       rows += groups[l] * p;
     }
+    part = count ? m / p : m;
   }
 };
 
-// What all query heads of one key head share: pooled rows, how many tokens each stands for, where the sinks are.
+// What all query heads of one key head share: pooled rows, how many tokens each stands for and the bias that follows, where the
+// sinks are.
 struct Head {
-  std::vector<float> key, value, counts;
+  std::vector<float> key, value, counts, bias;
   std::vector<int64_t> sinks;
   std::vector<uint8_t> pooled;  // whether a token takes part in pooled rows
-  bool finite = true;
 };
 
 template <typename T>
@@ -78,11 +79,20 @@ void choose_sinks(const BlockArgs& a, int64_t batch, Head& head) {
   }
 }
 
-// A stretch of slots that a block meets, in whole groups; a slot of it that is not met has a bias of -inf.
+// A stretch of slots that a tile of queries meets, in fours; a slot of it that is not met has a bias of -inf.
 struct Run {
   int64_t slot, rows;
-  bool own;  // the block itself: under a causal mask a query sees only what is not after it
+  int64_t own = -1;  // of the block itself under a causal mask: which of its tokens is the first row; a query sees none after itself
+  int vector = 0;    // queries before this vector of the tile meet nothing of it
 };
+
+// Calls work(vectors) with how many vectors of a tile meet a stretch, known to the compiler.
+template <typename Work>
+void by_vectors(const Run& run, const Work& work) {
+  static_assert(NV == 2);
+  if (run.vector) work(std::integral_constant<int, 1>());
+  else work(std::integral_constant<int, 2>());
+}
 
 // The rows a block meets, side by side, kept from block to block: keys packed in groups, values row by row; for a backward
 // pass both in both forms.
@@ -94,16 +104,14 @@ class Slots {
   const Head& head;
   const Rows<T> key, value;
   const uint8_t* real;
-  const int64_t places, stride, sinks, far, total, dk, dv;  // dk, dv: channels filled up to whole vectors
+  const int64_t places, stride, sinks, total, dk, dv;  // dk, dv: channels filled up to whole vectors
   std::vector<float> k, v, key_rows, value_packed, bias;  // key_rows: as v; value_packed: as k, for gradients only
   std::vector<int64_t> held;  // what stands at a slot: a token, or n + a pooled row; -1 nothing
-  std::vector<Run> runs;
-  std::vector<uint8_t> stale;
 
   Slots(const BlockArgs& a, const Levels& levels, const Head& head, Rows<T> key, Rows<T> value, const uint8_t* real)
       : a(a), levels(levels), head(head), key(key), value(value), real(real), places(a.causal ? 2 : 3), stride(round_up(a.m, G)),
-        sinks(round_up(head.sinks.size(), G)), far(round_up(levels.count * (a.causal ? 2 : 4) * a.p, G)),
-        total(places * stride + sinks + far), dk(round_up(a.d, W)), dv(round_up(a.e, W)), k(total * a.d), v(total * dv),
+        sinks(round_up(head.sinks.size(), 4)),
+        total(round_up(places * stride + sinks + levels.count * places * a.p, G)), dk(round_up(a.d, W)), dv(round_up(a.e, W)), k(total * a.d), v(total * dv),
         key_rows(total * dk), bias(total, NEG_INF), held(total, -1), stale(total / 4) {
     if (a.grad_out) value_packed.resize(total * a.e);
   }
@@ -120,7 +128,8 @@ class Slots {
           bias[place + t] = real && !real[j * a.m + t] ? NEG_INF : 0.f;
         }
       std::fill(bias.begin() + place + rows, bias.begin() + place + stride, NEG_INF);
-      runs.push_back({place, round_up(rows, G), a.causal && j == i});
+      if (a.causal && j == i) own = {place, round_up(rows, 4)};
+      else runs.push_back({place, round_up(rows, 4)});
     }
     int64_t slot = places * stride;
     for (size_t s = 0; s < head.sinks.size(); s++) {
@@ -130,34 +139,67 @@ class Slots {
     }
     slot += sinks;
     std::fill(bias.begin() + slot, bias.end(), NEG_INF);
-    for (int64_t l = 0; l < levels.count; l++) {
-      const int64_t parent = i >> (l + 1), second = (i >> l) & 1;
-      for (int side = -1; side <= (a.causal ? -1 : 1); side += 2)
-        for (int child = 0; child < 2; child++, slot += a.p) {
-          const int64_t group = 2 * (parent + side) + child;
-          // The child beside the block's own group belongs to a finer level.
-          const bool allowed = side < 0 ? child <= second : child >= second;
-          if (!allowed || group < 0 || group >= levels.groups[l]) continue;
-          for (int64_t r = 0; r < a.p; r++) {
-            const int64_t row = levels.start[l] + group * a.p + r;
-            put(slot + r, a.n + row, leave);
-            if (head.counts[row] > 0) bias[slot + r] = a.weighted ? std::log2(head.counts[row]) : 0.f;
-          }
-        }
+    // Of the children of the parent's neighbours those that do not lie beside the block's own group, which belong to a finer
+    // level: one far on either side, and one in turn. Those of a kind stand side by side, so that whole fours are met.
+    for (int64_t l = 0; l < levels.count; l++, slot += a.p) {
+      const int64_t first = i >> (l + 1) << 1, second = (i >> l) & 1, apart = levels.count * a.p;
+      far(l, slot, first - 2, leave);
+      if (!a.causal) far(l, slot + apart, first + 3, leave);
+      if (second) far(l, slot + (places - 1) * apart, first - 1, leave);
+      else if (!a.causal) far(l, slot + 2 * apart, first + 2, leave);
     }
     pack();
-    // Of sinks and pooled rows the groups that hold a slot that is met.
-    for (int64_t at = places * stride; at < total; at += G) {
+    // Of sinks and pooled rows the fours that hold a slot that is met.
+    const size_t near = runs.size();
+    for (int64_t at = places * stride; at < total; at += 4) {
       bool met = false;
-      for (int r = 0; r < G; r++) met |= bias[at + r] > NEG_INF;
+      for (int r = 0; r < 4; r++) met |= bias[at + r] > NEG_INF;
       if (!met) continue;
-      Run& last = runs.back();
-      if (!last.own && last.slot + last.rows == at && last.slot >= places * stride) last.rows += G;
-      else runs.push_back({at, G, false});
+      if (runs.size() > near && runs.back().slot + runs.back().rows == at) runs.back().rows += 4;
+      else runs.push_back({at, 4});
     }
   }
 
+  // What the tile from `first` on of the block after i will read: its queries, and with `new_keys` as many of the keys and values
+  // that come near then.
+  void announce(int64_t i, int64_t first, bool new_keys, Rows<T> query, Ahead& ahead) const {
+    ahead.clear();
+    const auto add = [&](Rows<T> rows, int64_t block) {
+      const int64_t token = block * a.m + first, count = std::min({(int64_t)QT, a.m - first, a.n - token});
+      if (count > 0) ahead.add(rows[token], rows.stride, count, rows.channels);
+    };
+    add(query, i + 1);
+    if (!new_keys) return;
+    const int64_t entering = i + (a.causal ? 1 : 2);
+    add(key, entering), add(value, entering);
+  }
+
+  // What the tile of queries from `first` of the block on meets. The first stretch is met by all of them.
+  const std::vector<Run>& met(int64_t first) {
+    tile.clear();
+    for (int j = 0; j < NV && own.rows; j++) {
+      const int64_t from = j ? first + j * W : 0, to = std::min(own.rows, first + (j + 1) * W);
+      if (from < to) tile.push_back({own.slot + from, to - from, from, j});
+    }
+    tile.insert(tile.end(), runs.begin(), runs.end());
+    return tile;
+  }
+
  private:
+  std::vector<Run> runs, tile;
+  Run own = {0, 0};
+  std::vector<uint8_t> stale;
+
+  // Group `group` of level l, if there is one.
+  template <typename Leave>
+  void far(int64_t l, int64_t slot, int64_t group, Leave leave) {
+    if (group < 0 || group >= levels.groups[l]) return;
+    for (int64_t r = 0, row = levels.start[l] + group * a.p; r < a.p; r++, row++) {
+      put(slot + r, a.n + row, leave);
+      bias[slot + r] = head.bias[row];
+    }
+  }
+
   template <typename Leave>
   void put(int64_t slot, int64_t id, Leave leave) {
     if (held[slot] == id) return;
@@ -175,8 +217,8 @@ class Slots {
 
   template <typename S>
   void keep(int64_t slot, const S* from_key, const S* from_value) {
-    for (int64_t c = 0; c < a.d; c++) key_rows[slot * dk + c] = widen(from_key[c]);
-    for (int64_t c = 0; c < a.e; c++) v[slot * dv + c] = widen(from_value[c]);
+    widen_row(from_key, a.d, &key_rows[slot * dk]);
+    widen_row(from_value, a.e, &v[slot * dv]);
     stale[slot / 4] = 1;
   }
 
@@ -191,39 +233,54 @@ class Slots {
   }
 };
 
-// A tile of queries, transposed: (channel, query), 0 past the end.
+// A tile of queries, transposed and times a factor: (channel, query), 0 past the end.
 template <typename T>
 void transpose_in(const T* from, int64_t stride, int64_t queries, int64_t channels, float factor, float* rows, float* to) {
-  for (int64_t q = 0; q < QT; q++)
-    for (int64_t c = 0; c < channels; c++) rows[q * channels + c] = q < queries ? widen(from[q * stride + c]) * factor : 0.f;
-  for (int64_t q = 0; q < QT; q += 4) transpose_rows(rows + q * channels, channels, channels, to + q, QT);
+  for (int64_t q = 0; q < QT; q += 4) {
+    if constexpr (std::is_same_v<T, float>)
+      if (q + 4 <= queries) {
+        transpose_rows(from + q * stride, stride, channels, to + q, QT);
+        continue;
+      }
+    for (int64_t r = 0; r < 4; r++)
+      if (q + r < queries) widen_row(from + (q + r) * stride, channels, rows + r * channels);
+      else std::fill_n(rows + r * channels, channels, 0.f);
+    transpose_rows(rows, channels, channels, to + q, QT);
+  }
+  scale_row(to, channels * QT, factor);
 }
 
 // The way back: (channel, query) to rows, each times a factor of its query. `from` holds whole groups of channels.
 template <typename T>
-void transpose_out(const float* from, int64_t stride, int64_t queries, int64_t channels, const float* factor, float* rows, T* to) {
+void transpose_out(float* from, int64_t stride, int64_t queries, int64_t channels, const float* factor, float* rows, T* to) {
   const int64_t wide = round_up(channels, 4);
+  if (factor)
+    for (int64_t c = 0; c < channels; c++)
+      for (int j = 0; j < NV; j++) store(from + c * QT + j * W, load(from + c * QT + j * W) * load(factor + j * W));
+  if constexpr (std::is_same_v<T, float>)
+    if (wide == channels) {
+      for (int64_t c = 0; c < wide; c += 4) transpose_rows(from + c * QT, QT, queries, to + c, stride);
+      return;
+    }
   for (int64_t c = 0; c < wide; c += 4) transpose_rows(from + c * QT, QT, QT, rows + c, wide);
-  for (int64_t q = 0; q < queries; q++)
-    for (int64_t c = 0; c < channels; c++) narrow(rows[q * wide + c] * (factor ? factor[q] : 1.f), to[q * stride + c]);
+  for (int64_t q = 0; q < queries; q++) narrow_row(rows + q * wide, channels, to + q * stride);
 }
-
-// How many rows of a stretch the queries up to `last` of the block may see.
-inline int64_t seen(const Run& run, int64_t last) { return run.own ? std::min(run.rows, round_up(last + 1, G)) : run.rows; }
 
 // Scores (slot, query) of a tile with the bias of its slots and the causal mask of the block's own.
 template <typename T>
-void score(const Slots<T>& slots, const float* queries, int64_t first, float* scores) {
-  for (const Run& run : slots.runs) {
-    const int64_t rows = seen(run, first + QT - 1);
-    product_packed(&slots.k[run.slot * slots.a.d], queries, scores + run.slot * QT, rows, slots.a.d);
-    for (int64_t r = 0; r < rows; r++) {
+void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* queries, int64_t first, float* scores, Ahead& ahead) {
+  for (const Run& run : runs) {
+    const int64_t lane = run.vector * W;
+    by_vectors(run, [&](auto v) {
+      product_packed<v.value>(slots.k.data(), run.slot, queries + lane, scores + run.slot * QT + lane, run.rows, slots.a.d, [&] { ahead.some(); });
+    });
+    for (int64_t r = 0; r < run.rows; r++) {
       float* row = scores + (run.slot + r) * QT;
       const float bias = slots.bias[run.slot + r];
       if (bias != 0.f)
-        for (int j = 0; j < NV; j++) store(row + j * W, load(row + j * W) + bias);
-      if (run.own)
-        for (int64_t q = 0; q < std::min<int64_t>(QT, r - first); q++) row[q] = NEG_INF;
+        for (int j = run.vector; j < NV; j++) store(row + j * W, load(row + j * W) + bias);
+      if (run.own >= 0)
+        for (int64_t q = lane, hidden = std::min<int64_t>(QT, run.own + r - first); q < hidden; q++) row[q] = NEG_INF;
     }
   }
 }
@@ -231,24 +288,24 @@ void score(const Slots<T>& slots, const float* queries, int64_t first, float* sc
 // Softmax of a tile's scores without the division: weights in place, their sums and what they were taken over, and their
 // product with the values, (channel, query).
 template <typename T>
-void weigh(const Slots<T>& slots, int64_t first, float* scores, float* out, vec* most, vec* sum) {
+void weigh(const Slots<T>& slots, const std::vector<Run>& runs, float* scores, float* out, vec* most, vec* sum) {
   for (int j = 0; j < NV; j++) most[j] = splat(NEG_INF), sum[j] = vec{};
-  for (const Run& run : slots.runs)
-    for (int64_t r = 0, rows = seen(run, first + QT - 1); r < rows; r++)
-      for (int j = 0; j < NV; j++) most[j] = vmax(most[j], load(&scores[(run.slot + r) * QT + j * W]));
+  for (const Run& run : runs)
+    for (int64_t r = run.slot; r < run.slot + run.rows; r++)
+      for (int j = run.vector; j < NV; j++) most[j] = vmax(most[j], load(scores + r * QT + j * W));
   for (int j = 0; j < NV; j++) most[j] = most[j] == NEG_INF ? vec{} : most[j];
-  bool add = false;
-  for (const Run& run : slots.runs) {
-    const int64_t rows = seen(run, first + QT - 1);
-    for (int64_t r = 0; r < rows; r++)
-      for (int j = 0; j < NV; j++) {
-        float* at = &scores[(run.slot + r) * QT + j * W];
-        const vec weight = exp2v(load(at) - most[j]);
-        store(at, weight);
+  for (const Run& run : runs) {
+    for (int64_t r = run.slot; r < run.slot + run.rows; r++)
+      for (int j = run.vector; j < NV; j++) {
+        const vec weight = exp2v(load(scores + r * QT + j * W) - most[j]);
+        store(scores + r * QT + j * W, weight);
         sum[j] += weight;
       }
-    product_transposed(&slots.v[run.slot * slots.dv], slots.dv, &scores[run.slot * QT], out, rows, slots.a.e, add);
-    add = true;
+    const int64_t lane = run.vector * W;
+    by_vectors(run, [&](auto v) {
+      product_transposed<v.value>(&slots.v[run.slot * slots.dv], slots.dv, scores + run.slot * QT + lane, out + lane, run.rows, slots.a.e,
+                                  &run != runs.data());
+    });
   }
 }
 

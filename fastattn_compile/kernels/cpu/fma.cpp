@@ -10,48 +10,71 @@
 
 namespace {
 
-// Sums, then means, of the parts of every level; a level's parts are pairs of parts of the level below. False when a number
-// is not finite: 0 times infinity and 0 times NaN are NaN.
+#ifndef CACHED
+constexpr int64_t CACHED = 16 << 20;  // bytes that a cache keeps, about
+#endif
+
+// Sums of the tokens of the finest parts from `from` to before `to`. False when a number or a sum is not finite: 0 times infinity
+// and 0 times NaN are NaN.
 template <typename T>
-bool pool(const BlockArgs& a, const Levels& levels, const Head& head, const uint8_t* real, Rows<T> x, std::vector<float>& rows) {
-  const int64_t c = x.channels, part = a.m / a.p;
-  rows.assign(levels.rows * c, 0.f);
-  const int64_t whole = c / W * W;
-  std::vector<float> token(c);
-  vec zeros = {};
-  float zero = 0.f;
-  for (int64_t i = 0; i < a.n; i++) {
-    if (real && !real[i]) continue;
-    const float* from = as_floats(x[i], c, token.data());
-    for (int64_t k = 0; k < whole; k += W) zeros += load(from + k) * splat(0.f);
-    for (int64_t k = whole; k < c; k++) zero += from[k] * 0.f;
-    if (!levels.count || !head.pooled[i]) continue;
-    float* to = &rows[(i / part) * c];
-    for (int64_t k = 0; k < whole; k += W) store(to + k, load(to + k) + load(from + k));
-    for (int64_t k = whole; k < c; k++) to[k] += from[k];
+bool sum_parts(const BlockArgs& a, const Levels& levels, const Head& head, const uint8_t* real, Rows<T> x, int64_t from, int64_t to, float* rows) {
+  const int64_t c = x.channels, part = levels.part;
+  std::vector<float> token(c), odd(c, 0.f);
+  const auto check = [&](const float* row) {
+    for (int64_t k = 0; k < c; k++) odd[k] += row[k] * 0.f;
+  };
+  constexpr int WIDE = 8;  // vectors that are summed side by side, so that a row is read as it lies
+  for (int64_t r = from; r < to; r++) {
+    const int64_t first = r * part, last = std::min(a.n, first + part);
+    float* sums = levels.count ? rows + r * c : nullptr;
+    if (sums && !std::memchr(&head.pooled[first], 0, last - first)) {
+      const auto add = [&](auto wide, int64_t k) {
+        vec sum[wide.value] = {};
+        for (int64_t i = first; i < last; i++)
+          for (int j = 0; j < wide.value; j++) sum[j] += widen_vec(x[i] + k + j * W);
+        for (int j = 0; j < wide.value; j++) store(sums + k + j * W, sum[j]);
+      };
+      int64_t k = 0;
+      for (; k + WIDE * W <= c; k += WIDE * W) add(std::integral_constant<int, WIDE>(), k);
+      for (; k + 4 * W <= c; k += 4 * W) add(std::integral_constant<int, 4>(), k);
+      for (; k + W <= c; k += W) add(std::integral_constant<int, 1>(), k);
+      for (; k < c; k++)
+        for (int64_t i = first; i < last; i++) sums[k] += widen(x[i][k]);
+    } else {  // some are sinks or padding, or nothing is pooled
+      for (int64_t i = first; i < last; i++) {
+        if (real && !real[i]) continue;
+        widen_row(x[i], c, token.data());
+        check(token.data());
+        if (sums && head.pooled[i]) add_row(token.data(), c, sums);
+      }
+    }
+    if (sums) check(sums);
   }
-  for (int j = 0; j < W; j++) zero += zeros[j];
-  if (zero != 0.f) return false;
-  for (int64_t l = 1; l < levels.count; l++) {
-    const float* below = &rows[levels.start[l - 1] * c];
-    float* here = &rows[levels.start[l] * c];
-    for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
-      for (int64_t k = 0; k < c; k++) here[(r / 2) * c + k] += below[r * c + k];
-  }
-  for (int64_t r = 0; r < levels.rows; r++) {
-    const float by = 1.f / std::max(1.f, head.counts[r]);
-    for (int64_t k = 0; k < c; k++) rows[r * c + k] *= by;
-  }
+  for (const float sum : odd)
+    if (sum != 0.f) return false;
   return true;
+}
+
+// The parts of coarser levels, pairs of parts of the level below; then means of all.
+void average(const BlockArgs& a, const Levels& levels, const Head& head, int64_t c, std::vector<float>& rows) {
+  for (int64_t l = 1; l < levels.count; l++)
+    for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
+      add_row(&rows[(levels.start[l - 1] + r) * c], c, &rows[(levels.start[l] + r / 2) * c]);
+  for (int64_t r = 0; r < levels.rows; r++) scale_row(&rows[r * c], c, 1.f / std::max(1.f, head.counts[r]));
 }
 
 void count(const BlockArgs& a, const Levels& levels, Head& head) {
   head.counts.assign(levels.rows, 0.f);
+  head.bias.resize(levels.rows);
   if (!levels.count) return;
   for (int64_t i = 0; i < a.n; i++) head.counts[i / (a.m / a.p)] += head.pooled[i];
   for (int64_t l = 1; l < levels.count; l++)
     for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
       head.counts[levels.start[l] + r / 2] += head.counts[levels.start[l - 1] + r];
+  for (int64_t r = 0; r < levels.rows; r++) {
+    const float met = a.weighted ? std::log2(head.counts[r]) : 0.f;
+    head.bias[r] = head.counts[r] > 0.f ? met : NEG_INF;
+  }
 }
 
 template <typename T>
@@ -62,6 +85,7 @@ void forward_blocks(const BlockArgs& a, const Levels& levels, const Head& head, 
   Slots<T> slots(a, levels, head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, real);
   std::vector<float> queries(a.d * QT), scores(slots.total * QT), out(slots.dv * QT), rows_of_tile(QT * std::max(slots.dk, slots.dv));
   const int64_t group = a.h / a.g;
+  Ahead ahead;
   for (int64_t i = from; i < to; i++) {
     slots.enter(i, [](int64_t, int64_t) {});
     const int64_t rows = std::min(a.m, a.n - i * a.m);
@@ -70,9 +94,11 @@ void forward_blocks(const BlockArgs& a, const Levels& levels, const Head& head, 
         const int64_t count = std::min<int64_t>(QT, rows - first), token = i * a.m + first;
         const T* q = (const T*)a.query + batch * a.query_strides[0] + h * a.query_strides[1] + token * a.query_strides[2];
         transpose_in(q, a.query_strides[2], count, a.d, a.scale * LOG2E, rows_of_tile.data(), queries.data());
-        score(slots, queries.data(), first, scores.data());
+        slots.announce(i, first, h == g * group, Rows<T>{q - token * a.query_strides[2], a.query_strides[2], a.d}, ahead);
+        const std::vector<Run>& runs = slots.met(first);
+        score(slots, runs, queries.data(), first, scores.data(), ahead);
         vec most[NV], sum[NV];
-        weigh(slots, first, scores.data(), out.data(), most, sum);
+        weigh(slots, runs, scores.data(), out.data(), most, sum);
         float factor[QT];
         float* lse = a.log_sum_exp + (batch * a.h + h) * a.n + token;
         for (int q = 0; q < QT; q++) {
@@ -98,11 +124,12 @@ void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, i
   std::vector<float> rows_of_tile(QT * std::max(dk, dv)), query_rows(QT * dk), grad_rows(QT * dv), slot_key(slots.total * dk), slot_value(slots.total * dv);
   std::vector<float> to_key((a.n + levels.rows) * a.d), to_value((a.n + levels.rows) * a.e);
   const auto leave = [&](int64_t slot, int64_t id) {
-    for (int64_t c = 0; c < a.d; c++) to_key[id * a.d + c] += slot_key[slot * dk + c];
-    for (int64_t c = 0; c < a.e; c++) to_value[id * a.e + c] += slot_value[slot * dv + c];
+    add_row(&slot_key[slot * dk], a.d, &to_key[id * a.d]);
+    add_row(&slot_value[slot * dv], a.e, &to_value[id * a.e]);
     std::fill_n(&slot_key[slot * dk], dk, 0.f);
     std::fill_n(&slot_value[slot * dv], dv, 0.f);
   };
+  Ahead ahead;
   for (int64_t i = 0; i < levels.blocks; i++) {
     slots.enter(i, leave);
     const int64_t rows = std::min(a.m, a.n - i * a.m);
@@ -123,28 +150,28 @@ void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, i
           if (r >= count) continue;
           if (a.log_sum_exp[at + r] != NEG_INF) lse[r] = a.log_sum_exp[at + r] * LOG2E;
           slope[r] = a.grad_lse ? -a.grad_lse[at + r] : 0.f;
-          for (int64_t c = 0; c < a.e; c++) {
-            grad_rows[r * dv + c] = widen(dout[r * a.grad_out_strides[2] + c]);
-            slope[r] += grad_rows[r * dv + c] * widen(o[r * a.out_strides[2] + c]);
-          }
-          for (int64_t c = 0; c < a.d; c++) query_rows[r * dk + c] = widen(q[r * a.query_strides[2] + c]);
+          widen_row(dout + r * a.grad_out_strides[2], a.e, &grad_rows[r * dv]);
+          widen_row(q + r * a.query_strides[2], a.d, &query_rows[r * dk]);
+          slope[r] += dot(&grad_rows[r * dv], as_floats(o + r * a.out_strides[2], a.e, rows_of_tile.data()), a.e);
         }
-        score(slots, queries.data(), first, weights.data());
-        bool add = false;
-        for (const Run& run : slots.runs) {
-          const int64_t rows = seen(run, first + QT - 1);
-          float *p = &weights[run.slot * QT], *s = &slopes[run.slot * QT];
-          product_packed(&slots.value_packed[run.slot * a.e], grads.data(), s, rows, a.e);
-          for (int64_t r = 0; r < rows; r++)
-            for (int j = 0; j < NV; j++) {
-              const vec weight = exp2v(load(p + r * QT + j * W) - load(lse + j * W));
-              store(p + r * QT + j * W, weight);
-              store(s + r * QT + j * W, (load(s + r * QT + j * W) - load(slope + j * W)) * weight * a.scale);
+        const std::vector<Run>& runs = slots.met(first);
+        slots.announce(i, first, h == g * group, Rows<T>{q - token * a.query_strides[2], a.query_strides[2], a.d}, ahead);
+        score(slots, runs, queries.data(), first, weights.data(), ahead);
+        for (const Run& run : runs) {
+          const int64_t lane = run.vector * W, depth = QT - lane;
+          float *p = &weights[run.slot * QT + lane], *s = &slopes[run.slot * QT + lane];
+          by_vectors(run, [&](auto v) { product_packed<v.value>(slots.value_packed.data(), run.slot, grads.data() + lane, s, run.rows, a.e); });
+          for (int64_t r = 0; r < run.rows; r++)
+            for (int64_t at = 0; at < depth; at += W) {
+              const vec weight = exp2v(load(p + r * QT + at) - load(lse + lane + at));
+              store(p + r * QT + at, weight);
+              store(s + r * QT + at, (load(s + r * QT + at) - load(slope + lane + at)) * weight * a.scale);
             }
-          product_wide(p, grad_rows.data(), &slot_value[run.slot * dv], dv, rows, dv);
-          product_wide(s, query_rows.data(), &slot_key[run.slot * dk], dk, rows, dk);
-          product_transposed(&slots.key_rows[run.slot * dk], dk, s, dq.data(), rows, a.d, add);
-          add = true;
+          product_wide(p, &grad_rows[lane * dv], &slot_value[run.slot * dv], dv, run.rows, dv, depth);
+          product_wide(s, &query_rows[lane * dk], &slot_key[run.slot * dk], dk, run.rows, dk, depth);
+          by_vectors(run, [&](auto v) {
+            product_transposed<v.value>(&slots.key_rows[run.slot * dk], dk, s, dq.data() + lane, run.rows, a.d, &run != runs.data());
+          });
         }
         T* to = (T*)a.grad_query + batch * a.grad_query_strides[0] + h * a.grad_query_strides[1] + token * a.grad_query_strides[2];
         transpose_out(dq.data(), a.grad_query_strides[2], count, a.d, nullptr, rows_of_tile.data(), to);
@@ -155,20 +182,16 @@ void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, i
   // From means back to sums, from the coarsest level down, and from the finest to the tokens.
   const auto spread = [&](std::vector<float>& grad, int64_t c, T* out, const int64_t* strides) {
     float* pooled = grad.data() + a.n * c;
-    for (int64_t r = 0; r < levels.rows; r++) {
-      const float by = 1.f / std::max(1.f, head.counts[r]);
-      for (int64_t k = 0; k < c; k++) pooled[r * c + k] *= by;
-    }
+    for (int64_t r = 0; r < levels.rows; r++) scale_row(pooled + r * c, c, 1.f / std::max(1.f, head.counts[r]));
     for (int64_t l = levels.count - 1; l > 0; l--)
       for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
-        for (int64_t k = 0; k < c; k++)
-          pooled[(levels.start[l - 1] + r) * c + k] += pooled[(levels.start[l] + r / 2) * c + k];
-    for (int64_t t = 0; t < a.n; t++)
-      for (int64_t k = 0; k < c; k++) {
-        float x = grad[t * c + k];
-        if (levels.count && head.pooled[t]) x += pooled[t / (a.m / a.p) * c + k];
-        narrow(real && !real[t] ? 0.f : x, out[t * strides[2] + k]);
-      }
+        add_row(pooled + (levels.start[l] + r / 2) * c, c, pooled + (levels.start[l - 1] + r) * c);
+    for (int64_t t = 0; t < a.n; t++) {
+      float* row = &grad[t * c];
+      if (levels.count && head.pooled[t]) add_row(pooled + t / (a.m / a.p) * c, c, row);
+      if (real && !real[t]) std::fill_n(row, c, 0.f);
+      narrow_row(row, c, out + t * strides[2]);
+    }
   };
   spread(to_key, a.d, (T*)a.grad_key + batch * a.grad_key_strides[0] + g * a.grad_key_strides[1], a.grad_key_strides);
   spread(to_value, a.e, (T*)a.grad_value + batch * a.grad_value_strides[0] + g * a.grad_value_strides[1], a.grad_value_strides);
@@ -179,29 +202,48 @@ int run(const BlockArgs& a) {
   const Levels levels(a.n, a.m, a.p);
   const int64_t heads = a.b * a.g;
   std::vector<Head> all(heads);
-  parallel(a, heads, [&](int64_t u) {
-    const int64_t batch = u / a.g, g = u % a.g;
-    const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
-    const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
-    const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
-    choose_sinks(a, batch, all[u]);
-    count(a, levels, all[u]);
-    const bool good = pool(a, levels, all[u], real, key, all[u].key);
-    all[u].finite = pool(a, levels, all[u], real, value, all[u].value) && good;
-  });
-  for (const Head& head : all)
-    if (!head.finite) return 1;
-  if (a.grad_out) {
-    parallel(a, heads, [&](int64_t u) { backward_head<T>(a, levels, all[u], u / a.g, u % a.g); });
-    return 0;
+  // Some heads at a time: their keys and values, read to be pooled, are then still in a cache.
+  const int64_t bytes = a.n * (a.d + a.e) * (int64_t)sizeof(T), wave = a.grad_out ? heads : std::clamp<int64_t>(CACHED / bytes, 1, heads);
+  const int64_t parts = (a.n + levels.part - 1) / levels.part, stretch = std::max<int64_t>(64, (parts + a.threads - 1) / a.threads);
+  const int64_t stretches = (parts + stretch - 1) / stretch;
+  for (int64_t first = 0; first < heads; first += wave) {
+    const int64_t here = std::min(wave, heads - first);
+    parallel(a, here, [&](int64_t task) {
+      Head& head = all[first + task];
+      choose_sinks(a, (first + task) / a.g, head);
+      count(a, levels, head);
+      head.key.assign(levels.rows * a.d, 0.f);
+      head.value.assign(levels.rows * a.e, 0.f);
+    });
+    std::vector<uint8_t> finite(here * stretches);
+    parallel(a, here * stretches, [&](int64_t task) {
+      const int64_t u = first + task / stretches, from = task % stretches * stretch, to = std::min(parts, from + stretch);
+      const int64_t batch = u / a.g, g = u % a.g;
+      const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
+      const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
+      const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+      const bool good = sum_parts(a, levels, all[u], real, key, from, to, all[u].key.data());
+      finite[task] = sum_parts(a, levels, all[u], real, value, from, to, all[u].value.data()) && good;
+    });
+    if (std::count(finite.begin(), finite.end(), 0)) return 1;
+    parallel(a, here, [&](int64_t task) {
+      Head& head = all[first + task];
+      average(a, levels, head, a.d, head.key);
+      average(a, levels, head, a.e, head.value);
+    });
+    if (a.grad_out) {
+      parallel(a, here, [&](int64_t u) { backward_head<T>(a, levels, all[u], u / a.g, u % a.g); });
+      continue;
+    }
+    // Stretches of blocks long enough that filling the first block's slots does not count.
+    const int64_t chunk = std::max<int64_t>(8, (levels.blocks * here + 4 * a.threads - 1) / (4 * a.threads));
+    const int64_t chunks = (levels.blocks + chunk - 1) / chunk;
+    parallel(a, here * chunks, [&](int64_t task) {
+      const int64_t u = first + task / chunks, from = task % chunks * chunk;
+      forward_blocks<T>(a, levels, all[u], u / a.g, u % a.g, from, std::min(levels.blocks, from + chunk));
+    });
+    for (int64_t u = first; u < first + here; u++) all[u] = Head();
   }
-  // Stretches of blocks long enough that filling the first block's slots does not count.
-  const int64_t chunk = std::max<int64_t>(8, (levels.blocks * heads + 8 * a.threads - 1) / (8 * a.threads));
-  const int64_t chunks = (levels.blocks + chunk - 1) / chunk;
-  parallel(a, heads * chunks, [&](int64_t task) {
-    const int64_t u = task / chunks, from = task % chunks * chunk;
-    forward_blocks<T>(a, levels, all[u], u / a.g, u % a.g, from, std::min(levels.blocks, from + chunk));
-  });
   return 0;
 }
 

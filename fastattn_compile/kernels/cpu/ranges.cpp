@@ -146,7 +146,7 @@ static inline void hide_row(float* scores) {
 // Meets `rows` rows, whole groups, from `slot` on; `hide(r, scores)` hides what row r does not show.
 template <typename Hide>
 static inline void meet(const RangeArgs& a, const Keys& keys, int64_t slot, int64_t rows, Buffers& b, Sums& sums, Hide hide) {
-  product_packed(&keys.key[slot * a.d], b.queries.data(), b.scores.data(), rows, a.d);
+  product_packed(keys.key.data(), slot, b.queries.data(), b.scores.data(), rows, a.d);
   vec top[NV];
   for (int j = 0; j < NV; j++) top[j] = sums.most[j];
   for (int64_t r = 0; r < rows; r++) {

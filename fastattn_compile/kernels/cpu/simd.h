@@ -77,11 +77,65 @@ static inline void narrow(float x, bf16& y) {
   y.bits = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// W numbers at a time, in and out. Loops over rows are written out with them: what builds us may not vectorize loops by itself.
+typedef uint32_t vecu __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t bits_of_halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef _Float16 halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+static inline vec widen_vec(const float* from) { return load(from); }
+static inline vec widen_vec(const bf16* from) { return (vec)(__builtin_convertvector(*(const bits_of_halves*)from, vecu) << 16); }
+static inline vec widen_vec(const _Float16* from) { return __builtin_convertvector(*(const halves*)from, vec); }
+static inline void narrow_vec(vec x, float* to) { store(to, x); }
+static inline void narrow_vec(vec x, _Float16* to) { *(halves*)to = __builtin_convertvector(x, halves); }
+static inline void narrow_vec(vec x, bf16* to) {
+  const vecu bits = (vecu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *(bits_of_halves*)to = __builtin_convertvector(x == x ? rounded : vecu{} + 0x7fc0u, bits_of_halves);
+}
+
+// to = from, as floats.
+template <typename T>
+static inline void widen_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, widen_vec(from + i));
+  for (; i < count; i++) to[i] = widen(from[i]);
+}
+
+// to = from, from floats.
+template <typename T>
+static inline void narrow_row(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) narrow_vec(load(from + i), to + i);
+  for (; i < count; i++) narrow(from[i], to[i]);
+}
+
+// to += from.
+static inline void add_row(const float* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(to + i) + load(from + i));
+  for (; i < count; i++) to[i] += from[i];
+}
+
+// x *= by.
+static inline void scale_row(float* x, int64_t count, float by) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(x + i, load(x + i) * by);
+  for (; i < count; i++) x[i] *= by;
+}
+
+static inline float dot(const float* a, const float* b, int64_t count) {
+  vec sum = {};
+  float total = 0.f;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) sum += load(a + i) * load(b + i);
+  for (; i < count; i++) total += a[i] * b[i];
+  for (int j = 0; j < W; j++) total += sum[j];
+  return total;
+}
+
 // A row as floats: itself, or widened into a buffer.
 static inline const float* as_floats(const float* from, int64_t, float*) { return from; }
 template <typename T>
 static inline const float* as_floats(const T* from, int64_t count, float* buffer) {
-  for (int64_t i = 0; i < count; i++) buffer[i] = widen(from[i]);
+  widen_row(from, count, buffer);
   return buffer;
 }
 
@@ -125,33 +179,75 @@ static inline void product_rows(const float* A, int64_t step, const float* B, in
     for (int j = 0; j < V; j++) store(C + r * ldc + j * W, c[r][j]);
 }
 
-// Rows are packed in groups of G: element (row, k) at (row / G * depth + k) * G + row % G.
+// Rows are packed in groups of G: element (row, k) at (row / G * depth + k) * G + row % G. Work goes by fours of rows.
 constexpr int G = 8;
 
 static inline int64_t packed(int64_t row, int64_t k, int64_t depth) { return (row / G * depth + k) * G + row % G; }
 
-// C (rows, QT) = A (rows, depth), packed, times B (depth, QT). Whole groups are written.
-static inline void product_packed(const float* A, const float* B, float* C, int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < rows; r += G)
-    for (int part = 0; part < G; part += R)
-      product_rows<R, NV, 1, false>(A + r * depth + part, G, B, QT, C + (r + part) * QT, QT, depth);
+// Calls work(rows, first) for stretches of R rows, and of four where R do not fit; `rows` is known to the compiler.
+template <typename Work>
+static inline void by_rows(int64_t rows, const Work& work) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) work(std::integral_constant<int, R>(), r);
+  if (r < rows) work(std::integral_constant<int, 4>(), r);
 }
 
-// C (columns, QT) = or += the transpose of A (rows, columns of stride lda), times B (rows, QT); whole groups of columns.
+// C (rows, V vectors of QT lanes) = rows from `first` on of A, packed, of `depth`, times B (depth, V vectors of QT lanes).
+// `first` and `rows` are multiples of four. `between` is called every few rows.
+template <int V = NV, typename Between>
+static inline void product_packed(
+    const float* A, int64_t first, const float* B, float* C, int64_t rows, int64_t depth, const Between& between) {
+  const int64_t lead = first % R ? std::min<int64_t>(4, rows) : 0;  // so that whole groups follow
+  if (lead) product_rows<4, V, 1, false>(A + packed(first, 0, depth), G, B, QT, C, QT, depth);
+  by_rows(rows - lead, [&](auto n, int64_t r) {
+    product_rows<n.value, V, 1, false>(A + packed(first + lead + r, 0, depth), G, B, QT, C + (lead + r) * QT, QT, depth);
+    between();
+  });
+}
+
+template <int V = NV>
+static inline void product_packed(const float* A, int64_t first, const float* B, float* C, int64_t rows, int64_t depth) {
+  product_packed<V>(A, first, B, C, rows, depth, [] {});
+}
+
+// C (columns, V vectors of QT lanes) = or += the transpose of A (rows, columns of stride lda), times B (rows, V vectors of QT
+// lanes); whole groups of columns.
+template <int V = NV>
 static inline void product_transposed(const float* A, int64_t lda, const float* B, float* C, int64_t rows, int64_t columns, bool add) {
   for (int64_t c = 0; c < columns; c += R)
-    if (add) product_rows<R, NV, 1, true>(A + c, lda, B, QT, C + c * QT, QT, rows);
-    else product_rows<R, NV, 1, false>(A + c, lda, B, QT, C + c * QT, QT, rows);
+    if (add) product_rows<R, V, 1, true>(A + c, lda, B, QT, C + c * QT, QT, rows);
+    else product_rows<R, V, 1, false>(A + c, lda, B, QT, C + c * QT, QT, rows);
 }
 
-// C (rows, columns of stride ldc) += A (rows, QT) times B (QT, columns of stride ldc); columns a multiple of W, whole groups of rows.
-static inline void product_wide(const float* A, const float* B, float* C, int64_t ldc, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r += R) {
+// C (rows, columns of stride ldc) += A (rows, `depth` of QT lanes) times B (depth, columns of stride ldc); columns a multiple of W,
+// rows of four.
+static inline void product_wide(const float* A, const float* B, float* C, int64_t ldc, int64_t rows, int64_t columns, int64_t depth = QT) {
+  by_rows(rows, [&](auto n, int64_t r) {
     int64_t c = 0;
-    for (; c + 2 * W <= columns; c += 2 * W) product_rows<R, 2, QT, true>(A + r * QT, 1, B + c, ldc, C + r * ldc + c, ldc, QT);
-    if (c < columns) product_rows<R, 1, QT, true>(A + r * QT, 1, B + c, ldc, C + r * ldc + c, ldc, QT);
-  }
+    for (; c + 2 * W <= columns; c += 2 * W) product_rows<n.value, 2, QT, true>(A + r * QT, 1, B + c, ldc, C + r * ldc + c, ldc, depth);
+    if (c < columns) product_rows<n.value, 1, QT, true>(A + r * QT, 1, B + c, ldc, C + r * ldc + c, ldc, depth);
+  });
 }
+
+// Rows that will be read soon, asked for a little at a time between products, so that neither waits for the other.
+class Ahead {
+ public:
+  void clear() { lines.clear(), next = 0; }
+
+  template <typename T>
+  void add(const T* from, int64_t stride, int64_t rows, int64_t channels) {
+    for (int64_t r = 0; r < rows; r++, from += stride)
+      for (const char *line = (const char*)from, *end = (const char*)(from + channels); line < end; line += 64) lines.push_back(line);
+  }
+
+  void some() {
+    for (const size_t end = std::min(lines.size(), next + 32); next < end; next++) __builtin_prefetch(lines[next]);
+  }
+
+ private:
+  std::vector<const char*> lines;
+  size_t next = 0;
+};
 
 static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
