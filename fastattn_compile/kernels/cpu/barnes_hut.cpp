@@ -28,7 +28,7 @@ void speak(const BarnesHutArgs& args, int64_t batch, int64_t g, int64_t first, f
 // The tokens of some leaves in fours, with a bias that hides what is in no leaf of them.
 struct Fours {
   std::vector<int64_t> token;
-  std::vector<float> bias;
+  Floats bias;
 
   void set(const Tree& tree, const std::vector<int32_t>& leaves, int64_t width) {
     token.clear(), bias.clear();
@@ -42,12 +42,12 @@ struct Fours {
 
 // A tile of queries of a head on its way, (channel, query): queries, the output without its division, and what it was taken over.
 struct Tile {
-  std::vector<float> query, out;
+  Floats query, out;
   alignas(64) float most[QT], sum[QT];
 };
 
 // The far field of the W queries of a tile from lane `lane` on, added to what the tile has.
-void far_lanes(const Tree& tree, int64_t d, int64_t e, const Fours& opened, Tile& tile, int64_t lane, std::vector<float>& weights) {
+void far_lanes(const Tree& tree, int64_t d, int64_t e, const Fours& opened, Tile& tile, int64_t lane, Floats& weights) {
   const int64_t count = opened.token.size();
   weights.resize((count + 1) * 4 * W);
   const float* queries = &tile.query[lane];
@@ -133,7 +133,7 @@ class Walk {
   Fours fours;
   Opened<T> opened;
   std::vector<Tile> tiles;  // (heads, parts)
-  std::vector<float> scores, rows, voices, weights, near_outs;
+  Floats scores, rows, voices, weights, near_outs;
   std::vector<int32_t> leaves;
   int64_t first_token = 0, count = 0;
 

@@ -54,7 +54,7 @@ struct Levels {
 // What all query heads of one key head share: pooled rows, how many tokens each stands for and the bias that follows, where the
 // sinks are.
 struct Head {
-  std::vector<float> key, value, counts, bias;
+  Floats key, value, counts, bias;
   std::vector<int64_t> sinks;
   std::vector<uint8_t> pooled;  // whether a token takes part in pooled rows
 };
@@ -105,7 +105,7 @@ class Slots {
   const Rows<T> key, value;
   const uint8_t* real;
   const int64_t places, stride, sinks, total, dk, dv;  // dk, dv: channels filled up to whole vectors
-  std::vector<float> k, v, key_rows, value_packed, bias;  // key_rows: as v; value_packed: as k, for gradients only
+  Floats k, v, key_rows, value_packed, bias;  // key_rows: as v; value_packed: as k, for gradients only
   std::vector<int64_t> held;  // what stands at a slot: a token, or n + a pooled row; -1 nothing
 
   Slots(const BlockArgs& a, const Levels& levels, const Head& head, Rows<T> key, Rows<T> value, const uint8_t* real)
@@ -210,7 +210,7 @@ class Slots {
     } else if (!real || real[id]) {
       keep(slot, key[id], value[id]);
     } else {  // hidden by its bias, but whatever stands at padding must not become NaN
-      const std::vector<float> nothing(std::max(a.d, a.e), 0.f);
+      const Floats nothing(std::max(a.d, a.e), 0.f);
       keep(slot, nothing.data(), nothing.data());
     }
   }

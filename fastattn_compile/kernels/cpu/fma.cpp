@@ -10,16 +10,14 @@
 
 namespace {
 
-#ifndef CACHED
 constexpr int64_t CACHED = 16 << 20;  // bytes that a cache keeps, about
-#endif
 
 // Sums of the tokens of the finest parts from `from` to before `to`. False when a number or a sum is not finite: 0 times infinity
 // and 0 times NaN are NaN.
 template <typename T>
 bool sum_parts(const BlockArgs& a, const Levels& levels, const Head& head, const uint8_t* real, Rows<T> x, int64_t from, int64_t to, float* rows) {
   const int64_t c = x.channels, part = levels.part;
-  std::vector<float> token(c), odd(c, 0.f);
+  Floats token(c), odd(c, 0.f);
   const auto check = [&](const float* row) {
     for (int64_t k = 0; k < c; k++) odd[k] += row[k] * 0.f;
   };
@@ -56,7 +54,7 @@ bool sum_parts(const BlockArgs& a, const Levels& levels, const Head& head, const
 }
 
 // The parts of coarser levels, pairs of parts of the level below; then means of all.
-void average(const BlockArgs& a, const Levels& levels, const Head& head, int64_t c, std::vector<float>& rows) {
+void average(const BlockArgs& a, const Levels& levels, const Head& head, int64_t c, Floats& rows) {
   for (int64_t l = 1; l < levels.count; l++)
     for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
       add_row(&rows[(levels.start[l - 1] + r) * c], c, &rows[(levels.start[l] + r / 2) * c]);
@@ -83,7 +81,7 @@ void forward_blocks(const BlockArgs& a, const Levels& levels, const Head& head, 
   const T* value = (const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1];
   const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
   Slots<T> slots(a, levels, head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, real);
-  std::vector<float> queries(a.d * QT), scores(slots.total * QT), out(slots.dv * QT), rows_of_tile(QT * std::max(slots.dk, slots.dv));
+  Floats queries(a.d * QT), scores(slots.total * QT), out(slots.dv * QT), rows_of_tile(QT * std::max(slots.dk, slots.dv));
   const int64_t group = a.h / a.g;
   Ahead ahead;
   for (int64_t i = from; i < to; i++) {
@@ -120,9 +118,9 @@ void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, i
   const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
   Slots<T> slots(a, levels, head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, real);
   const int64_t dk = slots.dk, dv = slots.dv, group = a.h / a.g;
-  std::vector<float> queries(a.d * QT), grads(a.e * QT), weights(slots.total * QT), slopes(slots.total * QT), dq(dk * QT);
-  std::vector<float> rows_of_tile(QT * std::max(dk, dv)), query_rows(QT * dk), grad_rows(QT * dv), slot_key(slots.total * dk), slot_value(slots.total * dv);
-  std::vector<float> to_key((a.n + levels.rows) * a.d), to_value((a.n + levels.rows) * a.e);
+  Floats queries(a.d * QT), grads(a.e * QT), weights(slots.total * QT), slopes(slots.total * QT), dq(dk * QT);
+  Floats rows_of_tile(QT * std::max(dk, dv)), query_rows(QT * dk), grad_rows(QT * dv), slot_key(slots.total * dk), slot_value(slots.total * dv);
+  Floats to_key((a.n + levels.rows) * a.d), to_value((a.n + levels.rows) * a.e);
   const auto leave = [&](int64_t slot, int64_t id) {
     add_row(&slot_key[slot * dk], a.d, &to_key[id * a.d]);
     add_row(&slot_value[slot * dv], a.e, &to_value[id * a.e]);
@@ -180,7 +178,7 @@ void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, i
   for (int64_t slot = 0; slot < slots.total; slot++)
     if (slots.held[slot] >= 0) leave(slot, slots.held[slot]);
   // From means back to sums, from the coarsest level down, and from the finest to the tokens.
-  const auto spread = [&](std::vector<float>& grad, int64_t c, T* out, const int64_t* strides) {
+  const auto spread = [&](Floats& grad, int64_t c, T* out, const int64_t* strides) {
     float* pooled = grad.data() + a.n * c;
     for (int64_t r = 0; r < levels.rows; r++) scale_row(pooled + r * c, c, 1.f / std::max(1.f, head.counts[r]));
     for (int64_t l = levels.count - 1; l > 0; l--)

@@ -69,7 +69,7 @@ class Opened {
   const int64_t batch;
   int64_t room = 0;
   std::vector<Waiting> rows;
-  std::vector<float> queries, outs, weights, by;
+  Floats queries, outs, weights, by;
   std::vector<int32_t> listed;
   std::vector<int64_t> starts, first;
   std::vector<Visit> visits;

@@ -35,7 +35,7 @@ constexpr int64_t CHUNK = 256;  // keys between two corrections of the running s
 // groups that are in a range are kept; groups that follow each other stay side by side.
 struct Keys {
   int64_t unit, rows, dv;
-  std::vector<float> key, value;
+  Floats key, value;
   std::vector<int32_t> position;
   std::vector<int64_t> groups;  // that are kept
   std::vector<int64_t> slot;    // where a group is kept
@@ -53,7 +53,7 @@ bool pack(const RangeArgs& a, Keys& keys, Position position) {
   bool finite = true;
 #pragma omp parallel num_threads(a.threads) reduction(&& : finite)
   {
-    std::vector<float> rows(G * dk, 0.f);
+    Floats rows(G * dk, 0.f);
 #pragma omp for schedule(static)
     for (size_t group = 0; group < keys.groups.size(); group++) {
       vec odd = {};
@@ -134,7 +134,7 @@ struct Sums {
 };
 
 struct Buffers {
-  std::vector<float> rows, queries, scores, out;
+  Floats rows, queries, scores, out;
   explicit Buffers(const RangeArgs& a)
       : rows(QT * round_up(std::max(a.d, a.e), R)), queries(a.d * QT), scores((CHUNK + 2 * G) * QT), out(round_up(a.e, R) * QT) {}
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -24,6 +25,19 @@ constexpr int R = W == 16 ? 8 : 4;
 constexpr int QT = NV * W;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// Numbers from a cache line's start on, so that no vector lies across two lines.
+template <typename E>
+struct Lines {
+  typedef E value_type;
+  Lines() = default;
+  template <typename Other>
+  Lines(const Lines<Other>&) {}
+  E* allocate(size_t count) { return (E*)::operator new(count * sizeof(E), std::align_val_t(64)); }
+  void deallocate(E* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+};
+typedef std::vector<float, Lines<float>> Floats;
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline void store(float* p, vec x) { *(vec*)p = x; }

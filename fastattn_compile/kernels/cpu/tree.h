@@ -15,14 +15,14 @@ namespace {
 // The nodes of one level: mean keys, filled up to whole vectors, and the base-2 logarithm of how many tokens a node holds.
 struct Nodes {
   int64_t count, width;
-  std::vector<float> key, log_count;
+  Floats key, log_count;
 };
 
 struct Tree {
   int64_t dk, dv;
-  std::vector<float> key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
-  std::vector<float> fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
-  std::vector<float> bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
+  Floats key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
+  Floats fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
+  Floats bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
   std::vector<Nodes> levels;
   Head head;
 };
@@ -58,7 +58,7 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
     for (int64_t t = 0; t < tokens; t += 4) transpose_rows(&tree.key[t * dk], dk, a.d, &tree.fours[t * a.d], 4);
   }
   tree.levels.resize(args.levels);
-  std::vector<float> counts, below_counts;
+  Floats counts, below_counts;
   int64_t width = args.leaf;
   for (int64_t l = 0; l < args.levels; l++, width *= args.fanout) {
     Nodes& nodes = tree.levels[l];
@@ -160,7 +160,7 @@ class Best {
  private:
   int64_t count = 0;
   std::vector<int32_t> id, keys;
-  std::vector<float> score;
+  Floats score;
 
   int64_t at_least(int32_t bound) const {
     veci found = {};
@@ -202,7 +202,7 @@ class Chooser {
   const Tree& tree;
   std::vector<Stretch> stretches;
   std::vector<int32_t> listed, chosen;
-  std::vector<float> scores;  // (heads, listed)
+  Floats scores;  // (heads, listed)
   Best best;
 
   // Estimated masses of the listed nodes that lie in the far field.
