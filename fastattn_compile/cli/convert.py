@@ -57,6 +57,10 @@ def convert(
         from fastattn_compile.converting.convert import convert as convert_model
     except ImportError as error:
         raise OptionError(f'convert needs ONNX: pip install "fastattn-compile[onnx]" ({error})') from error
+    if report is not None and report.resolve() in {
+        path.resolve() for path in (model, out) if path is not None
+    }:
+        raise OptionError(f"{report} is the model; name another file for the report")
     with common.progress_bar() as progress:
         made = convert_model(
             model, out, operator=operator, options=common.read_options(option), plan=plan, tolerance=tolerance,

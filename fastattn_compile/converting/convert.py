@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from fastattn_compile.converting.delta import (
 )
 from fastattn_compile.converting.feeds import Feeds, check_feeds, load_feeds, make_feeds
 from fastattn_compile.converting.learned import Learned, parameters_of, stored_parameters
-from fastattn_compile.converting.source import Prepared, Source, prepare
+from fastattn_compile.converting.run import RuntimeFailure
+from fastattn_compile.converting.saving import keep_weights, move, original_path, staged, target_of, write
+from fastattn_compile.converting.source import Prepared, Source, prepare, read_model
 from fastattn_compile.errors import ConversionError, OptionError
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.operators.registry import make_operator
@@ -105,12 +105,13 @@ def convert(
         OptionError: An argument is out of range, or inputs do not fit.
         ConversionError: The converted model fails validation or is over budget. ``out`` is left as it was.
     """
-    target = _target(source, out)
+    target = target_of(source, out)
     named = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if operator is not None and named is not None:
         raise OptionError("give an operator or a plan, not both")
     progress("find the attention", 0, 0)
     prepared = prepare(source)
+    keep_weights(prepared.model, target)
     choices, reasons = _choose(prepared, operator, options, named, longest)
     feeds = _feeds(inputs, prepared, length, seed)
     tokens = _tokens(prepared, choices, feeds, length)
@@ -149,17 +150,6 @@ def convert(
     )
     progress("time both", 0, 0)
     return _saved(source, converted, target, report, feeds, tokens, repeats, threads)
-
-
-def _target(source: Source, out: str | Path | None) -> Path | None:
-    if out is None:
-        return None
-    target = Path(out)
-    if isinstance(source, (str, Path)) and target.exists() and Path(source).resolve() == target.resolve():
-        raise OptionError(f"{target} is the model itself; name another file for the converted one")
-    if target.is_dir():
-        raise OptionError(f"{target} is a folder; name a file for the converted model")
-    return target
 
 
 def _choose(
@@ -251,7 +241,13 @@ def _shadow(
     placed = rewrite(prepared.model, _replacements(prepared, choices, learned, longest), replace=False)
     exact_names = expose(prepared.model, [item.original for item in placed], "fastattn_exact_")
     own_names = expose(prepared.model, [item.output for item in placed], "fastattn_own_")
-    outputs = run_in_folder(prepared.model, feeds, "the original model", threads)
+    try:
+        outputs = run_in_folder(
+            prepared.model, feeds, "the model with the replaced attention beside", threads
+        )
+    except RuntimeFailure as error:
+        run_in_folder(read_model(source), feeds, "the original model", threads)  # it may be to blame alone
+        raise ConversionError(f"{error}; nothing was written") from error
     sites = [item.site.name for item in placed]
     exact = {site: outputs[name] for site, name in zip(sites, exact_names)}
     own = {site: errors(outputs[name], exact[site]) for site, name in zip(sites, own_names)}
@@ -273,7 +269,10 @@ def _converted(
     exposed = prepared.model.clone()
     values = {v.name: v for node in exposed.graph for v in node.outputs}
     names = expose(exposed, [values[item.output.name] for item in placed], "fastattn_inside_")
-    after = run_in_folder(exposed, feeds, "the converted model", threads)
+    try:
+        after = run_in_folder(exposed, feeds, "the converted model", threads)
+    except RuntimeFailure as error:
+        raise ConversionError(f"{error}; nothing was written") from error
     inside = {item.site.name: after[name] for item, name in zip(placed, names)}
     return after, inside, placed, prepared.model
 
@@ -327,50 +326,23 @@ def _saved(
     source: Source, model: ir.Model, target: Path | None, report: Report, feeds: Feeds, tokens: int, repeats: int,
     threads: int,
 ) -> Report:  # fmt: skip
-    """Checks, times and moves the model into place; what stood there stays until the new file is whole."""
-    folder = target.parent if target is not None else Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fastattn-") as beside:
-        path = Path(beside) / (target.name if target is not None else "model.onnx")
-        data = _write(model, path)
+    """Checks, times and moves the model into place."""
+    with staged(target) as beside:
+        path = beside / (target.name if target is not None else "model.onnx")
+        data = write(model, path)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # ValidationError, InferenceError, or what the C++ checker throws
             raise ConversionError(
                 f"the converted model does not pass onnx.checker: {error}; nothing was written"
             ) from error
-        original = _original_path(source, Path(beside))
-        cost, exact, replaced = cost_report(original, path, feeds, tokens, repeats, threads)
+        cost, exact, replaced = cost_report(
+            original_path(source, beside), path, feeds, tokens, repeats, threads
+        )
         if target is not None:
-            if data is not None:
-                os.replace(data, folder / data.name)
-            os.replace(path, target)
+            move(path, data, target)
     files = {
         "session_load_seconds": replaced.load_seconds, "session_load_seconds_exact": exact.load_seconds,
         "peak_bytes": replaced.peak_bytes, "peak_bytes_exact": exact.peak_bytes,
     }  # fmt: skip
     return dataclasses.replace(report, cost=cost, provenance={**report.provenance, **files})
-
-
-def _write(model: ir.Model, path: Path) -> Path | None:
-    """Saves a model; weights that lay in other files go to one of a name of its own, so that no old file is touched."""
-    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    size = sum(t.nbytes for t in tensors)
-    if size < (1 << 30) and not any(isinstance(t, ir.ExternalTensor) for t in tensors):
-        ir.save(model, path)
-        return None
-    name = f"{path.stem}.{os.urandom(4).hex()}.data"
-    ir.save(model, path, external_data=name)
-    data = path.parent / name
-    return data if data.exists() else None
-
-
-def _original_path(source: Source, folder: Path) -> Path:
-    if isinstance(source, (str, Path)):
-        return Path(source)
-    path = folder / "original.onnx"
-    if isinstance(source, (bytes, bytearray)):
-        path.write_bytes(bytes(source))
-    else:
-        onnx.save(source if isinstance(source, onnx.ModelProto) else ir.to_proto(source), str(path))
-    return path

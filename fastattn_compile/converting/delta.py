@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastattn_compile.converting.feeds import Feeds
 from fastattn_compile.converting.run import Timing, run, session, timed
+from fastattn_compile.errors import ConversionError
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.passes.onnx.rewrite import Placed
 from fastattn_compile.passes.site import Site
@@ -47,11 +48,22 @@ def expose(model: ir.Model, values: Sequence[ir.Value], prefix: str) -> list[str
 
 
 def run_in_folder(model: ir.Model, feeds: Feeds, what: str, threads: int) -> dict[str, NDArray[Any]]:
-    """Saves a model to a folder that goes away and runs it: weights of any size have a place there."""
+    """Saves a model to a folder that goes away and runs it: weights of any size have a place there.
+
+    Raises:
+        RuntimeFailure: It does not run.
+        ConversionError: There is no room for its weights.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        ir.save(model, path, external_data="model.data")
-        return run(session(str(path), threads), feeds, what)
+        try:
+            ir.save(model, path, external_data="model.data")
+        except OSError as error:
+            raise ConversionError(
+                f"{what} cannot be written to {Path(folder).parent} to be run: {error.strerror or error}; free some "
+                "room, or name another place (TMPDIR)"
+            ) from error
+        return run(session(str(path), threads, what), feeds, what)
 
 
 def errors(got: NDArray[Any], wanted: NDArray[Any]) -> Quantiles | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ Feeds = dict[str, NDArray[Any]]
 _LENGTH_WORDS = ("seq", "len", "token", "time", "frame", "num_keypoints", "patch")
 _MASK_WORDS = ("mask",)
 _VOCABULARY = 1000
+# Bytes of an input that is made.
+_LARGEST = 4 << 30
 # Operators behind which token numbers are still token numbers.
 _CARRIED = frozenset({"Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten", "Slice"})
 
@@ -75,6 +78,9 @@ def make_feeds(model: ir.Model, length: int, batch: int = 1, seed: int = 0) -> F
         length: Tokens.
         batch: Sequences.
         seed: Seed of the random numbers.
+
+    Raises:
+        OptionError: An input would take more memory than anybody means.
     """
     generator = np.random.default_rng(seed)
     feeds: Feeds = {}
@@ -82,6 +88,10 @@ def make_feeds(model: ir.Model, length: int, batch: int = 1, seed: int = 0) -> F
         name, dims = value.name or "", list(value.shape) if value.shape is not None else []
         shape = [_size(dim, place, length, batch) for place, dim in enumerate(dims)]
         dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+        if math.prod(shape) * dtype.itemsize > _LARGEST:
+            raise OptionError(
+                f"input {name} of shape {tuple(shape)} is too large to be made up; give arrays of your own (--inputs)"
+            )
         if dtype.kind == "b" or (dtype.kind in "iu" and any(word in name.lower() for word in _MASK_WORDS)):
             feeds[name] = np.ones(shape, dtype)
         elif dtype.kind in "iu":

@@ -6,6 +6,7 @@ python -m fastattn_compile.converting.run model.onnx inputs.npz repeats threads
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -40,12 +41,13 @@ class Timing:
     peak_bytes: int | None
 
 
-def session(model: str | bytes, threads: int = 0) -> Any:
+def session(model: str | bytes, threads: int = 0, what: str = "the model") -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
         model: A path, or the bytes of a model without external data.
         threads: Threads of one operator; 0 leaves it to the runtime.
+        what: Of the model, for the message.
 
     Raises:
         RuntimeFailure: The runtime does not load the model.
@@ -58,7 +60,9 @@ def session(model: str | bytes, threads: int = 0) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # every failure is an exception class of its own
-        raise RuntimeFailure(f"ONNX Runtime does not load the model: {_first_line(error)}") from error
+        raise RuntimeFailure(
+            f"{what} does not load in ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}"
+        ) from error
 
 
 def run(made: Any, feeds: dict[str, NDArray[Any]], what: str) -> dict[str, NDArray[Any]]:
@@ -81,7 +85,13 @@ def run(made: Any, feeds: dict[str, NDArray[Any]], what: str) -> dict[str, NDArr
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """What the runtime says, without its codes and the name of the file, which is a copy that goes away."""
+    text = re.sub(
+        r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(Load model from .*? failed:)?",
+        "",
+        " ".join(str(error).split()),
+    )
+    return text[:300]
 
 
 def timed(model: Path, feeds: Path, repeats: int, threads: int) -> Timing:

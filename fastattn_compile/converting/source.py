@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from fastattn_compile.errors import ModelLoadError
+from fastattn_compile.converting.checks import check, diagnosis, first_line, parse, read_file
+from fastattn_compile.errors import FastAttentionError, ModelLoadError
 from fastattn_compile.lowering.onnx.body import DOMAIN
 from fastattn_compile.passes.analyse import named
 from fastattn_compile.passes.find import find
-from fastattn_compile.passes.onnx.view import graphs, infer_shapes, view
+from fastattn_compile.passes.onnx.view import graphs, infer_shapes, skeleton, view
 from fastattn_compile.passes.site import Softmax
 
 Source = Any  # str | Path | bytes | onnx.ModelProto | onnx_ir.Model
@@ -54,83 +56,47 @@ def read_model(source: Source) -> ir.Model:
     """
     if isinstance(source, ir.Model):
         return source.clone()
+    where, folder = name_of(source), None
     if isinstance(source, onnx.ModelProto):
-        return _checked(_from_proto(source), None)
-    if isinstance(source, (bytes, bytearray)):
-        return _checked(_from_proto(_parsed(bytes(source), "the given bytes")), None)
-    path = Path(source)
-    if not path.is_file():
-        raise ModelLoadError(f"{path}: no such file")
-    _parsed_header(path)
+        proto = source
+    elif isinstance(source, (bytes, bytearray)):
+        proto = parse(bytes(source), where)
+    else:
+        folder = Path(source).parent
+        proto = read_file(Path(source))
+    check(proto, folder, where)
     try:
-        model = ir.load(path)
-    except Exception as error:  # whatever a broken file makes the parser raise
-        raise ModelLoadError(f"{path} does not read as an ONNX model: {_short(error)}") from error
-    return _checked(model, path)
-
-
-def _from_proto(proto: onnx.ModelProto) -> ir.Model:
-    try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except Exception as error:  # SerdeError, ValueError, and what they were raised from
-        raise ModelLoadError(f"the given model is broken: {_short(error.__cause__ or error)}") from error
-
-
-def _parsed(data: bytes, name: str) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except Exception as error:  # google.protobuf's DecodeError; the class depends on its implementation
-        raise ModelLoadError(f"{name} do not read as an ONNX model: {_short(error)}") from error
-    return proto
-
-
-def _parsed_header(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise ModelLoadError(f"{path} is empty")
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _checked(model: ir.Model, path: Path | None) -> ir.Model:
-    """Refuses what cannot be converted before anything is made of it."""
-    where = str(path) if path is not None else "the model"
-    if not len(model.graph) and not model.graph.outputs:
-        raise ModelLoadError(f"{where} holds no graph; is it an ONNX model?")
-    if "" not in model.opset_imports:
-        raise ModelLoadError(f"{where} does not say which opset it uses")
-    names: set[str] = set()
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name and value.name in names:
-                raise ModelLoadError(f"{where}: two nodes give a value named {value.name!r}")
-            names.add(value.name or "")
-    folder = path.parent.resolve() if path is not None else None
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_external(tensor, folder, where)
-        elif tensor is None:
-            raise ModelLoadError(f"{where}: the weight {value.name!r} has no data")
+        raise ModelLoadError(f"{where} is broken: {first_line(error)}") from error
+    if folder is not None:
+        ir.external_data.set_base_dir(model.graph, folder)
+        _bring_in(model)
     return model
 
 
-def _check_external(tensor: ir.ExternalTensor, folder: Path | None, where: str) -> None:
-    if folder is None:
-        raise ModelLoadError(f"{where} keeps its weights in other files; give the path of the model instead")
-    location = Path(os.fspath(tensor.location))
-    target = (folder / location).resolve()
-    if location.is_absolute() or folder not in target.parents:
-        raise ModelLoadError(
-            f"{where}: the weight {tensor.name!r} lies outside the folder of the model ({location}); refused"
-        )
-    if not target.is_file():
-        raise ModelLoadError(f"{where}: the file of the weight {tensor.name!r} is missing ({location})")
-    end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-    if target.stat().st_size < end:
-        raise ModelLoadError(f"{where}: the file {location} ends before the weight {tensor.name!r} does")
+def _bring_in(model: ir.Model) -> None:
+    """Reads what nodes hold and what lies in other files: where a model is saved, its own weights alone are moved."""
+
+    def inside(tensor: ir.ExternalTensor) -> ir.Tensor:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+
+    for graph in graphs(model):
+        for node in graph:
+            for name, given in list(node.attributes.items()):
+                if given.type == ir.AttributeType.TENSOR and isinstance(given.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, inside(given.value))
+        if graph is not model.graph:
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    value.const_value = inside(value.const_value)
+
+
+def name_of(source: Source) -> str:
+    """What messages call a model."""
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return "the given bytes" if isinstance(source, (bytes, bytearray)) else "the model"
 
 
 def prepare(source: Source) -> Prepared:
@@ -140,16 +106,39 @@ def prepare(source: Source) -> Prepared:
         ModelLoadError: It is no ONNX model, or its graph is broken.
     """
     model = read_model(source)
-    foreign = [f for f in model.functions.values() if f.domain != DOMAIN]
-    if foreign:
-        model = ir_passes.InlinePass()(model).model
-    every = [v for g in graphs(model) for node in g for v in node.outputs]
-    given = {v: (v.shape.copy() if v.shape is not None else None, v.type) for v in every}
-    try:
-        model.graph.sort()
+    with sound(source):
+        foreign = [f for f in model.functions.values() if f.domain != DOMAIN]
+        if foreign:
+            model = ir_passes.InlinePass()(model).model
+        every = [v for g in graphs(model) for node in g for v in node.outputs]
+        given = {v: (v.shape.copy() if v.shape is not None else None, v.type) for v in every}
+        try:
+            model.graph.sort()
+        except ValueError as error:
+            raise ModelLoadError(
+                f"{name_of(source)}: the nodes of the graph read each other in a cycle"
+            ) from error
         infer_shapes(model)
         found = [find(view(model, graph)) for graph in graphs(model)]
-    except ValueError as error:
-        raise ModelLoadError(f"the graph of the model is broken: {_short(error)}") from error
     lines = named([line for graph in found for line in graph])
     return Prepared(model, lines, model.opset_imports[""], given)
+
+
+@contextmanager
+def sound(source: Source) -> Iterator[None]:
+    """Whatever fails on a model that ``onnx.checker`` finds broken fails because of that.
+
+    The checker is asked only then: it also finds fault with models that run.
+
+    Raises:
+        ModelLoadError: With the words of the checker.
+    """
+    try:
+        yield
+    except FastAttentionError:
+        raise
+    except Exception as error:
+        wrong = diagnosis(lambda: skeleton(read_model(source)))
+        if wrong:
+            raise ModelLoadError(f"{name_of(source)}: the graph is broken: {wrong}") from error
+        raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ _unknown = itertools.count()
 _LARGEST = 256
 _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: lambda a, b: _power(a, b),
 }  # fmt: skip
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "floor": sympy.floor, "ceiling": sympy.ceiling, "Max": sympy.Max, "Min": sympy.Min, "Mod": operator.mod,
@@ -58,8 +59,20 @@ def parse_size(text: str) -> Size:
 
     try:
         return plain(read(ast.parse(text.strip(), mode="eval").body))
-    except (ValueError, SyntaxError, RecursionError, ZeroDivisionError, TypeError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError, ZeroDivisionError, TypeError):
         return symbol(text)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """A power that is a size; text of a file may ask for a number that no machine can hold."""
+    if (
+        not isinstance(base, int)
+        or not isinstance(exponent, int)
+        or not 0 <= exponent <= 62
+        or abs(base) > 1 << 31
+    ):
+        raise ValueError
+    return base**exponent
 
 
 def plain(size: Any) -> Size:
@@ -206,6 +219,8 @@ def _full(values: SizeValues, node: ir.Node) -> Values | None:
     if shape is None or any(not isinstance(x, int) for x in shape.reshape(-1)):
         return None
     fill = attribute(node, "value")
+    if math.prod(shape.reshape(-1)) > _LARGEST:
+        return None
     number = fill.numpy().reshape(-1)[0].item() if fill is not None else 0
     return np.full([int(x) for x in shape], number, dtype=object) if isinstance(number, int) else None
 
@@ -214,7 +229,8 @@ def _range(values: SizeValues, node: ir.Node) -> Values | None:
     ends = [values.of(x) for x in node.inputs]
     if any(x is None or not isinstance(x.reshape(-1)[0], int) for x in ends):
         return None
-    return np.arange(*(x.reshape(-1)[0] for x in ends)).astype(object)  # type: ignore[union-attr]
+    numbers = range(*(x.reshape(-1)[0] for x in ends))  # type: ignore[union-attr]
+    return np.array(numbers, dtype=object) if len(numbers) <= _LARGEST else None
 
 
 def _where(values: SizeValues, node: ir.Node) -> Values | None:

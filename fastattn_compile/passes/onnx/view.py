@@ -45,7 +45,7 @@ def infer_shapes(model: ir.Model) -> None:
     """
     if not _may_attend(model):
         return  # inference takes its time
-    inferred = _infer(_skeleton(model))
+    inferred = _infer(skeleton(model))
     found = {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for value in node.outputs:
@@ -74,7 +74,7 @@ def _settled(shape: ir.Shape) -> bool:
     return all(isinstance(d, int) or d.value is not None for d in shape)
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
+def skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without its large weights and without shapes somebody else inferred."""
     proto = onnx.ModelProto()
     whole = ir.serde.serialize_model(_without_weights(model))
@@ -183,11 +183,24 @@ class _Builder:
                 meaning = rule(call, at) if rule is not None else None
             if meaning is None:
                 operands = tuple(x for x in call.inputs if isinstance(x, Node))
-                meaning = Meaning("opaque", operands, {"target": node.op_type})
+                meaning = Meaning("opaque", (*operands, *self._captured(node)), {"target": node.op_type})
             made = self._append(value.name or f"{node.name}.{at}", meaning, value, module, source)
             if known is not None and known.size == 1:
                 made.shape = None  # one size is a number, as it is in an FX graph
             self.of[value] = made
+
+    def _captured(self, node: ir.Node) -> list[Node]:
+        """What the branches or the body of a node read from around them."""
+        bodies = [x for x in node.attributes.values() if x.type == ir.AttributeType.GRAPH]
+        read = {
+            value: None
+            for body in bodies
+            for inner in ir.traversal.RecursiveGraphIterator(body.value)
+            for value in inner.inputs
+            if value is not None
+        }
+        read.update((value, None) for body in bodies for value in body.value.outputs)
+        return [self.of[value] for value in read if value in self.of]
 
     def _refine(self, node: ir.Node) -> None:
         """A target shape that was computed with tensors says more than what inference made of it."""
