@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -24,14 +24,20 @@ def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[P
     return leaf.obstacle(query, key, value, parts)
 
 
+def _offered(
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]
+) -> dict[str, Callable[[], str]]:
+    offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
+    if query.device.type == "cpu":
+        offered["cpp"] = lambda: cpu.why_not(query, key, value, parts)
+    return offered
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Sequence[Part]
 ) -> tuple[Tensor, Tensor]:
     """``kernels.aten.treeformer_tf.attend``; Triton gives the output in the type of the values."""
-    offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
-    if query.device.type == "cpu":
-        offered["cpp"] = lambda: cpu.why_not(query, key, value, parts)
-    name = select("tf_attention forward", offered)
+    name = select("tf_attention forward", _offered(query, key, value, parts))
     if name == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
@@ -50,9 +56,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[PartGradients]]:  # fmt: skip
     """``kernels.aten.treeformer_tf.backward``."""
     saved = out, log_sum_exp, grad_out, grad_log_sum_exp
-    offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
-    if select("tf_attention backward", offered) == "triton":
+    name = select("tf_attention backward", _offered(query, key, value, parts))
+    if name == "triton":
         from fastattn_compile.kernels.gpu import leaf
 
         return leaf.backward(query, key, value, scale, parts, *saved)
+    if name == "cpp":
+        made = cpu.backward(query, key, value, scale, parts, *saved)
+        if made is not None:
+            return made
+        give_way("tf_attention backward", name, NOT_FINITE)
     return aten.backward(query, key, value, scale, parts, *saved)

@@ -27,7 +27,10 @@ def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, local: Local) -> 
 def _offered(
     query: Tensor, key: Tensor, value: Tensor, local: Local, bias: Tensor | None
 ) -> dict[str, Callable[[], str]]:
-    return {"triton": lambda: _biased(bias) or triton_obstacle(query, key, value, local)}
+    offered = {"triton": lambda: _biased(bias) or triton_obstacle(query, key, value, local)}
+    if query.device.type == "cpu":
+        offered["cpp"] = lambda: _biased(bias) or on_cpu.window_obstacle(query, key, value, local)
+    return offered
 
 
 def _biased(bias: Tensor | None) -> str:
@@ -39,10 +42,7 @@ def forward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``kernels.aten.window.forward``, by the fastest implementation that serves the call."""
-    offered = _offered(query, key, value, local, bias)
-    if query.device.type == "cpu":
-        offered["cpp"] = lambda: _biased(bias) or on_cpu.window_obstacle(query, key, value, local)
-    name = select("window forward", offered)
+    name = select("window forward", _offered(query, key, value, local, bias))
     if name == "triton":
         from fastattn_compile.kernels.gpu import window as on_gpu
 
@@ -62,8 +62,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As ``kernels.aten.window.backward``, by the fastest implementation that serves the call."""
     given = query, key, value, scale, local, out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
-    if select("window backward", _offered(query, key, value, local, bias)) == "triton":
+    name = select("window backward", _offered(query, key, value, local, bias))
+    if name == "triton":
         from fastattn_compile.kernels.gpu import window as on_gpu
 
         return *on_gpu.backward(*given), None
+    if name == "cpp":
+        made = on_cpu.window_backward(*given)
+        if made is not None:
+            return *made, None
+        give_way("window backward", name, NOT_FINITE)
     return on_aten.backward(*given, bias)

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("opened.h", "tree.h", "blocks.h", "simd.h")  # those that include others first
+_HEADERS = ("opened.h", "tree.h", "blocks.h", "ranges.h", "simd.h")  # those that include others first
 _lock = threading.Lock()
 _failed: dict[str, str] = {}
 

@@ -1,5 +1,5 @@
-// Softmax attention of every query to a range of a list of keys, and to a few keys besides, forward: leaves of trees, windows
-// with sinks.
+// Softmax attention of every query to a range of a list of keys, and to a few keys besides, forward and backward: leaves of trees,
+// windows with sinks.
 //
 // The keys of a list are packed once, in the list's order. Queries are sorted by where their range starts and cut into tiles
 // of queries whose ranges overlap; a tile is transposed as in fma.cpp, so that every step of the softmax is a vector
@@ -7,125 +7,9 @@
 // memory nor what comes after a query changes the order of its sums.
 //
 // Sizes: b batch, g key heads, h query heads, n queries, m keys, d channels of query and key, e of value.
-#include "simd.h"
-
-extern "C" {
-struct RangeArgs {
-  const void *query, *key, *value;
-  float *out, *log_sum_exp;     // (b, h, n, e) and (b, h, n), contiguous; 0 and -inf where a query meets nothing
-  const int64_t* order;         // rows of keys, counted through batch, heads and keys: `lists` lists of m for every key head;
-                                // null: one list, as they stand
-  const int64_t *start, *stop;  // (b, h, n) places in `order`
-  const uint8_t* hidden;        // (b, m) or null: keys that no range meets
-  const int64_t *low, *high;    // (b, h, n) or null: positions of keys that a query's range does not meet, from low to before high
-  const int64_t* extra;         // (b, s) positions of keys besides, -1 for none
-  const int64_t *extra_low, *extra_high;  // (b, h, n) positions between which a query meets those
-  int64_t query_strides[3], key_strides[3], value_strides[3];  // of b, head, token
-  int64_t b, h, g, n, m, d, e, lists, s;
-  int32_t dtype, threads;
-  float scale;
-};
-}
+#include "ranges.h"
 
 namespace {
-
-constexpr int64_t CHUNK = 256;  // keys between two corrections of the running sums
-
-// The keys of one key head in the order of its lists, in whole groups: packed, values row by row, and their positions. Only
-// groups that are in a range are kept; groups that follow each other stay side by side.
-struct Keys {
-  int64_t unit, rows, dv;
-  Floats key, value;
-  std::vector<int32_t> position;
-  std::vector<int64_t> groups;  // that are kept
-  std::vector<int64_t> slot;    // where a group is kept
-};
-
-// Fills `keys`, whose rows stand at `position(row)`, below 0 for what is not met; false when a number is not finite: 0 times infinity and 0
-// times NaN are NaN.
-template <typename T, typename Position>
-bool pack(const RangeArgs& a, Keys& keys, Position position) {
-  const int64_t batch = keys.unit / a.g, head = keys.unit % a.g, dk = round_up(a.d, W);
-  const T* key = (const T*)a.key + batch * a.key_strides[0] + head * a.key_strides[1];
-  const T* value = (const T*)a.value + batch * a.value_strides[0] + head * a.value_strides[1];
-  const size_t kept = keys.groups.size() * G;
-  if (keys.position.size() < kept) keys.key.resize(kept * a.d), keys.value.resize(kept * keys.dv), keys.position.resize(kept);
-  bool finite = true;
-#pragma omp parallel num_threads(a.threads) reduction(&& : finite)
-  {
-    Floats rows(G * dk, 0.f);
-#pragma omp for schedule(static)
-    for (size_t group = 0; group < keys.groups.size(); group++) {
-      vec odd = {};
-      for (int64_t r = 0; r < G; r++) {
-        const int64_t row = keys.groups[group] * G + r, to = group * G + r, token = row < keys.rows ? position(row) : -1;
-        float *k_to = &rows[r * dk], *v_to = &keys.value[to * keys.dv];
-        keys.position[to] = (int32_t)token;
-        if (token < 0) {
-          std::fill(k_to, k_to + a.d, 0.f);
-          std::fill(v_to, v_to + a.e, 0.f);
-          continue;
-        }
-        const T *k = key + token * a.key_strides[2], *v = value + token * a.value_strides[2];
-        for (int64_t c = 0; c < a.d; c++) k_to[c] = widen(k[c]);
-        for (int64_t c = 0; c < a.e; c++) v_to[c] = widen(v[c]);
-        for (int64_t c = 0; c < dk; c += W) odd += load(k_to + c) * splat(0.f);
-        for (int64_t c = 0; c < keys.dv; c += W) odd += load(v_to + c) * splat(0.f);
-      }
-      for (int j = 0; j < W; j++) finite = finite && odd[j] == 0.f;
-      for (int64_t r = 0; r < G; r += 4) transpose_rows(&rows[r * dk], dk, a.d, &keys.key[packed(group * G + r, 0, a.d)], G);
-    }
-  }
-  return finite;
-}
-
-// The queries of one key head that may meet anything, by the start of their range; places are counted from its first list.
-struct Queries {
-  std::vector<int32_t> id, start, stop;  // id: query head of the key head * n + token
-  std::vector<int64_t> tiles;            // first query of every tile, and the number of queries
-};
-
-void sort_queries(const RangeArgs& a, int64_t unit, int64_t rows, Queries& to) {
-  const auto meets = [&](int64_t at) { return a.stop[at] > a.start[at] || a.s > 0; };
-  const int64_t group = a.h / a.g, first = (unit / a.g * a.h + unit % a.g * group) * a.n, base = unit * rows;
-  std::vector<int32_t> place(rows + 1, 0);
-  int64_t count = 0;
-  for (int64_t i = 0; i < group * a.n; i++)
-    if (meets(first + i)) place[a.start[first + i] - base]++, count++;
-  int32_t sum = 0;
-  for (int64_t i = 0; i <= rows; i++) {
-    const int32_t here = place[i];
-    place[i] = sum, sum += here;
-  }
-  for (auto* x : {&to.id, &to.start, &to.stop}) x->resize(count);
-  const auto meets_nothing = [&](int64_t at) {
-    std::fill(a.out + at * a.e, a.out + (at + 1) * a.e, 0.f);
-    a.log_sum_exp[at] = NEG_INF;
-  };
-  for (int64_t i = 0; i < group * a.n; i++) {
-    if (!meets(first + i)) {
-      meets_nothing(first + i);
-      continue;
-    }
-    const int32_t at = place[a.start[first + i] - base]++;
-    to.id[at] = (int32_t)i, to.start[at] = (int32_t)(a.start[first + i] - base), to.stop[at] = (int32_t)(a.stop[first + i] - base);
-  }
-  to.tiles.clear();
-  int32_t reach = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (to.tiles.empty() || i - to.tiles.back() == QT || to.start[i] >= reach) to.tiles.push_back(i), reach = 0;
-    reach = std::max({reach, to.stop[i], to.start[i] + 1});
-  }
-  to.tiles.push_back(count);
-}
-
-// A tile of queries: what each meets, one query a lane; lanes that are free meet nothing.
-struct Tile {
-  alignas(64) int32_t start[QT], stop[QT], low[QT], high[QT], extra_low[QT], extra_high[QT];
-  int64_t from, to, all_from, all_to;  // rows that any of them meets, and that all do, as far as ranges tell
-};
-
-static inline veci lanes(const int32_t* of, int j) { return *(const veci*)(of + j * W); }
 
 // What a tile has summed so far: values (channel, query), and weights, over `most`.
 struct Sums {
@@ -138,10 +22,6 @@ struct Buffers {
   explicit Buffers(const RangeArgs& a)
       : rows(QT * round_up(std::max(a.d, a.e), R)), queries(a.d * QT), scores((CHUNK + 2 * G) * QT), out(round_up(a.e, R) * QT) {}
 };
-
-static inline void hide_row(float* scores) {
-  for (int j = 0; j < NV; j++) store(scores + j * W, splat(NEG_INF));
-}
 
 // Meets `rows` rows, whole groups, from `slot` on; `hide(r, scores)` hides what row r does not show.
 template <typename Hide>
@@ -175,73 +55,185 @@ static inline void meet(const RangeArgs& a, const Keys& keys, int64_t slot, int6
   sums.any = true;
 }
 
+// Rows of a tile's queries, times a factor, 0 past the end; and the same transposed.
 template <typename T>
-void attend(const RangeArgs& a, const Keys& keys, const Keys& extra, const Queries& queries, int64_t first, int64_t count, Buffers& b) {
-  const int64_t batch = keys.unit / a.g, head = keys.unit % a.g * (a.h / a.g);
-  const auto at = [&](int64_t i) { return (batch * a.h + head) * a.n + queries.id[first + i]; };
-  Tile tile = {};
-  tile.from = tile.all_to = keys.rows;
-  for (int64_t i = 0; i < QT; i++) {
-    float* row = &b.rows[i * a.d];
-    if (i >= count) {
-      std::fill(row, row + a.d, 0.f);
-      continue;
-    }
-    const int64_t id = queries.id[first + i], start = queries.start[first + i], stop = queries.stop[first + i];
-    tile.start[i] = (int32_t)start, tile.stop[i] = (int32_t)stop;
-    if (a.low) tile.low[i] = (int32_t)a.low[at(i)], tile.high[i] = (int32_t)a.high[at(i)];
-    if (a.s) tile.extra_low[i] = (int32_t)a.extra_low[at(i)], tile.extra_high[i] = (int32_t)a.extra_high[at(i)];
-    tile.from = std::min(tile.from, start), tile.to = std::max(tile.to, stop);
-    tile.all_from = std::max(tile.all_from, start), tile.all_to = std::min(tile.all_to, stop);
-    const T* query = (const T*)a.query + batch * a.query_strides[0] + (head + id / a.n) * a.query_strides[1] + id % a.n * a.query_strides[2];
-    for (int64_t c = 0; c < a.d; c++) row[c] = widen(query[c]) * (a.scale * LOG2E);
+void take_queries(const RangeArgs& a, const Tiled& tiled, float factor, float* rows, int64_t stride, float* transposed) {
+  std::fill_n(rows, QT * stride, 0.f);
+  for (int64_t i = 0; i < tiled.count; i++) {
+    widen_row(tiled.query<T>(i), a.d, rows + i * stride);
+    scale_row(rows + i * stride, a.d, factor);
   }
-  for (int64_t i = 0; i < QT; i += 4) transpose_rows(&b.rows[i * a.d], a.d, a.d, &b.queries[i], QT);
+  for (int64_t i = 0; i < QT; i += 4) transpose_rows(rows + i * stride, stride, a.d, transposed + i, QT);
+}
 
+template <typename T>
+void attend(const RangeArgs& a, const Keys& keys, const Keys& extra, const Queries& queries, int64_t t, Buffers& b) {
+  const Tiled tiled(a, keys, queries, t);
+  take_queries<T>(a, tiled, a.scale * LOG2E, b.rows.data(), a.d, b.queries.data());
   Sums sums;
   for (int j = 0; j < NV; j++) sums.most[j] = splat(NEG_INF), sums.sum[j] = vec{};
-  if (a.s)
-    meet(a, extra, 0, round_up(a.s, G), b, sums, [&](int64_t r, float* scores) {
-      const int32_t place = extra.position[r];
-      if (place < 0) return hide_row(scores);
-      for (int j = 0; j < NV; j++) {
-        const veci seen = (lanes(tile.extra_low, j) <= place) & (lanes(tile.extra_high, j) > place);
-        store(scores + j * W, seen ? load(scores + j * W) : splat(NEG_INF));
-      }
-    });
-  for (int64_t chunk = tile.from; chunk < tile.to; chunk += CHUNK) {
-    const int64_t end = std::min(chunk + CHUNK, tile.to), begin = chunk / G * G, slot = keys.slot[begin / G] * G;
-    meet(a, keys, slot, round_up(end - begin, G), b, sums, [&](int64_t r, float* scores) {
-      const int32_t row = (int32_t)(begin + r), position = keys.position[slot + r];
-      if (row < chunk || row >= end || position < 0) return hide_row(scores);
-      if (!a.low && row >= tile.all_from && row < tile.all_to) return;
-      for (int j = 0; j < NV; j++) {
-        veci seen = (lanes(tile.start, j) <= row) & (lanes(tile.stop, j) > row);
-        if (a.low) seen &= (lanes(tile.low, j) > position) | (lanes(tile.high, j) <= position);
-        store(scores + j * W, seen ? load(scores + j * W) : splat(NEG_INF));
-      }
-    });
-  }
+  tiled.walk(keys, extra, [&](const Keys& met, int64_t slot, int64_t rows, const auto& hide) { meet(a, met, slot, rows, b, sums, hide); });
 
-  alignas(64) float lse[QT] = {}, by[QT] = {};
-  for (int i = 0; i < count; i++) {
+  alignas(64) float by[QT] = {};
+  for (int i = 0; i < tiled.count; i++) {
     const float weight = sums.sum[i / W][i % W];
     by[i] = weight > 0.f ? 1.f / weight : 0.f;
-    lse[i] = weight > 0.f ? sums.most[i / W][i % W] * LN2 + std::log(weight) : NEG_INF;
+    a.log_sum_exp[tiled.at(i)] = weight > 0.f ? sums.most[i / W][i % W] * LN2 + std::log(weight) : NEG_INF;
   }
   const int64_t wide = round_up(a.e, 4);
   for (int64_t c = 0; c < wide; c += 4) transpose_rows(&b.out[c * QT], QT, QT, &b.rows[c], wide);
-  for (int64_t i = 0; i < count; i++) {
-    float* out = a.out + at(i) * a.e;
-    for (int64_t c = 0; c < a.e; c++) out[c] = b.rows[i * wide + c] * by[i];
-    a.log_sum_exp[at(i)] = lse[i];
+  for (int64_t i = 0; i < tiled.count; i++) {
+    float* row = &b.rows[i * wide];
+    scale_row(row, a.e, by[i]);
+    std::copy(row, row + a.e, a.out + tiled.at(i) * a.e);
   }
+}
+
+// Gradients of kept rows from `first` on, of those that some tiles that follow each other meet, and of the keys besides.
+struct Gradients {
+  int64_t first;
+  Floats key, value, of_key, extra_key, extra_value;
+};
+
+struct BackwardBuffers {
+  Floats query_rows, grad_rows, queries, grads, weights, slopes, to_query;
+  explicit BackwardBuffers(const RangeArgs& a)
+      : query_rows(QT * round_up(a.d, W)), grad_rows(QT * round_up(a.e, W)), queries(a.d * QT), grads(a.e * QT), weights((CHUNK + 2 * G) * QT),
+        slopes(weights.size()), to_query(round_up(a.d, R) * QT) {}
+};
+
+// Gradients of one tile: its queries' are added where they belong, those of what it meets to `to`.
+template <typename T>
+void attend_backward(
+    const RangeArgs& a, const Keys& keys, const Keys& extra, const Queries& queries, int64_t t, BackwardBuffers& b, Gradients& to) {
+  const Tiled tiled(a, keys, queries, t);
+  const int64_t dk = keys.dk, dv = keys.dv;
+  // Scores as the forward pass makes them, so that weights add up to 1; keys' gradients are sums over queries times the scale.
+  take_queries<T>(a, tiled, a.scale * LOG2E, b.query_rows.data(), dk, b.queries.data());
+  for (int64_t i = 0; i < tiled.count; i++) {
+    widen_row(tiled.query<T>(i), a.d, &b.query_rows[i * dk]);
+    scale_row(&b.query_rows[i * dk], a.d, a.scale);
+  }
+  std::fill(b.grad_rows.begin(), b.grad_rows.end(), 0.f);
+  alignas(64) float lse[QT], slope[QT] = {};
+  for (int64_t i = 0; i < QT; i++) {
+    lse[i] = std::numeric_limits<float>::infinity();  // weights of 0 where there is no query, or it met nothing
+    if (i >= tiled.count) continue;
+    const int64_t at = tiled.at(i);
+    if (a.log_sum_exp[at] != NEG_INF) lse[i] = a.log_sum_exp[at] * LOG2E;
+    slope[i] = a.slope[at];
+    std::copy(a.grad_out + at * a.e, a.grad_out + (at + 1) * a.e, &b.grad_rows[i * dv]);
+  }
+  for (int64_t i = 0; i < QT; i += 4) transpose_rows(&b.grad_rows[i * dv], dv, a.e, &b.grads[i], QT);
+
+  vec of_query[NV] = {};
+  bool any = false;
+  tiled.walk(keys, extra, [&](const Keys& met, int64_t slot, int64_t rows, const auto& hide) {
+    float *p = b.weights.data(), *s = b.slopes.data();
+    product_packed(met.key.data(), slot, b.queries.data(), p, rows, a.d);
+    product_packed(met.value_packed.data(), slot, b.grads.data(), s, rows, a.e);
+    for (int64_t r = 0; r < rows; r++) {
+      hide(r, p + r * QT);
+      for (int j = 0; j < NV; j++) {
+        float *weight = p + r * QT + j * W, *grad = s + r * QT + j * W;
+        const vec x = exp2v(load(weight) - load(lse + j * W)), y = (load(grad) - load(slope + j * W)) * x;
+        store(weight, x), store(grad, y);
+        of_query[j] += y;
+      }
+    }
+    const bool besides = &met == &extra;
+    float* of_keys = besides ? to.extra_key.data() : &to.key[(slot - to.first) * dk];
+    float* of_values = besides ? to.extra_value.data() : &to.value[(slot - to.first) * dv];
+    product_wide(p, b.grad_rows.data(), of_values, dv, rows, dv);
+    product_wide(s, b.query_rows.data(), of_keys, dk, rows, dk);
+    product_transposed(&met.key_rows[slot * dk], dk, s, b.to_query.data(), rows, a.d, any);
+    any = true;
+    if (a.of_key && !besides)
+      for (int64_t r = 0; r < rows; r += 4) {
+        vec four_rows[4];
+        for (int k = 0; k < 4; k++) four_rows[k] = load(s + (r + k) * QT) + load(s + (r + k) * QT + W);
+        four* sum = (four*)&to.of_key[slot - to.first + r];
+        *sum += sum4(four_rows);
+      }
+  });
+  if (!any) return;
+  const int64_t wide = round_up(a.d, 4);
+  Floats& rows = b.query_rows;  // no longer needed
+  for (int64_t c = 0; c < wide; c += 4) transpose_rows(&b.to_query[c * QT], QT, QT, &rows[c], wide);
+  for (int64_t i = 0; i < tiled.count; i++) {
+    scale_row(&rows[i * wide], a.d, a.scale);
+    add_row(&rows[i * wide], a.d, a.grad_query + tiled.at(i) * a.d);
+    if (a.of_query) a.of_query[tiled.at(i)] += of_query[i / W][i % W];
+  }
+}
+
+// Gradients of one key head. Its tiles are cut into stretches, as many on any number of threads, whose sums are added in order.
+template <typename T>
+void backward_unit(const RangeArgs& a, const Keys& keys, const Keys& extra, const Queries& queries) {
+  static_assert(NV == 2);
+  const int64_t tiles = queries.tiles.size() - 1, dk = keys.dk, dv = keys.dv, kept = keys.groups.size() * G;
+  std::vector<Gradients> parts;
+  int64_t each;
+  const auto slots_of = [&](int64_t part, int64_t* first, int64_t* stop) {
+    *first = kept, *stop = 0;
+    for (int64_t t = part * each; t < std::min(tiles, (part + 1) * each); t++)
+      for (int64_t i = queries.tiles[t]; i < queries.tiles[t + 1]; i++) {
+        if (queries.stop[i] <= queries.start[i]) continue;
+        *first = std::min(*first, keys.slot[queries.start[i] / G] * G);
+        *stop = std::max(*stop, keys.slot[(queries.stop[i] - 1) / G] * G + G);
+      }
+    *stop = std::max(*stop, *first);
+  };
+  // As few as keep the sums of all stretches small: wide ranges meet the same keys in every one of them.
+  for (int64_t wanted = 16;; wanted /= 2) {
+    each = std::max<int64_t>(1, (tiles + wanted - 1) / wanted);
+    int64_t total = 0, first, stop;
+    for (int64_t part = 0; part * each < tiles; part++) slots_of(part, &first, &stop), total += stop - first;
+    if (wanted <= 4 || total <= 4 * kept) break;
+  }
+  parts.resize((tiles + each - 1) / each);
+#pragma omp parallel num_threads(a.threads)
+  {
+    BackwardBuffers buffers(a);
+#pragma omp for schedule(dynamic)
+    for (size_t part = 0; part < parts.size(); part++) {
+      Gradients& to = parts[part];
+      int64_t stop;
+      slots_of(part, &to.first, &stop);
+      to.key.assign((stop - to.first) * dk, 0.f), to.value.assign((stop - to.first) * dv, 0.f);
+      if (a.of_key) to.of_key.assign(stop - to.first, 0.f);
+      to.extra_key.assign(round_up(a.s, G) * dk, 0.f), to.extra_value.assign(round_up(a.s, G) * dv, 0.f);
+      for (int64_t t = part * each; t < std::min<int64_t>(tiles, (part + 1) * each); t++) attend_backward<T>(a, keys, extra, queries, t, buffers, to);
+    }
+    // A key is once in each list; the lists come one after the other.
+    for (int64_t list = 0; list < a.lists; list++)
+#pragma omp for schedule(static)
+      for (int64_t row = list * a.m; row < (list + 1) * a.m; row++) {
+        if (keys.slot[row / G] < 0) continue;
+        const int64_t slot = keys.slot[row / G] * G + row % G, token = keys.position[slot];
+        if (token < 0) continue;
+        for (const Gradients& from : parts) {
+          const int64_t at = slot - from.first;
+          if (at < 0 || (at + 1) * dk > (int64_t)from.key.size()) continue;
+          add_row(&from.key[at * dk], a.d, a.grad_key + (keys.unit * a.m + token) * a.d);
+          add_row(&from.value[at * dv], a.e, a.grad_value + (keys.unit * a.m + token) * a.e);
+          if (a.of_key) a.of_key[(keys.unit * a.m + token) * a.lists + list] += from.of_key[at];
+        }
+      }
+  }
+  for (int64_t r = 0; r < a.s; r++)
+    for (const Gradients& from : parts) {
+      if (extra.position[r] < 0) continue;
+      const int64_t at = keys.unit * a.m + extra.position[r];
+      add_row(&from.extra_key[r * dk], a.d, a.grad_key + at * a.d);
+      add_row(&from.extra_value[r * dv], a.e, a.grad_value + at * a.e);
+    }
 }
 
 template <typename T>
 int run(const RangeArgs& a) {
   Keys keys, extra;
-  keys.rows = a.lists * a.m, extra.rows = a.s, keys.dv = extra.dv = round_up(a.e, W);
+  keys.rows = a.lists * a.m, extra.rows = a.s, keys.dk = extra.dk = round_up(a.d, W), keys.dv = extra.dv = round_up(a.e, W);
   keys.slot.resize(keys.rows / G + 1);
   for (int64_t group = 0; group * G < a.s; group++) extra.groups.push_back(group);
   Queries queries;
@@ -250,6 +242,7 @@ int run(const RangeArgs& a) {
     sort_queries(a, unit, keys.rows, queries);
     const int64_t tiles = queries.tiles.size() - 1;
     keys.groups.clear();
+    std::fill(keys.slot.begin(), keys.slot.end(), -1);
     for (int64_t t = 0; t < tiles; t++) {
       int32_t to = 0;
       for (int64_t i = queries.tiles[t]; i < queries.tiles[t + 1]; i++) to = std::max(to, queries.stop[i]);
@@ -267,12 +260,15 @@ int run(const RangeArgs& a) {
     };
     if (!pack<T>(a, keys, listed)) return 1;
     if (a.s && !pack<T>(a, extra, [&](int64_t row) { return a.extra[unit / a.g * a.s + row]; })) return 1;
+    if (a.grad_out) {
+      backward_unit<T>(a, keys, extra, queries);
+      continue;
+    }
 #pragma omp parallel num_threads(a.threads)
     {
       Buffers buffers(a);
 #pragma omp for schedule(dynamic, 4)
-      for (int64_t t = 0; t < tiles; t++)
-        attend<T>(a, keys, extra, queries, queries.tiles[t], queries.tiles[t + 1] - queries.tiles[t], buffers);
+      for (int64_t t = 0; t < tiles; t++) attend<T>(a, keys, extra, queries, t, buffers);
     }
   }
   return 0;
