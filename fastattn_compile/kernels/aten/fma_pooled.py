@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
+    all_finite,
     normalise,
     probabilities_,
     statistics_dtype,
@@ -114,7 +115,7 @@ class _Neighbours:
         self.batch, self.heads, self.length = query.shape[:3]
         self.kv_heads, self.key_length, self.scale = key.shape[1], key.shape[2], scale
         self.rows, self.keys = sizes
-        self.query = self.fold(query)
+        self.query, self.finite = self.fold(query), all_finite(query, key)
         self.units, self.blocks, self.tile_rows, _ = self.query.shape
         self.key, self.value = (self._windows(x) for x in (key, value))
         beside = F.pad(mass, (self.keys, (self.blocks + 1) * self.keys - mass.shape[1]), value=-torch.inf)
@@ -156,7 +157,10 @@ class _Neighbours:
         scores = self._beside(self.mass, units, blocks)[:, None].repeat(1, self.tile_rows, 1)
         if self.hidden is not None:
             scores.masked_fill_(self.hidden, -torch.inf)
-        return scores.baddbmm_(query, key.mT, alpha=self.scale)
+        # A query that is not a number stays alone with the keys it sees, of which a pooled one may have none.
+        unseen = None if self.finite else scores == -torch.inf
+        scores.baddbmm_(query, key.mT, alpha=self.scale)
+        return scores if unseen is None else scores.masked_fill_(unseen, -torch.inf)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output ``(b, h, rows, e)`` and log-sum-exp ``(b, h, rows, 1)``; 0 and -inf where no key is seen."""
