@@ -40,7 +40,7 @@ from fastattn_compile.retrofitting.manifest import (
 )
 
 WEIGHTS = "model.safetensors"
-PLAN_ATTRIBUTE = "fastattn_plan"
+PLAN_ATTRIBUTE, BASE_ATTRIBUTE = "fastattn_plan", "fastattn_base"
 
 
 def save_pretrained(
@@ -62,8 +62,9 @@ def save_pretrained(
         plan: What serves which site; ``model.fastattn_plan`` when ``None``, else the operators of the attached
             parameters.
         report: What it costs; becomes ``report.json`` and the table of the card.
-        base: Weights before training (``BaseWeights.of(model)``): tensors that differ are saved. ``None`` says that
-            the base weights are untouched.
+        base: Weights before training (``BaseWeights.of(model)``): tensors that differ are saved.
+            ``model.fastattn_base``, which ``fa.distil`` leaves there, when ``None``; a model without it is said to have
+            its base weights untouched.
         merge: Save the whole model, so that the base is not needed to load. A Hugging Face model is saved as
             transformers does, and loads through it.
         tokenizer: Saved beside a merged model (``tokenizer.save_pretrained``).
@@ -87,7 +88,7 @@ def save_pretrained(
     learned = _learned(plan, bundles)
     state = base_state(model)
     now = BaseWeights.of(model)
-    before = base or now
+    before = base or getattr(model, BASE_ATTRIBUTE, None) or now
     tied = tied_names(state)
     differing = before.changed(now)
 

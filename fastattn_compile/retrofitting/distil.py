@@ -24,7 +24,12 @@ from fastattn_compile.reporting.provenance import inputs_hash
 from fastattn_compile.retrofitting.attach import detach
 from fastattn_compile.retrofitting.base_weights import BaseWeights
 from fastattn_compile.retrofitting.batches import Batches
-from fastattn_compile.retrofitting.checkpoint import PLAN_ATTRIBUTE, from_pretrained, save_pretrained
+from fastattn_compile.retrofitting.checkpoint import (
+    BASE_ATTRIBUTE,
+    PLAN_ATTRIBUTE,
+    from_pretrained,
+    save_pretrained,
+)
 from fastattn_compile.retrofitting.processes import World
 from fastattn_compile.retrofitting.run_folder import RunFolder
 from fastattn_compile.retrofitting.stages import STAGES, Distilled, DistilStage, StageReport
@@ -52,7 +57,8 @@ def distil(
     layer by layer while it trains, each process takes its share of every batch, and the result does not depend on the
     number of processes but for rounding. Every process ends with the whole model.
 
-    The model is only changed by a stage that is over and helped; after an error it is as after the stage before.
+    The model is only changed by a stage that is over and helped; after an error it is as after the stage before. The
+    weights it had are known from then on as ``model.fastattn_base``: a save stores those that differ.
 
     Args:
         model: With the learned parameters of the plan attached (``fa.attach``); changed in place. Trained without
@@ -83,6 +89,8 @@ def distil(
     if not held_out:
         raise OptionError("validation holds no batch: without one nobody knows whether a stage helps")
     base = BaseWeights.of(model)
+    if not hasattr(model, BASE_ATTRIBUTE):
+        setattr(model, BASE_ATTRIBUTE, base)
     run = RunFolder(
         folder,
         {

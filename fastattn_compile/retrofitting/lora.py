@@ -6,6 +6,7 @@ An adapted projection keeps its name and its weight's name, so plans, sharding a
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,8 +19,24 @@ from fastattn_compile.retrofitting.attach import site_owner
 DOWN, UP = "lora_down", "lora_up"
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer plus ``scale * up @ down`` of low rank; it starts as the layer itself (``up`` is 0).
+class _Adapter(nn.Module):
+    """What adapted layers share: the low-rank product, which starts as nothing (``up`` is 0)."""
+
+    def _correct(self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator) -> None:
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        bound = 1 / math.sqrt(inputs)
+        down = (2 * torch.rand(rank, inputs, generator=generator, dtype=torch.float64) - 1) * bound
+        self.scale = scale
+        self.register_parameter(DOWN, nn.Parameter(down.to(weight)))
+        self.register_parameter(UP, nn.Parameter(weight.new_zeros(outputs, rank)))
+
+    def correction(self, x: Tensor) -> Tensor:
+        """``scale * up @ down`` applied to ``(..., inputs)``."""
+        return self.scale * F.linear(F.linear(x, getattr(self, DOWN)), getattr(self, UP))
+
+
+class AdaptedLinear(_Adapter, nn.Linear):
+    """A linear layer plus ``scale * up @ down`` of low rank.
 
     Args:
         linear: The layer; its weight and bias are shared.
@@ -31,22 +48,41 @@ class AdaptedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale = scale
-        bound = 1 / math.sqrt(linear.in_features)
-        down = (
-            2 * torch.rand(rank, linear.in_features, generator=generator, dtype=torch.float64) - 1
-        ) * bound
-        self.register_parameter(DOWN, nn.Parameter(down.to(linear.weight)))
-        self.register_parameter(UP, nn.Parameter(linear.weight.new_zeros(linear.out_features, rank)))
+        self._correct(linear.in_features, linear.out_features, rank, scale, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the correction."""
-        low = F.linear(x, getattr(self, DOWN))
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, getattr(self, UP))
+        return F.linear(x, self.weight, self.bias) + self.correction(x)
+
+
+class AdaptedConv1D(_Adapter):
+    """The same for ``Conv1D`` of transformers (GPT-2), a linear layer whose weight is ``(inputs, outputs)``.
+
+    Args:
+        layer: The layer; its weight and bias are shared.
+        rank: Rows of ``down``.
+        scale: Factor on the product.
+        generator: Draws ``down``.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self._correct(*layer.weight.shape, rank, scale, generator)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with the correction."""
+        return x @ self.weight + self.bias + self.correction(x)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # A layer of transformers exists only where its module was imported, so nothing needs to be.
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return kind is not None and type(module) is kind
 
 
 def adapt(model: nn.Module, sites: Iterable[str], rank: int, scale: float, seed: int) -> list[str]:
-    """Puts adapters on every linear layer inside the modules of some sites.
+    """Puts adapters on every linear layer (``nn.Linear``, ``Conv1D`` of transformers) inside the modules of some sites.
 
     Args:
         model: Changed in place.
@@ -59,22 +95,28 @@ def adapt(model: nn.Module, sites: Iterable[str], rank: int, scale: float, seed:
         Names of the adapted layers.
 
     Raises:
-        PlanError: There is no ``nn.Linear`` in the modules of the sites.
+        PlanError: There is none in the modules of the sites.
     """
     generator = torch.Generator().manual_seed(seed)
     owners = {id(owner): owner for owner in (site_owner(model, site)[0] for site in sites)}
-    inside = {
-        id(module) for owner in owners.values() for module in owner.modules() if type(module) is nn.Linear
-    }
+    inside = {id(module) for owner in owners.values() for module in owner.modules()}
     adapted = []
     for name, module in list(model.named_modules()):
-        if id(module) in inside and isinstance(module, nn.Linear):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, AdaptedLinear(module, rank, scale, generator))
-            adapted.append(name)
+        if id(module) not in inside:
+            continue
+        if type(module) is nn.Linear:
+            layer: nn.Module = AdaptedLinear(module, rank, scale, generator)
+        elif _is_conv1d(module):
+            layer = AdaptedConv1D(module, rank, scale, generator)
+        else:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+        adapted.append(name)
     if not adapted:
         raise PlanError(
-            "low-rank adapters need nn.Linear layers in the modules of the replaced sites, and there are none; "
+            "low-rank adapters need linear layers (nn.Linear or transformers' Conv1D) in the modules of the replaced "
+            "sites, and there are none; "
             'train "operators" or "full"'
         )
     return adapted
@@ -98,8 +140,10 @@ def merge(model: nn.Module, trained: Mapping[str, Tensor], scale: float) -> set[
             if last != UP:
                 continue
             down = trained[f"{layer}.{DOWN}"]
-            weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+            module = model.get_submodule(layer)
+            weight: Tensor = module.weight  # type: ignore[assignment]
             # Summed in float64: a correction that is small beside the weight is not rounded away twice.
-            weight.add_((scale * up.double() @ down.double()).to(weight))
+            product = scale * up.double() @ down.double()
+            weight.add_((product.T if _is_conv1d(module) else product).to(weight))
             used |= {name, f"{layer}.{DOWN}"}
     return used

@@ -93,3 +93,13 @@ def small_language_model():
     model = language_model()
     model.config.use_cache = False
     return model
+
+
+def sharp_language_model():
+    """The same weights in every call, and attention that loses something when it is cut."""
+    model = small_language_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight.mul_(20)
+    return model

@@ -338,8 +338,45 @@ def test_adapters_start_as_nothing_and_merge_to_what_they_computed():
     used = merge(plain, trained, 3.0)
     assert len(used) == 4 and all("lora" in name for name in used)
     torch.testing.assert_close(model(ids)["logits"], plain(ids)["logits"], rtol=1e-10, atol=1e-10)
-    with pytest.raises(PlanError, match=r"nn\.Linear"):
+    with pytest.raises(PlanError, match="linear layers"):
         adapt(nn.ModuleDict({"a": nn.LayerNorm(3)}), ["a"], 2, 1.0, 0)
+
+
+def test_layers_of_gpt2_are_adapted():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64, use_cache=False)
+    plain = GPT2LMHeadModel(config).eval().double()
+    model = copy.deepcopy(plain)
+    names = adapt(model, ["transformer.h.1.attn"], rank=2, scale=3.0, seed=0)
+    assert names == ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
+    ids = tokens()
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_up"):
+                p.normal_()
+    assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    assert len(merge(plain, dict(model.named_parameters()), 3.0)) == 4
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_gpt2_is_distilled_through_adapters():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=23, n_embd=16, n_layer=1, n_head=2, n_positions=64, use_cache=False)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(20)
+    plan = fa.Plan({"transformer.h.0.attn": fa.PlannedSite("window", {"width": 8, "sinks": 2})})
+    (report,) = distilled(model, [stage(steps=8)], plan).stages
+    assert report.kept and report.gain > 0
+    assert model.fastattn_base.changed(fa.BaseWeights.of(model)) == [
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.attn.c_proj.weight",
+    ]
 
 
 def test_objectives_are_their_formulas():

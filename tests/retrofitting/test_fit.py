@@ -211,3 +211,43 @@ def test_a_failed_retrofit_leaves_no_parameters(model, monkeypatch):
     with pytest.raises(NumericError):
         fa.retrofit(model, planned(), batches(2), settings=fa.FitSettings(passes=1, steps=1))
     assert not any("fastattn" in name for name in model.state_dict())
+
+
+def test_retrofit_distils_and_is_saved_with_what_it_trained(model, tmp_path):
+    base = copy.deepcopy(model)
+    stages = [fa.DistilStage("logits", "kl", steps=3, train="full", learning_rate=1e-3, warmup=0)]
+    report = fa.retrofit(
+        model, planned(), batches(3), batches(1, seed=9), settings=fa.FitSettings(passes=1, steps=1), stages=stages,
+        compiler="eager", verify=False, folder=tmp_path / "run",
+    )  # fmt: skip
+    (line,) = report.provenance["stages"]
+    assert line["kept"] and line["gain"] > 0
+    fa.save_pretrained(model, tmp_path / "saved", report=report)
+    again = fa.from_pretrained(base, tmp_path / "saved")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_a_failed_retrofit_takes_back_what_stages_trained(model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise NumericError("NaN at the end")
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr("fastattn_compile.retrofitting.retrofit.evaluate", fail)
+    stages = [fa.DistilStage("logits", "kl", steps=2, train="full", learning_rate=1e-3, warmup=0)]
+    with pytest.raises(NumericError, match="at the end"):
+        fa.retrofit(
+            model, planned(), batches(2), batches(1, seed=9), settings=fa.FitSettings(passes=1, steps=1),
+            stages=stages, compiler="eager",
+        )  # fmt: skip
+    assert set(model.state_dict()) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "fastattn_plan") and not hasattr(model, "fastattn_base")
+
+
+def test_stages_need_held_out_data_and_data_to_read_again(model):
+    stages = [fa.DistilStage("logits", "kl", steps=1)]
+    with pytest.raises(OptionError, match="stages need validation"):
+        fa.retrofit(model, planned(), batches(2), stages=stages)
+    with pytest.raises(OptionError, match="not an iterator"):
+        fa.retrofit(model, planned(), iter(batches(2)), batches(1), stages=stages)
