@@ -33,7 +33,9 @@ def retrofit(
     distil: Annotated[
         list[str] | None,
         typer.Option(
-            "--distil", metavar="STAGE", show_default=False,
+            "--distil",
+            metavar="STAGE",
+            show_default=False,
             help="Then train the whole model towards the exact one: kl, language_model or hidden, alone or with "
             "options (kl:steps=200,train=lora,rank=8,learning_rate=1e-4); repeatable, in order. A stage that does "
             "not help on held-out text is not kept.",
@@ -155,4 +157,6 @@ def read_stages(given: Sequence[str] | None) -> list[DistilStage]:
 
 def _told(stage: dict[str, Any]) -> str:
     kept = "kept" if stage["kept"] else "not kept: it did not help"
-    return f"stage {stage['name']}: {stage['objective']} {stage['before']:.4g} -> {stage['after']:.4g}, {kept}"
+    return (
+        f"stage {stage['name']}: {stage['objective']} {stage['before']:.4g} -> {stage['after']:.4g}, {kept}"
+    )

@@ -22,7 +22,9 @@ DOWN, UP = "lora_down", "lora_up"
 class _Adapter(nn.Module):
     """What adapted layers share: the low-rank product, which starts as nothing (``up`` is 0)."""
 
-    def _correct(self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator) -> None:
+    def _correct(
+        self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         weight: Tensor = self.weight  # type: ignore[assignment]
         bound = 1 / math.sqrt(inputs)
         down = (2 * torch.rand(rank, inputs, generator=generator, dtype=torch.float64) - 1) * bound

@@ -74,9 +74,13 @@ def retrofit(
     if held_out is not None and not held_out:
         raise OptionError("validation holds no batch")
     if stages and held_out is None:
-        raise OptionError("stages need validation: without held-out batches nobody knows whether a stage helps")
+        raise OptionError(
+            "stages need validation: without held-out batches nobody knows whether a stage helps"
+        )
     if stages and iter(data) is data:
-        raise OptionError("stages read the data again after the fit: give a list or a data loader, not an iterator")
+        raise OptionError(
+            "stages read the data again after the fit: give a list or a data loader, not an iterator"
+        )
     if not isinstance(data, (list, tuple)):
         source = Batches(data)
         judged = source.peek() if held_out is None else held_out[0]

@@ -88,6 +88,7 @@ def test_retrofit_saves_only_what_keeps_to_the_budget(fastattn):
     assert refused.exit_code == 3 and "over budget" in refused.stderr
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == saved
 
+
 def test_stages_are_read():
     from fastattn_compile.cli.retrofit import read_stages
 
