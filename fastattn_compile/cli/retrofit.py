@@ -136,7 +136,7 @@ def read_stages(given: Sequence[str] | None) -> list[DistilStage]:
     """
     from fastattn_compile.retrofitting.stages import DistilStage
 
-    stages = []
+    stages: list[DistilStage] = []
     for entry in given or ():
         objective, colon, options = entry.partition(":")
         settings = common.read_options(options.split(",")) if colon else {}

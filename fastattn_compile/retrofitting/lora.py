@@ -69,8 +69,10 @@ class AdaptedConv1D(_Adapter):
 
     def __init__(self, layer: nn.Module, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self._correct(*layer.weight.shape, rank, scale, generator)  # type: ignore[misc]
+        self.weight: Tensor = layer.weight  # type: ignore[assignment]
+        self.bias: Tensor = layer.bias  # type: ignore[assignment]
+        inputs, outputs = self.weight.shape
+        self._correct(inputs, outputs, rank, scale, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the correction."""
