@@ -77,6 +77,8 @@ def exact(causal: bool, n: int) -> onnx.ModelProto:
 def session(model: onnx.ModelProto, threads: int, native: bool = False) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    # Sessions take turns: threads of one that go on looking for work after its run would take the cores from the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if native:
         return fa.onnx.session(model.SerializeToString(), options)
     return onnxruntime.InferenceSession(

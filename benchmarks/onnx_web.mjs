@@ -21,6 +21,11 @@ function tensor({ path, dims }) {
   return new ort.Tensor("float32", new Float32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4), dims);
 }
 
+// What the runtime says, without the places of its sources.
+function reason(error) {
+  return String(error.message ?? error).split("\n")[0].replace(/\S*\/onnxruntime\/\S+ /g, "");
+}
+
 async function prepared(model) {
   const start = performance.now();
   const session = await ort.InferenceSession.create(readFileSync(model.path), { executionProviders: ["wasm"] });
@@ -44,7 +49,7 @@ for (const model of job.models) {
     if (item.output) writeFileSync(item.output, new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
     items.push(item);
   } catch (error) {
-    items.push({ name: model.name, load: null, ms: [], error: String(error.message ?? error).split("\n")[0] });
+    items.push({ name: model.name, load: null, ms: [], error: reason(error) });
   }
 }
 for (let repeat = 0; repeat < job.repeats; repeat++) {

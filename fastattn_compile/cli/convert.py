@@ -71,7 +71,7 @@ def convert(
     if not json:
         made.print(full=full)
         _print_loading(made.provenance)
-    if not any(site.replaced for site in made.sites):
+    if made.cost is None:
         common.notice(
             "nothing was replaced, so no file was written" if out is not None else "nothing was replaced"
         )

@@ -199,7 +199,7 @@ def _check_inputs(graph: onnx.GraphProto, where: str) -> None:
         if not value.type.HasField("tensor_type"):
             continue
         for dim in value.type.tensor_type.shape.dim:
-            if dim.HasField("dim_value") and dim.dim_value < 0:
+            if dim.HasField("dim_value") and dim.dim_value < -1:  # -1 is how some write a free one
                 raise ModelLoadError(f"{where}: input {value.name!r} has a dimension of {dim.dim_value}")
 
 

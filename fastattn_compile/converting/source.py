@@ -69,10 +69,19 @@ def read_model(source: Source) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:  # SerdeError, ValueError, and what they were raised from
         raise ModelLoadError(f"{where} is broken: {first_line(error)}") from error
+    _free_dimensions(model)
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
         _bring_in(model)
     return model
+
+
+def _free_dimensions(model: ir.Model) -> None:
+    """A dimension of -1, as Paddle writes it, is one without a number."""
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None and -1 in value.shape:
+            value.shape = ir.Shape([None if dim == -1 else dim for dim in value.shape])
 
 
 def _bring_in(model: ir.Model) -> None:

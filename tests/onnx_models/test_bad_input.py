@@ -265,6 +265,25 @@ def test_models_that_are_broken(
     refused(tmp_path / "in.onnx", words)
 
 
+def test_a_dimension_of_minus_one_is_a_free_one(model: onnx.ModelProto, tmp_path: Path) -> None:
+    """So Paddle writes it."""
+    for place in (0, 1):
+        dimension(place, -1)(model)
+    del model.graph.value_info[:]
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    code, line = convert(tmp_path / "in.onnx", tmp_path / "out.onnx", "--length", "50")
+    assert not code, line
+    assert onnx.load(str(tmp_path / "out.onnx")).functions
+
+
+def test_exact_attention_that_was_asked_for_is_written(path: Path) -> None:
+    code, line = convert(path, path.parent / "out.onnx", "--operator", "exact", "--option", "block=16")
+    assert code == 2 and "block" in line
+    words = ["convert", str(path), "-o", str(path.parent / "out.onnx"), "--operator", "exact", "-n", "40"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert onnx.load(str(path.parent / "out.onnx")).functions
+
+
 def test_names_of_dimensions_are_no_programs() -> None:
     for text in ("9**9**9**9", "((((9**62)**62)**62)**62)", "__import__('os').getpid()", "(" * 5000, "a**b"):
         assert parse_size(text) == symbol(text)

@@ -94,11 +94,15 @@ class Blocks:
         w, spec, m = self.w, self.spec, self.m
         _, taken = self._tokens()
         met = self._meet(taken)
+        (keys, values), table = self._rows(met)
         biases = [met.bias]
         sinks: list[ir.Value] = []
         if self.sinks:
             biases.append(self._sink_bias())
-            sinks = [self._at_sinks(x) for x, _ in self._sides()]
+            if self.padding is None:
+                table, biases = self._with_sinks(table, *biases)
+            else:  # each sequence has others
+                sinks = [self._at_sinks(x) for x, _ in self._sides()]
         last = w.op("Sub", self.length, [1])
 
         def step(w: OnnxWriter, number: ir.Value) -> ir.Value:
@@ -107,21 +111,17 @@ class Blocks:
             own = w.op("Mul", w.op("Gather", self.query, rows, axis=2), spec.scale)
             if spec.group > 1:
                 own = w.op("Reshape", own, [0, spec.kv_heads, spec.group * m, spec.head_dim])
-            table = w.op("Gather", met.table, number, axis=0)
-            keys, values = (w.op("Gather", x, table, axis=2) for x, _ in self._sides())
-            if met.pooled is not None:
-                far = w.op("Gather", met.pooled.table, number, axis=0)
-                rows_of = zip((keys, values), (met.pooled.keys, met.pooled.values))
-                keys, values = (w.op("Concat", x, w.op("Gather", y, far, axis=2), axis=2) for x, y in rows_of)
+            slots = w.op("Gather", table, number, axis=0)
+            met_keys, met_values = (w.op("Gather", x, slots, axis=2) for x in (keys, values))
             bias, *sink_bias = (w.op("Gather", x, number, axis=2) for x in biases)
-            scores = w.op("Add", self._product(w, own, keys), bias)
-            if sink_bias:
+            scores = w.op("Add", self._product(w, own, met_keys), bias)
+            if sinks:
                 of_sinks = w.op("Add", self._product(w, own, sinks[0]), sink_bias[0])
                 scores = w.op("Concat", scores, of_sinks, axis=-1)
-                values = w.op("Concat", values, sinks[1], axis=2)
+                met_values = w.op("Concat", met_values, sinks[1], axis=2)
             if mass:
-                return with_mass(w, scores, values, spec)
-            result: ir.Value = w.op("MatMul", w.op("Softmax", scores, axis=-1), values)
+                return with_mass(w, scores, met_values, spec)
+            result: ir.Value = w.op("MatMul", w.op("Softmax", scores, axis=-1), met_values)
             return result
 
         rows, channels = self.spec.group * self.m, self.spec.value_dim + mass
@@ -129,6 +129,26 @@ class Blocks:
         # onnx.reference puts what steps give one after another where ONNX stacks it: this is right for both.
         out = w.op("Reshape", out, w.join([self.blocks, -1, self.spec.kv_heads, rows, channels]))
         return w.op("Transpose", out, perm=[1, 2, 0, 3, 4]), biases
+
+    def _rows(self, met: Met) -> tuple[tuple[ir.Value, ir.Value], ir.Value]:
+        """Keys and values, pooled ones behind the tokens, and the table of both: one gather a block and side."""
+        w, pooled = self.w, met.pooled
+        if pooled is None:
+            return (self.key, self.value), met.table
+        keys = w.op("Concat", self.key, pooled.keys, axis=2)
+        values = w.op("Concat", self.value, pooled.values, axis=2)
+        return (keys, values), w.op("Concat", met.table, w.op("Add", pooled.table, self.length), axis=1)
+
+    def _with_sinks(
+        self, table: ir.Value, bias: ir.Value, sink_bias: ir.Value
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Sinks that stand at the same places everywhere as further slots of the table."""
+        w = self.w
+        places = w.op("Expand", self._places, w.join([self.blocks, self.sinks]))
+        # Both may be told once for all rows of a tile.
+        rows = w.op("Mul", w.slice(bias, 0, 1, 4), 0.0)
+        every = w.op("Concat", bias, w.op("Add", sink_bias, rows), axis=4)
+        return w.op("Concat", table, places, axis=1), [every]
 
     def _sides(self) -> tuple[tuple[ir.Value, int], tuple[ir.Value, int]]:
         return (self.key, self.spec.head_dim), (self.value, self.spec.value_dim)

@@ -100,6 +100,13 @@ class _Writing(Blocks):
         return self.levels * (2 if self.causal else 4) * self.p
 
     @cached_property
+    def _live_slots(self) -> ir.Value:
+        """Far slots of the levels that blocks of this length meet; the others cost nothing."""
+        w = self.w
+        met = w.cast(w.op("Greater", self.blocks, w.constant(2 << np.arange(self.levels))), ir.DataType.INT64)
+        return w.op("Mul", w.op("ReduceSum", met, [0], keepdims=1), [self._far_slots() // self.levels])
+
+    @cached_property
     def _rows_of_levels(self) -> ir.Value:
         """Rows of every level: its groups stand in pairs, ``2 * ceil(k / 2^(level + 1))`` of them."""
         w = self.w
@@ -176,7 +183,8 @@ class _Writing(Blocks):
         inside = w.op("And", w.op("GreaterOrEqual", parent, 0), w.op("Less", first, self.blocks))
         met = w.op("And", allowed, inside)
         far = w.op("Add", w.op("Add", w.op("Mul", parent, [2 * p]), w.constant(row)), start)
-        return w.op("Where", met, far, 0), met
+        table = w.op("Where", met, far, 0)
+        return w.slice(table, 0, self._live_slots, 1), w.slice(met, 0, self._live_slots, 1)
 
     def _far_bias(self, counts: list[ir.Value], table: ir.Value, met: ir.Value) -> ir.Value:
         """Logarithms of how many tokens a part stands for, hidden where it is not met, ``(b, 1, k, far)``."""
@@ -197,7 +205,10 @@ class _Writing(Blocks):
         rows, keys = np.arange(m)[:, None], np.arange(self.near)[None] - m
         future = np.where(keys <= rows, 0.0, hidden(spec))
         ahead = np.concatenate([future, np.zeros((m, self._far_slots()))], 1)
-        return w.op("Add", bias, w.constant(np.tile(ahead, (spec.group, 1)), spec.dtype))
+        every = w.constant(np.tile(ahead, (spec.group, 1)), spec.dtype)
+        if self.levels:
+            every = w.slice(every, 0, w.op("Add", self._live_slots, [self.near]), 1)
+        return w.op("Add", bias, every)
 
 
 BODY = Body("FMA", 1, _supports, _write, _attributes)
