@@ -7,17 +7,43 @@ from typing import Any
 
 
 def library() -> str:
-    """The path of the native library, built at first use on a machine.
+    """The path of the native library: the one of the wheel, where it was packed with a compiler, else built at first use.
 
     Hand it to ``SessionOptions.register_custom_ops_library`` of any ONNX Runtime from 1.17 on: nodes of the domain
-    ``fastattn`` then run as kernels instead of through the function that stands beside them.
+    ``fastattn`` then run as kernels instead of through the function that stands beside them; ``placement`` says which.
 
     Raises:
-        RuntimeError: There is no C++ compiler, or it fails.
+        RuntimeError: The wheel has none for this processor, and there is no C++ compiler, or it fails.
     """
     from fastattn_compile.lowering.onnx.native.build import library_path
 
     return str(library_path())
+
+
+def placement(model: Any) -> dict[str, str]:
+    """How the nodes of our domain run in a session with the library.
+
+    Args:
+        model: A path, the bytes of a model, or an ``onnx.ModelProto``.
+
+    Returns:
+        By name of the node (its type and number where it has none): ``"native"``, or ``"function"`` where the library has
+        no kernel for its type.
+    """
+    import onnx
+
+    from fastattn_compile.lowering.onnx.body import DOMAIN
+    from fastattn_compile.lowering.onnx.native import NODES
+
+    if isinstance(model, (str, Path)):
+        model = onnx.load(str(model), load_external_data=False)
+    elif isinstance(model, bytes):
+        model = onnx.load_from_string(model)
+    ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    return {
+        node.name or f"{node.op_type} {number}": "native" if node.op_type in NODES else "function"
+        for number, node in enumerate(ours)
+    }
 
 
 def export(module: Any, args: tuple[Any, ...], *, longest: int = 8192, **options: Any) -> Any:
@@ -52,8 +78,8 @@ def session(model: str | Path | bytes, options: Any = None, providers: list[Any]
         The ``onnxruntime.InferenceSession``.
 
     Raises:
-        RuntimeError: There is no C++ compiler, or it fails. The model runs without the library, too: make the session
-            with onnxruntime itself.
+        RuntimeError: There is no library for this processor and no C++ compiler, or it fails. The model runs without the
+            library, too: make the session with onnxruntime itself.
     """
     import onnxruntime
 

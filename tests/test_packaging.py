@@ -90,3 +90,75 @@ def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> 
         "options={'operator': 'fma', 'compiler': 'eager'}); print(f(*torch.randn(3, 1, 2, 300, 16)).shape)"
     )
     assert "300" in run(str(python), "-c", code, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_onnx_nodes_natively_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    """A wheel that was built with a compiler holds the library: nothing is built where it is installed."""
+    from fastattn_compile.lowering.onnx.native import build
+
+    if build.compiler_obstacle():
+        assert wheel.name.endswith("-py3-none-any.whl")
+        pytest.skip(build.compiler_obstacle())
+    assert not wheel.name.endswith("-any.whl")
+    names = [Path(name).name for name in zipfile.ZipFile(wheel).namelist()]
+    assert {build.file_name(level) for level in build.levels_to_ship()} <= set(names)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "at"),
+        str(wheel),
+    )
+    model = tmp_path / "model.onnx"
+    model.write_bytes(_window_model())
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'at')!r}); import numpy, fastattn_compile as fa; "
+        "from fastattn_compile.lowering.onnx.native import build; "
+        "assert fa.__file__.startswith(sys.path[0]), fa.__file__; "
+        "assert build.compiler_obstacle(); assert build.state().startswith('shipped'), build.state(); "
+        "x = numpy.random.rand(1, 2, 50, 8).astype('f'); made = fa.onnx.session('model.onnx'); "
+        "out = made.run(None, {'query': x, 'key': x, 'value': x})[0]; assert 'torch' not in sys.modules; "
+        "print(out.shape, numpy.abs(out - x).max() > 0)"
+    )
+    environment = {"PATH": str(tmp_path / "empty"), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["(1,", "2,", "50,", "8)", "True"]
+    assert not (tmp_path / ".cache").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler_is_pure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path))
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+
+
+def _window_model() -> bytes:
+    """One node whose function gives back the values: what else comes out, a kernel has computed."""
+    from onnx import TensorProto, helper
+
+    io = [
+        helper.make_tensor_value_info(x, TensorProto.FLOAT, [1, 2, "n", 8])
+        for x in ("query", "key", "value", "out")
+    ]
+    attributes = {"width": 9, "sinks": 2, "scale": 0.3, "mask": "causal", "body_version": 1}
+    node = helper.make_node("Window", ["query", "key", "value"], ["out"], domain="fastattn", **attributes)
+    body = [helper.make_node("Identity", ["value"], ["out"])]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("fastattn", 1)]
+    function = helper.make_function(
+        "fastattn", "Window", ["query", "key", "value"], ["out"], body, opsets[:1], list(attributes)
+    )
+    graph = helper.make_graph([node], "window", io[:3], io[3:])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function])
+    return model.SerializeToString()

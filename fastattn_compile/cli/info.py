@@ -31,6 +31,7 @@ def gather() -> dict[str, Any]:
     """What there is to know, as a JSON document."""
     import torch
 
+    from fastattn_compile.lowering.onnx.native.build import state as onnx_library
     from fastattn_compile.operators.registry import operator_names
     from fastattn_compile.reporting.provenance import device_name, versions
 
@@ -48,6 +49,7 @@ def gather() -> dict[str, Any]:
         },
         "compilers": {"cpp": _cpp_compiler(), "triton": _version("triton")},
         "kernels": _kernels(),
+        "onnx_library": onnx_library(),
         "operators": operator_names(),
         "backends": _backends(),
         "packages": {name: _version(name) for name in _BASE},
@@ -109,6 +111,7 @@ def _print(document: dict[str, Any]) -> None:
         ("C++ compiler", compilers["cpp"] or "none found: Inductor cannot lower for the CPU"),
         ("Triton", compilers["triton"] or "not installed"),
         ("CPU kernels", _described(document["kernels"])),
+        ("ONNX library", document["onnx_library"]),
         ("operators", ", ".join(document["operators"])),
         ("backends", ", ".join(document["backends"])),
     ]

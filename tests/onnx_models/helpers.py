@@ -11,11 +11,12 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
+import fastattn_compile as fa
 from fastattn_compile.lowering.onnx.body import DOMAIN, BodySpec
 from fastattn_compile.lowering.onnx.function import function, node_attributes, node_inputs
 from fastattn_compile.lowering.onnx.registry import body_of, supported
 from fastattn_compile.lowering.onnx.writer import attribute
-from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.base import AttentionInputs, Operator
 
 
 def attention_model(
@@ -43,7 +44,9 @@ def attention_model(
         inputs.append(ir.Value(name="key_padding", type=boolean, shape=ir.Shape(["batch", n])))
     learned = []
     for name, value in zip(operator.parameter_shapes(spec.site()), parameters, strict=True):
-        tensor = ir.tensor(value.numpy(), name=name)
+        # numpy has no bfloat16; float32 says the same numbers
+        wide = value.float() if value.dtype == torch.bfloat16 else value
+        tensor = ir.tensor(wide.numpy(), name=name)
         learned.append(
             ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         )
@@ -82,6 +85,34 @@ def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return made.run(None, feeds)
+
+
+_NUMBERS = {torch.bfloat16: onnx.TensorProto.BFLOAT16, torch.bool: np.bool_}
+
+
+def native_session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session in which our kernels run."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    return fa.onnx.session(model.SerializeToString(), options)
+
+
+def run_native(model: onnx.ModelProto, inputs: AttentionInputs) -> torch.Tensor:
+    """The output of an ``attention_model`` by our kernels, in any type."""
+    given = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    if inputs.key_padding is not None:
+        given["key_padding"] = inputs.key_padding
+    made = native_session(model)
+    if inputs.query.dtype != torch.bfloat16:
+        return torch.from_numpy(made.run(None, {k: v.numpy() for k, v in given.items()})[0])
+    binding = made.io_binding()  # numpy has no bfloat16
+    for name, tensor in given.items():
+        of = _NUMBERS[tensor.dtype]
+        binding.bind_input(name, "cpu", 0, of, tuple(tensor.shape), tensor.contiguous().data_ptr())
+    out = torch.empty(*inputs.query.shape[:3], inputs.value.shape[3], dtype=torch.bfloat16)
+    binding.bind_output("out_0", "cpu", 0, _NUMBERS[torch.bfloat16], tuple(out.shape), out.data_ptr())
+    made.run_with_iobinding(binding)
+    return out
 
 
 def export(

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx_models.helpers import attention_model, run
+from onnx_models.helpers import attention_model, native_session, run, run_native
 from oracle import assert_as_good_as, cast, make_inputs, relative_error
 
 import fastattn_compile as fa
-from fastattn_compile.kernels.cpu import build
 from fastattn_compile.lowering.onnx.body import BodySpec
+from fastattn_compile.lowering.onnx.native import build
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
@@ -34,32 +34,6 @@ def model_of(inputs: AttentionInputs, layers: int = 1, **options: object) -> onn
         s.heads, s.kv_heads, s.head_dim, s.value_dim, inputs.scale, s.mask, TYPES[s.dtype], 18, 1024
     )
     return attention_model(make_operator("fma", **{**SMALL, **options}), spec, layers)
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    return fa.onnx.session(model.SerializeToString(), options)
-
-
-def run_native(model: onnx.ModelProto, inputs: AttentionInputs) -> torch.Tensor:
-    given = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
-    if inputs.key_padding is not None:
-        given["key_padding"] = inputs.key_padding
-    made = session(model)
-    if inputs.query.dtype != torch.bfloat16:
-        return torch.from_numpy(made.run(None, {k: v.numpy() for k, v in given.items()})[0])
-    binding = made.io_binding()  # numpy has no bfloat16
-    for name, tensor in given.items():
-        of = TensorType[tensor.dtype]
-        binding.bind_input(name, "cpu", 0, of, tuple(tensor.shape), tensor.contiguous().data_ptr())
-    out = torch.empty(*inputs.query.shape[:3], inputs.value.shape[3], dtype=torch.bfloat16)
-    binding.bind_output("out_0", "cpu", 0, TensorType[torch.bfloat16], tuple(out.shape), out.data_ptr())
-    made.run_with_iobinding(binding)
-    return out
-
-
-TensorType = {torch.bfloat16: onnx.TensorProto.BFLOAT16, torch.bool: np.bool_}
 
 
 def check(inputs: AttentionInputs, **options: object) -> None:
@@ -133,10 +107,8 @@ def test_more_layers_and_threads_give_the_same() -> None:
     inputs = make_inputs("causal", length=400, heads=4, kv_heads=2, head_dim=8, value_dim=8)
     model = model_of(inputs, layers=3)
     given = {name: getattr(inputs, name).numpy() for name in ("query", "key", "value")}
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    threaded = fa.onnx.session(model.SerializeToString(), options).run(None, given)[0]
-    np.testing.assert_array_equal(threaded, session(model).run(None, given)[0])
+    threaded = native_session(model, threads=2).run(None, given)[0]
+    np.testing.assert_array_equal(threaded, native_session(model).run(None, given)[0])
     np.testing.assert_allclose(threaded, run(model, given)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +127,7 @@ def _with(model: onnx.ModelProto, name: str, value: object) -> onnx.ModelProto:
 def test_what_the_library_does_not_know_is_refused(name: str, value: object, message: str) -> None:
     model = _with(model_of(make_inputs("causal", length=8)), name, value)
     with pytest.raises(Exception, match=message):
-        session(model)
+        native_session(model)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -213,19 +213,18 @@ int run(const BarnesHutArgs& args) {
   const Levels none(a.n, a.m, 0);
   const int64_t heads = a.b * a.g;
   std::vector<Tree> trees(heads);
-  bool finite = true;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic) reduction(&& : finite)
-  for (int64_t u = 0; u < heads; u++) finite = build<T>(args, u / a.g, u % a.g, trees[u]) && finite;
-  if (!finite) return 1;
+  std::vector<uint8_t> finite(heads);
+  parallel(a, heads, [&](int64_t u) { finite[u] = build<T>(args, u / a.g, u % a.g, trees[u]); });
+  for (const uint8_t good : finite)
+    if (!good) return 1;
   const int64_t chunk = std::max<int64_t>(2, (none.blocks * heads + 16 * a.threads - 1) / (16 * a.threads));
   const int64_t chunks = (none.blocks + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t task = 0; task < heads * chunks; task++) {
+  parallel(a, heads * chunks, [&](int64_t task) {
     const int64_t u = task / chunks, from = task % chunks * chunk;
     Walk<T> walk(args, none, trees[u], u / a.g, u % a.g);
     for (int64_t i = from; i < std::min(none.blocks, from + chunk); i++) walk.block(i);
     walk.done();
-  }
+  });
   return 0;
 }
 

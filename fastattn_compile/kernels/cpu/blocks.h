@@ -1,6 +1,7 @@
 // What attention by blocks of queries shares: its arguments, the rows that a block meets, tiles of queries, scores.
 #pragma once
 #include "simd.h"
+#include "threads.h"
 
 extern "C" {
 struct BlockArgs {
@@ -16,24 +17,12 @@ struct BlockArgs {
   int64_t b, h, g, n, d, e, m, p, sinks;
   int32_t causal, weighted, dtype, threads;
   float scale;
-  // The caller's own threads, where it has some: calls work(data, i) for every i < count. Null: those of OpenMP.
-  void (*spread)(void* pool, void (*work)(void* data, size_t i), size_t count, void* data);
+  Spread spread;  // null: the threads of OpenMP
   void* pool;
 };
 }
 
 namespace {
-
-// work(i) for every i < count, shared among threads.
-template <typename Work>
-void parallel(const BlockArgs& a, int64_t count, const Work& work) {
-  if (a.spread) {
-    a.spread(a.pool, [](void* data, size_t i) { (*(const Work*)data)((int64_t)i); }, (size_t)count, (void*)&work);
-    return;
-  }
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t i = 0; i < count; i++) work(i);
-}
 
 // Where the parts of a level stand among the pooled rows: row r of group j of level l at start[l] + p * j + r.
 struct Levels {

@@ -10,7 +10,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("opened.h", "tree.h", "blocks.h", "ranges.h", "simd.h")  # those that include others first
+# Those that include others first.
+_HEADERS = ("opened.h", "tree.h", "blocks.h", "ranges.h", "trees.h", "simd.h", "threads.h")
 _lock = threading.Lock()
 _failed: dict[str, str] = {}
 

@@ -264,12 +264,11 @@ int run(const RangeArgs& a) {
       backward_unit<T>(a, keys, extra, queries);
       continue;
     }
-#pragma omp parallel num_threads(a.threads)
-    {
+    const int64_t share = std::max<int64_t>(4, tiles / (8 * a.threads));  // tiles that a thread takes at a time
+    parallel(a, (tiles + share - 1) / share, [&](int64_t task) {
       Buffers buffers(a);
-#pragma omp for schedule(dynamic, 4)
-      for (int64_t t = 0; t < tiles; t++) attend<T>(a, keys, extra, queries, t, buffers);
-    }
+      for (int64_t t = task * share; t < std::min(tiles, (task + 1) * share); t++) attend<T>(a, keys, extra, queries, t, buffers);
+    });
   }
   return 0;
 }

@@ -2,6 +2,7 @@
 // tile meets.
 #pragma once
 #include "simd.h"
+#include "threads.h"
 
 extern "C" {
 struct RangeArgs {
@@ -22,12 +23,16 @@ struct RangeArgs {
   int64_t b, h, g, n, m, d, e, lists, s;
   int32_t dtype, threads;
   float scale;
+  Spread spread;  // null: the threads of OpenMP; forward only
+  void* pool;
 };
+int ranges_run(const RangeArgs* args);
 }
 
 namespace {
 
-constexpr int64_t CHUNK = 256;  // keys between two corrections of the running sums
+constexpr int64_t CHUNK = 256;   // keys between two corrections of the running sums
+constexpr int64_t STRETCH = 32;  // groups of keys that a thread packs at a time
 
 // The keys of one key head in the order of its lists, in whole groups: packed, values row by row, and their positions. Only
 // groups that are in a range are kept; groups that follow each other stay side by side.
@@ -51,13 +56,11 @@ bool pack(const RangeArgs& a, Keys& keys, Position position) {
     keys.key.resize(kept * a.d), keys.value.resize(kept * keys.dv), keys.position.resize(kept);
     if (a.grad_out) keys.key_rows.resize(kept * dk), keys.value_packed.resize(kept * a.e);
   }
-  bool finite = true;
-#pragma omp parallel num_threads(a.threads) reduction(&& : finite)
-  {
+  std::vector<uint8_t> odd((keys.groups.size() + STRETCH - 1) / STRETCH);
+  parallel(a, odd.size(), [&](int64_t stretch) {
     Floats rows(G * dk, 0.f);
-#pragma omp for schedule(static)
-    for (size_t group = 0; group < keys.groups.size(); group++) {
-      vec odd = {};
+    vec odds = {};
+    for (size_t group = stretch * STRETCH; group < std::min<size_t>(keys.groups.size(), (stretch + 1) * STRETCH); group++) {
       for (int64_t r = 0; r < G; r++) {
         const int64_t row = keys.groups[group] * G + r, to = group * G + r, token = row < keys.rows ? position(row) : -1;
         float *k_to = &rows[r * dk], *v_to = &keys.value[to * keys.dv];
@@ -70,18 +73,18 @@ bool pack(const RangeArgs& a, Keys& keys, Position position) {
         const T *k = key + token * a.key_strides[2], *v = value + token * a.value_strides[2];
         widen_row(k, a.d, k_to);
         widen_row(v, a.e, v_to);
-        for (int64_t c = 0; c < dk; c += W) odd += load(k_to + c) * splat(0.f);
-        for (int64_t c = 0; c < keys.dv; c += W) odd += load(v_to + c) * splat(0.f);
+        for (int64_t c = 0; c < dk; c += W) odds += load(k_to + c) * splat(0.f);
+        for (int64_t c = 0; c < keys.dv; c += W) odds += load(v_to + c) * splat(0.f);
       }
-      for (int j = 0; j < W; j++) finite = finite && odd[j] == 0.f;
       for (int64_t r = 0; r < G; r += 4) transpose_rows(&rows[r * dk], dk, a.d, &keys.key[packed(group * G + r, 0, a.d)], G);
       if (!a.grad_out) continue;
       std::copy(rows.begin(), rows.end(), &keys.key_rows[group * G * dk]);
       for (int64_t r = group * G; r < (int64_t)(group + 1) * G; r += 4)
         transpose_rows(&keys.value[r * keys.dv], keys.dv, a.e, &keys.value_packed[packed(r, 0, a.e)], G);
     }
-  }
-  return finite;
+    for (int j = 0; j < W; j++) odd[stretch] |= !(odds[j] == 0.f);
+  });
+  return std::find(odd.begin(), odd.end(), 1) == odd.end();
 }
 
 // The queries of one key head that may meet anything, by the start of their range; places are counted from its first list.

@@ -27,6 +27,7 @@ class _Arguments(ctypes.Structure):
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value")),
         *((name, ctypes.c_int64) for name in ("b", "h", "g", "n", "m", "d", "e", "lists", "s")),
         ("dtype", ctypes.c_int32), ("threads", ctypes.c_int32), ("scale", ctypes.c_float),
+        ("spread", ctypes.c_void_p), ("pool", ctypes.c_void_p),
     )  # fmt: skip
 
 

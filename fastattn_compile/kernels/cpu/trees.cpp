@@ -2,34 +2,7 @@
 //
 // Sizes: u units (a key head of a sequence), r query heads of a unit, n queries, m keys, d and e channels, L tokens.
 #include "simd.h"
-
-extern "C" {
-struct RouteArgs {
-  const float *x, *weight, *offset;  // (b, h, n, d), (h, t, planes, d), (h, t, planes); the last two contiguous
-  int64_t* leaf;                     // (b, h, t, n)
-  float* scores;                     // (b, h, t, n, height)
-  int64_t x_strides[3];
-  int64_t b, h, t, n, d, height;
-  int32_t threads;
-};
-
-struct SortArgs {
-  const int64_t *code, *wanted;  // (u, m), from 0 to codes - 1; (u, r, n)
-  const int64_t *low, *high;     // (n): positions of the keys that a query may meet; neither ever falls
-  int64_t *order, *start, *stop;  // (u, m); (u, r, n) places in a unit's order
-  int64_t u, r, n, m, codes;
-  int32_t threads;
-};
-
-struct CoarseArgs {
-  const int64_t *key_leaf, *query_leaf;     // (u, L), (u, r, n)
-  const float *real, *value, *learned;      // (u, L), (u, L, e), (u, r, height + 1)
-  float *out, *seen;                        // (u, r, n, e), (u, r, n)
-  int64_t u, r, n, L, e, height;
-  int32_t causal, softmax, root, threads;
-  double share;
-};
-}
+#include "trees.h"
 
 namespace {
 
@@ -49,7 +22,20 @@ static inline four dots(const float* const* x, const float* const* rows, int64_t
   return total;
 }
 
+// In double a row after the other.
+static inline void dots(const double* const* x, const double* const* rows, int64_t d, double* to) {
+  for (int i = 0; i < 4; i++) {
+    to[i] = 0.;
+    for (int64_t c = 0; c < d; c++) to[i] += x[i][c] * rows[i][c];
+  }
+}
+static inline void dots(const float* const* x, const float* const* rows, int64_t d, float* to) {
+  const four found = dots(x, rows, d);
+  for (int i = 0; i < 4; i++) to[i] = found[i];
+}
+
 // Sums of one unit along its sequence, for the channels from `from` to before `to`. In double: no sum of many keeps its noise.
+template <typename Real>
 void coarse(const CoarseArgs& a, int64_t unit, int64_t from, int64_t to) {
   const int64_t levels = a.height + 1, nodes = (2ll << a.height) - 1, e = round_up(to - from, DW);
   std::vector<double> sums(nodes * e, 0.), learned(a.r * levels), row(e, 0.);
@@ -59,14 +45,14 @@ void coarse(const CoarseArgs& a, int64_t unit, int64_t from, int64_t to) {
     for (int64_t l = 0; l < levels; l++) path[l] = (leaf >> (a.height - l)) + (1ll << l) - 1;
   };
   for (int64_t r = 0; r < a.r; r++) {  // for a softmax exponentials of the learned numbers, the largest of them 1
-    const float* given = a.learned + (unit * a.r + r) * levels;
-    float most = NEG_INF;
+    const Real* given = (const Real*)a.learned + (unit * a.r + r) * levels;
+    Real most = NEG_INF;
     for (int64_t l = a.root ? 0 : 1; l < levels; l++) most = std::max(most, given[l]);
     for (int64_t l = 0; l < levels; l++) learned[r * levels + l] = a.softmax ? std::exp((double)given[l] - most) : given[l];
   }
   const auto add = [&](int64_t i) {
     if (a.real[unit * a.L + i] == 0.f) return;
-    const float* value = a.value + (unit * a.L + i) * a.e + from;
+    const Real* value = (const Real*)a.value + (unit * a.L + i) * a.e + from;
     for (int64_t c = 0; c < to - from; c++) row[c] = value[c];
     climb(a.key_leaf[unit * a.L + i]);
     for (int64_t l = 0; l < levels; l++) {
@@ -87,16 +73,16 @@ void coarse(const CoarseArgs& a, int64_t unit, int64_t from, int64_t to) {
     }
     if (a.softmax && total > 0.)
       for (int64_t l = 0; l < levels; l++) factor[l] *= a.share / total;
-    float* out = a.out + at * a.e + from;
+    Real* out = (Real*)a.out + at * a.e + from;
     for (int64_t c = 0; c < e; c += DW) {
       wide acc = {};
-      for (int64_t l = 0; l < levels; l++) acc += *(const wide*)(&sums[path[l] * e + c]) * factor[l];
+      for (int64_t l = a.root ? 0 : 1; l < levels; l++) acc += *(const wide*)(&sums[path[l] * e + c]) * factor[l];
       if (c + DW <= to - from)
-        for (int64_t k = 0; k < DW; k++) out[c + k] = (float)acc[k];
+        for (int64_t k = 0; k < DW; k++) out[c + k] = (Real)acc[k];
       else
-        for (int64_t k = 0; c + k < to - from; k++) out[c + k] = (float)acc[k];
+        for (int64_t k = 0; c + k < to - from; k++) out[c + k] = (Real)acc[k];
     }
-    if (from == 0) a.seen[at] = (float)counts[0];
+    if (from == 0 && a.seen) a.seen[at] = (float)counts[0];
   };
   if (!a.causal)
     for (int64_t i = 0; i < a.L; i++) add(i);
@@ -106,40 +92,41 @@ void coarse(const CoarseArgs& a, int64_t unit, int64_t from, int64_t to) {
   }
 }
 
-}  // namespace
-
-extern "C" void trees_route(const RouteArgs* args) {
-  const RouteArgs& a = *args;
+template <typename Real>
+void route(const RouteArgs& a) {
   const int64_t planes = (1ll << a.height) - 1, stretch = 512, stretches = (a.n + stretch - 1) / stretch;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t task = 0; task < a.b * a.h * a.t * stretches; task++) {
-    const int64_t row = task / stretches, first = task % stretches * stretch, head = row / a.t % a.h;
-    const float* x = a.x + row / a.t / a.h * a.x_strides[0] + head * a.x_strides[1];
-    const float *weight = a.weight + (head * a.t + row % a.t) * planes * a.d, *offset = a.offset + (head * a.t + row % a.t) * planes;
+  parallel(a, a.b * a.h * a.t * stretches, [&](int64_t task) {
+    const int64_t row = task / stretches, first = task % stretches * stretch, head = row / a.t % a.h, tree = head * a.t + row % a.t;
+    const Real* x = (const Real*)a.x + row / a.t / a.h * a.x_strides[0] + head * a.x_strides[1];
+    const Real *weight = (const Real*)a.weight + tree * planes * a.d, *offset = (const Real*)a.offset + tree * planes;
     const int64_t last = std::min(a.n, first + stretch) - 1;
     for (int64_t i = first; i <= last; i += 4) {
       // Four vectors at a time; at the end the last one again.
-      const float *vectors[4], *rows[4];
+      const Real *vectors[4], *rows[4];
       int64_t at[4], leaf[4] = {};
       for (int k = 0; k < 4; k++) at[k] = std::min(i + k, last), vectors[k] = x + at[k] * a.x_strides[2];
       for (int64_t l = 0; l < a.height; l++) {
         for (int k = 0; k < 4; k++) rows[k] = weight + ((1ll << l) - 1 + leaf[k]) * a.d;
-        const four products = dots(vectors, rows, a.d);
+        Real products[4];
+        dots(vectors, rows, a.d, products);
         for (int k = 0; k < 4; k++) {
-          const float score = products[k] + offset[(1ll << l) - 1 + leaf[k]];
-          a.scores[(row * a.n + at[k]) * a.height + l] = score;
-          leaf[k] = 2 * leaf[k] + (score > 0.f);
+          const Real score = products[k] + offset[(1ll << l) - 1 + leaf[k]];
+          if (a.scores) ((Real*)a.scores)[(row * a.n + at[k]) * a.height + l] = score;
+          leaf[k] = 2 * leaf[k] + (score > 0);
         }
       }
       for (int k = 0; k < 4; k++) a.leaf[row * a.n + at[k]] = leaf[k];
     }
-  }
+  });
 }
+
+}  // namespace
+
+extern "C" void trees_route(const RouteArgs* args) { args->dtype ? route<double>(*args) : route<float>(*args); }
 
 extern "C" void trees_sort(const SortArgs* args) {
   const SortArgs& a = *args;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t unit = 0; unit < a.u; unit++) {
+  parallel(a, a.u, [&](int64_t unit) {
     const int64_t* code = a.code + unit * a.m;
     std::vector<int64_t> place(a.codes + 1, 0);
     for (int64_t i = 0; i < a.m; i++) place[code[i] + 1]++;
@@ -155,7 +142,7 @@ extern "C" void trees_sort(const SortArgs* args) {
         a.start[at] = low[a.wanted[at]], a.stop[at] = high[a.wanted[at]];
       }
     }
-  }
+  });
 }
 
 extern "C" void trees_coarse(const CoarseArgs* args) {
@@ -163,9 +150,8 @@ extern "C" void trees_coarse(const CoarseArgs* args) {
   // Few units: their channels are shared out, in whole cache lines.
   const int64_t shares = std::max<int64_t>(1, std::min<int64_t>((a.threads + a.u - 1) / a.u, a.e / 16));
   const int64_t width = round_up((a.e + shares - 1) / shares, 16);
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic)
-  for (int64_t task = 0; task < a.u * shares; task++) {
-    const int64_t from = task % shares * width;
-    if (from < a.e) coarse(a, task / shares, from, std::min(a.e, from + width));
-  }
+  parallel(a, a.u * shares, [&](int64_t task) {
+    const int64_t unit = task / shares, from = task % shares * width, to = std::min(a.e, from + width);
+    if (from < a.e) a.dtype ? coarse<double>(a, unit, from, to) : coarse<float>(a, unit, from, to);
+  });
 }

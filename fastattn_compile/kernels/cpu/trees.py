@@ -11,6 +11,9 @@ from fastattn_compile.kernels.aten.treeformer_tc import Cut, Weighting
 from fastattn_compile.kernels.cpu.arguments import dense_rows
 from fastattn_compile.kernels.cpu.build import library, obstacle
 
+# A caller with threads of its own; here those of OpenMP serve.
+_OWN_THREADS = (("spread", ctypes.c_void_p), ("pool", ctypes.c_void_p))
+
 
 class _Route(ctypes.Structure):
     """``RouteArgs`` of ``trees.cpp``."""
@@ -19,7 +22,8 @@ class _Route(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "offset", "leaf", "scores")),
         ("x_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_int64) for name in ("b", "h", "t", "n", "d", "height")),
-        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("threads", "dtype")),
+        *_OWN_THREADS,
     )
 
 
@@ -30,6 +34,7 @@ class _Sort(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("code", "wanted", "low", "high", "order", "start", "stop")),
         *((name, ctypes.c_int64) for name in ("u", "r", "n", "m", "codes")),
         ("threads", ctypes.c_int32),
+        *_OWN_THREADS,
     )
 
 
@@ -40,7 +45,8 @@ class _Coarse(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("key_leaf", "query_leaf", "real", "value", "learned", "out", "seen")),
         *((name, ctypes.c_int64) for name in ("u", "r", "n", "L", "e", "height")),
         *((name, ctypes.c_int32) for name in ("causal", "softmax", "root", "threads")),
-        ("share", ctypes.c_double),
+        ("share", ctypes.c_double), ("dtype", ctypes.c_int32),
+        *_OWN_THREADS,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@
 namespace ort {
 
 constexpr uint32_t VERSION = 17;
-enum Type { FLOAT = 1, BOOL = 9, FLOAT16 = 10, DOUBLE = 11, BFLOAT16 = 16 };
+enum Type { ANY = 0, FLOAT = 1, BOOL = 9, FLOAT16 = 10, DOUBLE = 11, BFLOAT16 = 16 };
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
 enum Presence { REQUIRED = 0, OPTIONAL = 1 };
 
@@ -144,6 +144,14 @@ inline std::vector<int64_t> sizes(Api* api, const Tensor* tensor) {
   std::vector<int64_t> found = sizes(api, shape);
   slot<void>(api, 99, shape);
   return found;
+}
+inline Type type_of(Api* api, const Tensor* tensor) {
+  Shape* shape = nullptr;
+  call(api, 65, tensor, &shape);
+  int found = ANY;
+  call(api, 60, shape, &found);
+  slot<void>(api, 99, shape);
+  return (Type)found;
 }
 
 // work(data, i) for every i < count, by the threads of the session.
