@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.reference
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnx_models.helpers import attention_model, run
@@ -37,6 +38,7 @@ TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.float64: ir.DataType.DOUBLE,
+    torch.bfloat16: ir.DataType.BFLOAT16,
 }
 
 
@@ -279,6 +281,38 @@ def test_other_types(name: str, mask: str, dtype: torch.dtype) -> None:
     if (name, dtype) == ("conv_basis", torch.float64):
         return  # refused, see below
     check(name, make_inputs(served(name, mask), length=150, dtype=dtype), **OPTIONS[name])
+
+
+def run_in_bfloat16(model: onnx.ModelProto, inputs: AttentionInputs) -> torch.Tensor:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    made = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = made.io_binding()  # numpy has no bfloat16
+    out = torch.empty(*inputs.query.shape[:3], inputs.value.shape[3], dtype=torch.bfloat16)
+    kind, tensors = onnx.TensorProto.BFLOAT16, [inputs.query, inputs.key, inputs.value]
+    for name, x in zip(("query", "key", "value"), map(torch.Tensor.contiguous, tensors)):
+        binding.bind_input(name, "cpu", 0, kind, tuple(x.shape), x.data_ptr())
+    if inputs.key_padding is not None:
+        binding.bind_cpu_input("key_padding", inputs.key_padding.numpy())
+    binding.bind_output("out_0", "cpu", 0, kind, tuple(out.shape), out.data_ptr())
+    made.run_with_iobinding(binding)
+    return out
+
+
+@pytest.mark.parametrize("mask", ["none", "causal & key_padding"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bfloat16_is_float32_inside(name: str, mask: str) -> None:
+    inputs = make_inputs(served(name, mask), length=150, dtype=torch.bfloat16)
+    operator = make_operator(name, **OPTIONS[name])
+    learned = make_parameters(operator, cast(inputs, torch.float32))
+    model = attention_model(operator, spec_of(inputs), parameters=learned)
+    onnx.checker.check_model(model, full_check=True)
+    out = run_in_bfloat16(model, inputs)
+    oracle = operator.reference(cast(inputs, torch.float64), tuple(p.double() for p in learned)).out
+    # Rounded once, at the end.
+    assert (out.double() - oracle).norm() <= torch.finfo(torch.bfloat16).eps / 2 * oracle.norm()
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,13 @@ class Body:
     supports: Callable[[Operator, BodySpec], Support]
     write: Callable[[OnnxWriter, Operator, BodySpec, BodyInputs], ir.Value]
     attributes: Callable[[Operator, BodySpec], Mapping[str, Any]]
+
+
+def computed(spec: BodySpec) -> BodySpec:
+    """The site as its body computes it: runtimes on CPUs have no products in bfloat16, so that is float32 inside."""
+    if spec.dtype != ir.DataType.BFLOAT16:
+        return spec
+    return dataclasses.replace(spec, dtype=ir.DataType.FLOAT)
 
 
 def hidden(spec: BodySpec) -> float:

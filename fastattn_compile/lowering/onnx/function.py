@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fastattn_compile.lowering.onnx.body import DOMAIN, Body, BodyInputs, BodySpec
+from fastattn_compile.lowering.onnx.body import DOMAIN, Body, BodyInputs, BodySpec, computed
 from fastattn_compile.lowering.onnx.registry import body_of
 from fastattn_compile.lowering.onnx.writer import OnnxWriter
 from fastattn_compile.operators.base import Operator
@@ -32,11 +32,18 @@ def function(operator: Operator, spec: BodySpec, overload: str = "") -> ir.Funct
     padded = spec.mask.key_padding or bool(learned)
     names = ["query", "key", "value", *(["key_padding"] if padded else []), *learned]
     inputs = [ir.Value(name=name) for name in names]
-    writer = OnnxWriter(spec.dtype)
-    query, key, value, *further = inputs
-    padding = further[0] if spec.mask.key_padding else None
-    given = BodyInputs(query, key, value, padding, tuple(further[1:]))
-    output = body.write(writer, operator, spec, given)
+    inner = computed(spec)
+    writer = OnnxWriter(inner.dtype)
+    cast = spec.dtype != inner.dtype
+    tensors, further = inputs[:3], inputs[3:]
+    padding, parameters = further[0] if spec.mask.key_padding else None, further[1:]
+    if cast:
+        tensors, parameters = ([writer.cast(x, inner.dtype) for x in xs] for xs in (tensors, parameters))
+    query, key, value = tensors
+    given = BodyInputs(query, key, value, padding, tuple(parameters))
+    output = body.write(writer, operator, inner, given)
+    if cast:
+        output = writer.cast(output, spec.dtype)
     graph = ir.Graph(inputs, [output], nodes=writer.nodes, opset_imports={"": spec.opset}, name=body.op_type)
     declared = [
         ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in node_attributes(operator, spec, body)

@@ -13,7 +13,7 @@ from fastattn_compile.lowering.onnx import (
     tree_leaf,
     window,
 )
-from fastattn_compile.lowering.onnx.body import Body, BodySpec
+from fastattn_compile.lowering.onnx.body import Body, BodySpec, computed
 from fastattn_compile.operators.base import Operator, Support, no
 
 _BODIES = {
@@ -41,4 +41,4 @@ def supported(operator: Operator, spec: BodySpec) -> Support:
         return no(f"{operator.name} has no ONNX body yet; operators that have one: {', '.join(_BODIES)}")
     if spec.mask.segments:
         return no("packed documents cannot be said in ONNX yet")
-    return body.supports(operator, spec)
+    return body.supports(operator, computed(spec))
