@@ -15,7 +15,7 @@ class Batches:
         source: A list, a data loader, any iterable; an iterator is read once.
 
     Raises:
-        OptionError: It holds no batch.
+        OptionError: It holds no batch, or raises.
     """
 
     def __init__(self, source: Iterable[Any]) -> None:
@@ -36,7 +36,7 @@ class Batches:
         """The next batch.
 
         Raises:
-            OptionError: An iterator has ended.
+            OptionError: An iterator has ended, or the source raises.
         """
         batch = self.peek()
         self._ahead.clear()
@@ -65,15 +65,17 @@ class Batches:
 
     def _fetch(self) -> Any:
         try:
-            return next(self._iterator)
-        except StopIteration:
-            pass
-        if not self._once:
-            self._iterator = iter(self._source)
-            try:
-                return next(self._iterator)
-            except StopIteration:
-                pass
+            for batch in self._iterator:
+                return batch
+            if not self._once:
+                self._iterator = iter(self._source)
+                for batch in self._iterator:
+                    return batch
+        except Exception as error:
+            raise OptionError(
+                f"the data raised {type(error).__name__} after {self._read} batches: {error}; "
+                "what was reached is kept in the run's folder"
+            ) from error
         raise OptionError(
             f"the data ended after {self._read} batches" if self._read else "the data holds no batch"
-        ) from None
+        )

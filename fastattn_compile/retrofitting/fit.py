@@ -124,7 +124,7 @@ def fit(
     Raises:
         PlanError: The plan names a site that the model does not have or its operator cannot serve.
         NumericError: The loss of a site is not finite; the text names the site.
-        OptionError: The data holds no batch, or raises.
+        OptionError: The data holds no batch, raises, or is shorter than what an operator learns from.
         CheckpointError: ``folder`` holds another run, or is damaged.
         ModelLoadError: The model has no data, or is spread over devices.
     """
@@ -135,8 +135,7 @@ def fit(
     if not learned:
         return Fit({}, {}, ())
     replay = Replay(model)
-    source = _Guarded(data)
-    batches = Batches(source)
+    batches = Batches(data)
     held_out = [batches.next()] if validation is None else list(validation)
     if not held_out:
         raise OptionError("validation holds no batch")
@@ -166,25 +165,6 @@ def fit(
         for batch in held_out:
             replay.run(batch, take=fitting.judge)
     return fitting.result()
-
-
-class _Guarded:
-    """A loader whose errors say that they are the loader's."""
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
-
-    def __iter__(self) -> Any:
-        read = 0
-        try:
-            for batch in self.data:
-                yield batch
-                read += 1
-        except Exception as error:
-            raise OptionError(
-                f"the data raised {type(error).__name__} after {read} batches: {error}; "
-                "what was fitted is kept in the folder"
-            ) from error
 
 
 class _Site:
@@ -242,6 +222,11 @@ class _Fitting:
             raise PlanError(f"{operator.name} cannot serve site {site!r}: {support.reason}")
         self.say("start the parameters from the data", len(self.sites) + 1, len(self.learned))
         values = operator.initial_parameters(inputs.spec(), inputs)
+        if not values:
+            raise OptionError(
+                f"{operator.name} has no learned parameters at site {site!r} for the {inputs.key.shape[2]} tokens of this "
+                "data: all of them are its near field; fit on sequences as long as those it is to serve"
+            )
         self.sites[site] = _Site(site, operator, values, inputs.key)
 
     def check(self, known: list[str]) -> None:

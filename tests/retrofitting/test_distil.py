@@ -270,7 +270,7 @@ def test_bad_input_is_explained():
             yield from DATA[:2]
             raise RuntimeError("disk gone")
 
-    with pytest.raises(RuntimeError, match="disk gone"):
+    with pytest.raises(OptionError, match="the data raised RuntimeError after 2 batches: disk gone"):
         distilled(model, [stage()], data=Broken())
     for change in ({"objective": "mse"}, {"train": "all"}, {"steps": 0}, {"learning_rate": 0.0}):
         with pytest.raises(OptionError, match="stage 'logits'"):

@@ -184,6 +184,11 @@ def test_bad_input(model):
         fa.fit(model, planned(), batches(3), settings=fa.FitSettings(passes=1, steps=1))
 
 
+def test_data_shorter_than_a_block_is_refused(model):
+    with pytest.raises(OptionError, match=r"'layers\.1' for the 16 tokens of this data"):
+        fa.fit(model, planned(options={**FMA, "block": 64}), batches(3, 16))
+
+
 def test_nothing_to_fit(model):
     assert fa.fit(model, planned("window", {"width": 8}), batches(1)).sites == ()
 

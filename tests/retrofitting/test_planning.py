@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,11 @@ def test_a_killed_search_resumes_and_measures_nothing_twice(model, tmp_path):
     assert again.sites == straight.sites and again.provenance["search"]["evaluations"] == 0
     with pytest.raises(CheckpointError, match="other metric"):
         found_by(model, metric="cosine", folder=tmp_path)
+    kept = journal.read_bytes()
+    journal.write_bytes(kept.replace(b'"name"', b'"nam', 1))
+    with pytest.raises(CheckpointError, match=r"line 2 of .* is damaged"):
+        found_by(model, max_drop=0.02, folder=tmp_path)
+    journal.write_bytes(kept)
     with torch.no_grad():
         model.head.weight += 1
     with pytest.raises(CheckpointError, match="other model"):
@@ -267,6 +273,13 @@ def test_bad_input(model):
     half.head.to("meta")
     with pytest.raises(ModelLoadError, match="meta device"):
         found_by(half)
+    spread = nn.Module()
+    spread.named_parameters = lambda: [
+        ("a", SimpleNamespace(device="cuda:0")),
+        ("b", SimpleNamespace(device="cpu")),
+    ]
+    with pytest.raises(ModelLoadError, match="spread over devices .a on cuda:0, b on cpu"):
+        Replay(spread)
     with pytest.raises(NumericError, match="metric"):
         found_by(model, metric=lambda result, exact, batch: float("nan"))
 
