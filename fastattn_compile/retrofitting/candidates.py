@@ -41,6 +41,11 @@ LADDERS: Mapping[str, Sequence[Options]] = {
         {"open": 48, "beam": 48, "select": "cumulant"},
         {"open": 32, "group": 8},
         {"open": 96, "beam": 48, "group": 8},
+        # Queries that choose together pay an eighth for the choice: a beam that lets nearly every node through. On long
+        # sequences that is worth more than a choice of one's own where neighbours look at the same.
+        {"open": 40, "beam": 256, "group": 8},
+        {"open": 80, "beam": 512, "group": 8},
+        {"open": 160, "beam": 512, "group": 8},
     ),
     "window": ({"width": 64}, {"width": 128}, {"width": 256}, {"width": 512}, {"width": 1024}),
     "fma": ({"block": 32}, {"block": 64, "rank": 16}, {"block": 128}),
