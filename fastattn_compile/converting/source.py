@@ -17,6 +17,7 @@ from fastattn_compile.errors import FastAttentionError, ModelLoadError
 from fastattn_compile.lowering.onnx.body import DOMAIN
 from fastattn_compile.passes.analyse import named
 from fastattn_compile.passes.find import find
+from fastattn_compile.passes.onnx.unfold import unfold
 from fastattn_compile.passes.onnx.view import graphs, infer_shapes, skeleton, view
 from fastattn_compile.passes.site import Softmax
 
@@ -128,9 +129,14 @@ def prepare(source: Source) -> Prepared:
                 f"{name_of(source)}: the nodes of the graph read each other in a cycle"
             ) from error
         infer_shapes(model)
+        opset = model.opset_imports[""]
+        written = [v for g in graphs(model) for node in unfold(g, opset) for v in node.outputs]
+        if written:
+            given |= dict.fromkeys(written, (None, None))
+            infer_shapes(model)
         found = [find(view(model, graph)) for graph in graphs(model)]
     lines = named([line for graph in found for line in graph])
-    return Prepared(model, lines, model.opset_imports[""], given)
+    return Prepared(model, lines, opset, given)
 
 
 @contextmanager

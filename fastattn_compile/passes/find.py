@@ -63,7 +63,8 @@ def find(view: GraphView) -> list[Softmax]:
                     continue  # its exponential is the softmax
                 raise _NotAttention("a log-softmax: its result is no weighting of values")
             else:
-                raise _Kept(f"a {node.attributes.get('target', node.kind)} call that was not expanded")
+                call = f"a {node.attributes.get('target', node.kind)} call that was not expanded"
+                raise _Kept(node.attributes.get("reason", call))
         except _Kept as reason:
             found.append(Softmax(name, EXACT, str(reason), node.source, node=node))
         except _NotAttention as reason:

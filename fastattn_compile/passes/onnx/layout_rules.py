@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn_compile.passes.fx_rules import Meaning
-from fastattn_compile.passes.graph import Node
-from fastattn_compile.passes.onnx.rules import MICROSOFT, Call, rule
+from fastattn_compile.passes.onnx.rules import Call, rule
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -132,61 +131,11 @@ def _gather_nd(call: Call, at: int) -> Meaning | None:
 
 @rule("Attention")
 def _attention(call: Call, at: int) -> Meaning | None:
-    """The standard operator (opset 23 and 24) on four dimensions, without cache; three dimensions carry folded heads."""
+    """The standard operator on four dimensions, without cache; other fused nodes are written out before (``unfold``)."""
     if at:
         return None
     q, k, v = (call.tensor(i) for i in range(3))
-    if q is None or k is None or v is None or any(x.shape is None for x in (q, k, v)):
-        return None
-    if any(call.tensor(i) is not None for i in (4, 5)) or call.get("softcap", 0.0):
-        return None
-    heads, kv_heads = call.get("q_num_heads"), call.get("kv_num_heads")
-    if len(q.shape or ()) == 3:
-        if not heads or not kv_heads:
-            return None
-        return unfolded(
-            call, q, k, v, int(heads), int(kv_heads), call.tensor(3), bool(call.get("is_causal", 0))
-        )
     attributes = {
         "dropout": 0.0, "is_causal": bool(call.get("is_causal", 0)), "scale": call.get("scale"), "enable_gqa": True,
     }  # fmt: skip
     return Meaning("sdpa", (q, k, v, call.tensor(3)), attributes)
-
-
-def unfolded(
-    call: Call, q: Node, k: Node, v: Node, heads: int, kv_heads: int, mask: Any, causal: bool
-) -> Meaning | None:
-    """A fused call on ``(batch, length, heads * d)`` as the same call on four dimensions, folded again behind it."""
-
-    def split(x: Node, count: int) -> Meaning | None:
-        batch, length, channels = x.shape or (0, 0, 0)
-        if not isinstance(channels, int) or channels % count:
-            return None
-        shape = (batch, length, count, channels // count)
-        inner = Meaning("reshape", (x,), {}, shape, x.dtype)
-        moved = (batch, count, length, channels // count)
-        return Meaning("permute", (inner,), {"dims": (0, 2, 1, 3)}, moved, x.dtype)
-
-    parts = [split(q, heads), split(k, kv_heads), split(v, kv_heads)]
-    if any(p is None for p in parts) or q.shape is None or v.shape is None:
-        return None
-    value_dim = int(v.shape[2]) // kv_heads
-    shape = (q.shape[0], heads, q.shape[1], value_dim)
-    attributes = {"dropout": 0.0, "is_causal": causal, "scale": call.get("scale") or None, "enable_gqa": True}
-    fused = Meaning("sdpa", (*parts, mask), attributes, shape, q.dtype)
-    back = Meaning(
-        "permute", (fused,), {"dims": (0, 2, 1, 3)}, (shape[0], shape[2], shape[1], shape[3]), q.dtype
-    )
-    return Meaning("reshape", (back,))
-
-
-@rule("MultiHeadAttention", domain=MICROSOFT)
-def _multi_head(call: Call, at: int) -> Meaning | None:
-    """Separate query, key and value of three dimensions, without bias and cache."""
-    if at or any(call.tensor(i) is not None for i in range(3, 8)):
-        return None
-    q, k, v = (call.tensor(i) for i in range(3))
-    if q is None or k is None or v is None or any(len(x.shape or ()) != 3 for x in (q, k, v)):
-        return None
-    heads = int(call.get("num_heads"))
-    return unfolded(call, q, k, v, heads, heads, None, bool(call.get("unidirectional", 0)))

@@ -20,6 +20,7 @@ from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.mask_structure import emit
 from fastattn_compile.passes.onnx.facts import FactWriter
+from fastattn_compile.passes.onnx.unfold import take_over
 from fastattn_compile.passes.relayout import Relayout
 from fastattn_compile.passes.site import Site
 
@@ -136,6 +137,7 @@ def rewrite(model: ir.Model, replacements: Sequence[Replacement], *, replace: bo
     if replace:
         for item in placed:
             name = item.original.name
+            take_over(item.original)
             item.original.replace_all_uses_with(item.output, replace_graph_outputs=True)
             if item.output.is_graph_output():
                 item.original.name, item.output.name = f"{name}_exact", name

@@ -21,6 +21,7 @@ from fastattn_compile.passes.onnx import layout_rules  # noqa: F401  registers i
 from fastattn_compile.passes.onnx.rules import RULES, Call
 from fastattn_compile.passes.onnx.shapes import is_known, result_shape
 from fastattn_compile.passes.onnx.sizes import SizeValues, shapes_of
+from fastattn_compile.passes.onnx.unfold import MEANS, STANDS_FOR, WHY_NOT
 
 # torch types by their ONNX names.
 _TYPES = {
@@ -168,13 +169,19 @@ class _Builder:
     def _read(self, node: ir.Node) -> None:
         self.values.follow(node)
         self._refine(node)
-        module, source = provenance(node)
+        stands_for = node.meta.get(STANDS_FOR)
+        module, source = provenance(node if stands_for is None else stands_for[0].producer())
         call = Call(node, [self._operand(v) for v in node.inputs], self.values, self.shape, self.opset)
         for at, value in enumerate(node.outputs):
             known = self.values.known.get(value)
             meaning: Meaning | None = None
             if known is not None:
                 meaning = _sizes(known)
+            elif at == 0 and MEANS in node.meta:
+                meaning = Meaning("identity", (self.of[node.meta[MEANS]],))
+            elif at == 0 and WHY_NOT in node.meta:
+                operands = tuple(x for x in call.inputs if isinstance(x, Node))
+                meaning = Meaning("mha", operands, {"reason": node.meta[WHY_NOT]})
             elif value.const_value is not None or node.op_type == "Constant":
                 constant = constant_of(value)
                 meaning = _constant(constant, value) if constant is not None else None
