@@ -249,7 +249,12 @@ def _attention(node: ir.Node, writer: _Writer) -> _Parts:
     for size in sizes:
         parts.append(writer.split(writer.part(projected, at, size, 2), heads))
         at += size
-    made = _Parts(*parts, scale=float(attribute(node, "scale", 0.0) or 0.0) or (sizes[0] // heads) ** -0.5)
+    made = _Parts(
+        parts[0],
+        parts[1],
+        parts[2],
+        scale=float(attribute(node, "scale", 0.0) or 0.0) or (sizes[0] // heads) ** -0.5,
+    )
     made.causal = bool(attribute(node, "unidirectional", 0))
     return _masked(made, node, writer, mask=3, bias=5)
 
@@ -298,7 +303,9 @@ def _multi_head(node: ir.Node, writer: _Writer) -> _Parts:
                     raise _Not("its keys or values are missing")
                 pair.append(x if _rank(original) == 4 else writer.split(x, heads))
         parts = [writer.split(first or query, heads), *pair]
-    made = _Parts(*parts, scale=float(attribute(node, "scale", 0.0) or 0.0) or channels**-0.5)
+    made = _Parts(
+        parts[0], parts[1], parts[2], scale=float(attribute(node, "scale", 0.0) or 0.0) or channels**-0.5
+    )
     made.causal = bool(attribute(node, "unidirectional", 0))
     return _masked(made, node, writer, mask=4, bias=5)
 
@@ -355,8 +362,8 @@ def _standard(node: ir.Node, writer: _Writer) -> _Parts | None:
     if not heads or not kv_heads:
         raise _Not("it does not say its number of heads")
     scale = float(attribute(node, "scale", 0.0) or 0.0) or (_size(query, 2) // heads) ** -0.5
-    operands = [writer.split(_needed(node, at), n) for at, n in enumerate((heads, kv_heads, kv_heads))]
-    made = _Parts(*operands, heads // kv_heads, scale, causal=bool(attribute(node, "is_causal", 0)))
+    q, k, v = (writer.split(_needed(node, at), n) for at, n in enumerate((heads, kv_heads, kv_heads)))
+    made = _Parts(q, k, v, heads // kv_heads, scale, causal=bool(attribute(node, "is_causal", 0)))
     mask = _given(node, 3)
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         made.kept.append((mask, float("-inf")))
