@@ -116,7 +116,14 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
     analyses = analyse(gm, parsed.within)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
     learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
-    choices = _choose(gm, example_inputs, [line for a in analyses for line in a.softmaxes], parsed, learned)
+    lines = [line for a in analyses for line in a.softmaxes]
+    frame = analyses[0].frame
+    measured = parsed.operator is None and parsed.plan is None
+    if frame is not None and lines and measured:
+        # What was measured on one model says nothing of another of the same class.
+        frame.bind()
+    shared = frame.aliases if frame is not None and frame.inside else None
+    choices = _choose(gm, example_inputs, lines, parsed, learned, shared)
     if parsed.exact_fuse:
         choices = {name: fused(choice) for name, choice in choices.items()}
     for analysis in analyses:
@@ -211,13 +218,14 @@ def _choose(
     softmaxes: list[Softmax],
     options: Options,
     learned: Collection[str],
+    shared: Callable[[str], Collection[str]] | None,
 ) -> dict[str, Choice]:
     operator = options.build_operator()
     if operator is not None:
         made = choose_operator(softmaxes, operator, options.strict, learned)
     elif options.plan is not None:
         planned = {name: (site.build(), site.reason) for name, site in options.plan.sites.items()}
-        made = choose_planned(softmaxes, planned, options.strict, learned)
+        made = choose_planned(softmaxes, planned, options.strict, learned, shared)
     else:
 
         def errors(sites: Sequence[Site], candidate: Operator) -> Mapping[str, float]:

@@ -16,6 +16,7 @@ from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Op
 from fastattn_compile.operators.observe import add_observer, observing
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.analyse import analyse
+from fastattn_compile.passes.regions import copied
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.passes.site import Site
 from fastattn_compile.reporting.metrics import probe_rows, sample_rows
@@ -53,7 +54,7 @@ def measure_graph(
     Returns:
         Name of each site to its error.
     """
-    twin = torch.fx.GraphModule(gm, _copied(gm.graph))
+    twin = copied(gm)
     wanted = {site.name for site in sites}
     errors: dict[str, float] = {}
 
@@ -68,17 +69,6 @@ def measure_graph(
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]), observing(observe):
         torch.fx.Interpreter(twin).run(*[_own(x) for x in example_inputs])
     return errors
-
-
-def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
-    copy = torch.fx.Graph()
-    result = copy.graph_copy(graph, val_map := {})
-    if result is not None:
-        output = copy.output(result)
-        source = next(node for node in graph.nodes if node.op == "output")
-        output.meta = dict(source.meta)
-        val_map[source] = output
-    return copy
 
 
 def _own(value: Any) -> Any:

@@ -10,10 +10,12 @@ import torch.fx
 
 from fastattn_compile.passes.expand import expand
 from fastattn_compile.passes.find import channel_sizes, find
+from fastattn_compile.passes.frame import Frame, current_frame, place
 from fastattn_compile.passes.functionalize import functionalize
 from fastattn_compile.passes.fx_view import view
 from fastattn_compile.passes.graph import GraphView
 from fastattn_compile.passes.names import unique_names
+from fastattn_compile.passes.regions import unshare
 from fastattn_compile.passes.site import Softmax
 
 
@@ -25,11 +27,13 @@ class Analysis:
         gm: The graph, cleaned up in place.
         view: Its normalised view.
         softmaxes: One for each softmax, in execution order.
+        frame: What it was captured from; ``None`` when not by Dynamo.
     """
 
     gm: torch.fx.GraphModule
     view: GraphView
     softmaxes: list[Softmax]
+    frame: Frame | None = None
 
 
 def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
@@ -47,6 +51,23 @@ def analyse(gm: torch.fx.GraphModule, within: str = "") -> list[Analysis]:
             opaque attention calls are expanded, in place; what the graph computes does not change.
         within: Path, inside the whole model, of the module that was captured; sites are named from the model's root.
     """
+    frame = current_frame(within)
+    place(gm, frame, within)
+    found = _found(gm)
+    if unshare(gm, {body for body, _, lines in found if lines}):
+        found = _found(gm)
+    paths = [line.name for _, _, lines in found for line in lines]
+    if frame is not None and frame.inside and paths:
+        # Of this module alone: what serves another may be something else.
+        frame.bind()
+    names = iter(unique_names(paths, frame.before(paths) if frame is not None else None))
+    return [
+        Analysis(body, normalised, [_named(line, next(names)) for line in lines], frame)
+        for body, normalised, lines in found
+    ]
+
+
+def _found(gm: torch.fx.GraphModule) -> list[tuple[torch.fx.GraphModule, GraphView, list[Softmax]]]:
     found = []
     for body in bodies(gm):
         expand(body)
@@ -55,18 +76,7 @@ def analyse(gm: torch.fx.GraphModule, within: str = "") -> list[Analysis]:
         if _specialise(body, normalised):
             normalised = view(body, tainted)
         found.append((body, normalised, find(normalised)))
-    names = iter(unique_names([_from_root(line.name, within) for _, _, lines in found for line in lines]))
-    return [
-        Analysis(body, normalised, [_named(line, next(names)) for line in lines])
-        for body, normalised, lines in found
-    ]
-
-
-def _from_root(name: str, within: str) -> str:
-    if not within:
-        return name
-    # What stands in the captured module itself has no path there and is named by its source line.
-    return within if ":" in name else f"{within}.{name}"
+    return found
 
 
 def named(lines: Sequence[Softmax]) -> list[Softmax]:

@@ -14,11 +14,13 @@ from fastattn_compile.errors import UnsupportedSiteError
 from fastattn_compile.lowering.sdpa import serves
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.speed import crossover
+from fastattn_compile.passes.names import site_module
 from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
 
 Measure = Callable[[Sequence[Site], Operator], Mapping[str, float]]
 
 
+AMBIGUOUS = "the plan treats the sites of this module differently, and behind a graph break one graph may serve several of them"
 DECODING = "one query against the keys of a cache: a decoding step is linear already and stays exact"
 
 
@@ -99,6 +101,7 @@ def choose_planned(
     planned: Mapping[str, tuple[Operator, str]],
     strict: bool,
     learned: Collection[str] = (),
+    shared: Callable[[str], Collection[str]] | None = None,
 ) -> list[Choice]:
     """Serves each site as a plan says; sites the plan does not name stay exact.
 
@@ -107,22 +110,39 @@ def choose_planned(
         planned: Name of a site to its operator and the plan's reason.
         strict: Raise when a planned site cannot be served.
         learned: Names of the sites that learned parameters are attached to.
+        shared: For a graph that may be called several times in one pass of the model: path of a module to all its paths.
+            A module that the plan treats differently from call to call then stays exact.
 
     Raises:
         UnsupportedSiteError: ``strict``, and a planned site cannot be served.
     """
     choices = []
+    here = {line.name for line in softmaxes}
     for line in softmaxes:
-        if line.name not in planned:
+        if shared is not None and _ambiguous(line.name, planned, shared(site_module(line.name)), here):
+            choices.append(Choice(line, None, AMBIGUOUS))
+        elif line.name not in planned:
             choices.append(Choice(line, None, line.reason or "not named by the plan"))
-            continue
-        operator, reason = planned[line.name]
-        if operator.name == "exact":
-            choices.append(Choice(line, None, reason or "exact by the plan"))
+        elif planned[line.name][0].name == "exact":
+            choices.append(Choice(line, None, planned[line.name][1] or "exact by the plan"))
         else:
+            operator, reason = planned[line.name]
             choices.append(_serve(line, operator, reason or "named by the plan", learned))
     named = {name for name, (operator, _) in planned.items() if operator.name != "exact"}
     return _strictly(choices, strict, named)
+
+
+def _ambiguous(
+    name: str, planned: Mapping[str, tuple[Operator, str]], paths: Collection[str], here: Collection[str]
+) -> bool:
+    """Whether a plan says something else of other sites of a site's module, which are not in its graph."""
+
+    def token(site: str) -> str:
+        operator = planned[site][0] if site in planned else None
+        return operator.token if operator is not None and operator.name != "exact" else ""
+
+    others = [other for other in planned if site_module(other) in paths and other not in here]
+    return any(token(other) != token(name) for other in others)
 
 
 def choose_measured(

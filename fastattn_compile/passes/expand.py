@@ -77,7 +77,9 @@ def expand(gm: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, str]]:
         if expansion is None:
             continue
         try:
-            _replace(node, expansion)
+            made = _replace(node, expansion)
+            if name in _INSIDE:
+                _deepen(made, _INSIDE[name])
             changed = True
         except _NotExpanded as reason:
             kept.append((node, str(reason)))
@@ -87,7 +89,16 @@ def expand(gm: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, str]]:
     return kept
 
 
-def _replace(node: torch.fx.Node, expansion: Callable[[_Opaque], Any]) -> None:
+def _deepen(nodes: list[torch.fx.Node], child: str) -> None:
+    """Says of nodes that a child of their module made them, as it would where the module is not one call."""
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed(stack.values()), ("",))[0]
+        inner = (f"{path}.{child}" if path else child, torch.nn.MultiheadAttention)
+        node.meta["nn_module_stack"] = {**stack, inner[0]: inner}
+
+
+def _replace(node: torch.fx.Node, expansion: Callable[[_Opaque], Any]) -> list[torch.fx.Node]:
     mode = fake_mode(node.all_input_nodes)
     if mode is None:
         raise _NotExpanded("the graph has no fake tensors to take shapes from")
@@ -110,7 +121,8 @@ def _replace(node: torch.fx.Node, expansion: Callable[[_Opaque], Any]) -> None:
             result = expansion(_Opaque(operands, values, weights_read))
         if weights_read and result[1] is None:
             raise _NotExpanded("weights are read that it was not asked for")
-        propagate([n for n in graph.nodes if n not in before], node, mode)
+        made = [n for n in graph.nodes if n not in before]
+        propagate(made, node, mode)
     except Exception as error:
         for new in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(new)
@@ -124,6 +136,7 @@ def _replace(node: torch.fx.Node, expansion: Callable[[_Opaque], Any]) -> None:
             user.replace_all_uses_with(result[user.args[1]].node)
         graph.erase_node(user)
     graph.erase_node(node)
+    return made
 
 
 def _split_heads(x: Any, heads: int) -> Any:
@@ -332,3 +345,6 @@ _EXPANSIONS: dict[str, Callable[[_Opaque], Any]] = {
     "_native_multi_head_attention": _native_multi_head_attention,
     "_transformer_encoder_layer_fwd": _transformer_encoder_layer_fwd,
 }
+
+# Where the attention is inside the module whose call is opaque.
+_INSIDE = {"_transformer_encoder_layer_fwd": "self_attn"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +17,13 @@ _SUBSCRIPT = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]")
 _GETATTR = re.compile(r"getattr\(([^(),]*), *['\"]([^'\"]*)['\"]\)")
 # A method behind a decorator is traced from the decorator's frame, whose ``args[0]`` is the module.
 _ROOT = re.compile(r"^(?:L\[['\"]args['\"]\]\[0\]|[LG]\[(?:'[^']*'|\"[^\"]*\")\]|self\b)")
+# Modules that others are wrapped in: they are no step of a path.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _FLAT_STEP = re.compile(r"(?:^|_)(?:modules|parameters|buffers)_")
 _STACK_LINE = re.compile(r'^\s*File "([^"]+)", line (\d+)', re.MULTILINE)
 _PACKAGES = re.compile(r"(?:site|dist)-packages/")
 
 
-@lru_cache(maxsize=4096)
 def normalise_path(path: str) -> str:
     """A module path without its frame root and in dotted form.
 
@@ -32,13 +33,29 @@ def normalise_path(path: str) -> str:
     Returns:
         The fully qualified name relative to the frame's root module, ``""`` for the root itself.
     """
+    return module_root(path)[1]
+
+
+@lru_cache(maxsize=4096)
+def module_root(path: str) -> tuple[str, str]:
+    """The frame root of a module path (``"L['self']"``, ``""`` when it has none) and the rest in dotted form."""
     while (match := _GETATTR.search(path)) is not None:
         path = f"{path[: match.start()]}{match[1]}.{match[2]}{path[match.end() :]}"
     root = _ROOT.match(path)
     rest = path[root.end() :] if root else f".{path}"
     rest = _REGISTRY.sub("[", rest)
     rest = _SUBSCRIPT.sub(lambda m: "." + next(group for group in m.groups() if group is not None), rest)
-    return rest.replace("._modules.", ".").strip(".")
+    return root[0] if root else "", plain_path(rest.replace("._modules.", "."))
+
+
+def plain_path(path: str) -> str:
+    """A dotted path without the wrappers that compilation, sharding and checkpointing put around modules."""
+    return ".".join(step for step in path.strip(".").split(".") if step not in _WRAPPERS)
+
+
+def join_paths(*paths: str) -> str:
+    """Dotted paths one after the other; empty ones are left out."""
+    return ".".join(filter(None, paths))
 
 
 def module_stack(node: torch.fx.Node) -> list[tuple[str, str]]:
@@ -53,17 +70,9 @@ def module_stack(node: torch.fx.Node) -> list[tuple[str, str]]:
 
 
 def module_path(node: torch.fx.Node) -> str:
-    """Path of the innermost module that made a node, ``""`` at the root or when unknown.
-
-    A module that is called again (a layer that is shared) gets the number of the call:
-    ``"block.attention@1"``.
-    """
+    """Path of the innermost module that made a node, ``""`` at the root or when unknown."""
     stack = module_stack(node)
-    if not stack:
-        return ""
-    key, path = stack[-1]
-    _, _, call = key.partition("@")
-    return f"{path}@{call}" if call and path else path
+    return stack[-1][1] if stack else ""
 
 
 def source_line(node: torch.fx.Node) -> str:
@@ -158,60 +167,14 @@ def role(node: torch.fx.Node, value: Any) -> str:
     return "input"
 
 
-def parameter_prefix(operands: Sequence[torch.fx.Node], limit: int = 200) -> str:
-    """Path shared by the parameters nearest upstream of some nodes: the module that owns their projections.
+def unique_names(names: Sequence[str], before: Mapping[str, int] | None = None) -> list[str]:
+    """Tells repeated names apart: the second of a name gets ``#1``, the third ``#2``, in order.
 
     Args:
-        operands: Queries, keys and values of a site.
-        limit: Nodes to look at for each operand.
-
-    Returns:
-        The common prefix of the parameters' owners, ``""`` when there is none.
+        names: Names in execution order.
+        before: How many of a name there are in graphs before this one.
     """
-    owners = [path.split(".")[:-1] for operand in operands for path in _nearest_parameters(operand, limit)]
-    if not owners:
-        return ""
-    if all(owner == owners[0] for owner in owners):
-        # One projection for all (a fused qkv): the attention is the module around it.
-        return ".".join(owners[0][:-1])
-    common = []
-    for parts in zip(*owners):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
-
-
-def _nearest_parameters(start: torch.fx.Node, limit: int) -> list[str]:
-    seen: set[torch.fx.Node] = set()
-    layer = [start]
-    while layer and len(seen) < limit:
-        found = [
-            p for node in layer if node.op in ("placeholder", "get_attr") and (p := parameter_path(node))
-        ]
-        if found:
-            return found
-        seen.update(layer)
-        layer = list(dict.fromkeys(i for node in layer for i in node.all_input_nodes if i not in seen))
-    return []
-
-
-def site_name(node: torch.fx.Node, operands: Sequence[torch.fx.Node] = ()) -> str:
-    """Name of a site: its module path, else the module of the parameters behind it, else its source line.
-
-    Args:
-        node: The softmax or fused attention of the site.
-        operands: Its queries, keys and values.
-
-    Returns:
-        Never empty; the node's own name is the last resort. Not unique: see ``unique_names``.
-    """
-    return module_path(node) or parameter_prefix(operands) or source_line(node) or node.name
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Tells repeated names apart: the second of a name gets ``#1``, the third ``#2``, in order."""
-    seen: Counter[str] = Counter()
+    seen: Counter[str] = Counter(before)
     taken = set(names)
     result = []
     for name in names:
@@ -222,6 +185,11 @@ def unique_names(names: Sequence[str]) -> list[str]:
         taken.add(unique)
         result.append(unique)
     return result
+
+
+def site_module(name: str) -> str:
+    """Path of the module that a site named by its module is in."""
+    return name.partition("#")[0].partition("@")[0]
 
 
 def module_ids(gm: torch.fx.GraphModule) -> set[int]:

@@ -11,6 +11,7 @@ from fastattn_compile.errors import PlanError
 from fastattn_compile.operators.base import AttentionInputs, Operator
 from fastattn_compile.operators.parameters import mark_parameters
 from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.passes.names import site_module
 from fastattn_compile.passes.site import TAKEN, Softmax
 from fastattn_compile.plans import Plan
 from fastattn_compile.retrofitting.samples import visit_sites
@@ -166,18 +167,13 @@ def _operators(
     return {name: make_operator(operator, **options) for name, line in lines.items() if line.status == TAKEN}
 
 
-def owner_path(site: str) -> str:
-    """Path of the module that a site named by its module is in."""
-    return site.partition("#")[0].partition("@")[0]
-
-
 def site_owner(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     """The module a site is in, and its ordinal there (empty for the first).
 
     Raises:
         PlanError: The site is named by its source line, or the model has no such module.
     """
-    path, ordinal = owner_path(site), site.partition("#")[2]
+    path, ordinal = site_module(site), site.partition("#")[2]
     try:
         return model.get_submodule(path), f"_{ordinal}" if ordinal else ""
     except AttributeError as error:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from fastattn_compile.errors import CheckpointError, NumericError, PlanError
 from fastattn_compile.files import replaced_folder, write_json, write_text
+from fastattn_compile.passes.names import site_module
 from fastattn_compile.plans import Plan, PlannedSite
 from fastattn_compile.reporting.document import Report
 from fastattn_compile.reporting.provenance import versions
 from fastattn_compile.retrofitting import hugging_face
-from fastattn_compile.retrofitting.attach import LearnedParameters, owner_path, place
+from fastattn_compile.retrofitting.attach import LearnedParameters, place
 from fastattn_compile.retrofitting.base_weights import BaseWeights, alias_of, base_state, listed, tied_names
 from fastattn_compile.retrofitting.card import model_card
 from fastattn_compile.retrofitting.manifest import (
@@ -241,7 +242,7 @@ def _plan_of(model: nn.Module, plan: Plan | None, bundles: Mapping[str, LearnedP
 
 def _owner(model: nn.Module, site: str) -> str | None:
     """Module path of a site; ``None`` where the site is named by its source line."""
-    path = owner_path(site)
+    path = site_module(site)
     try:
         model.get_submodule(path)
     except AttributeError:

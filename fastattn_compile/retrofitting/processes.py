@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastattn_compile.errors import OptionError
+from fastattn_compile.passes.names import site_module
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.evaluate import readable_refusals
-from fastattn_compile.retrofitting.attach import owner_path
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def blocks_of(model: nn.Module, plan: Plan) -> list[str]:
     """
     found = []
     for site in plan.sites:
-        path = owner_path(site)
+        path = site_module(site)
         steps = path.split(".")
         prefixes = [".".join(steps[:count]) for count in range(len(steps))]
         block = path

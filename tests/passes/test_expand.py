@@ -277,7 +277,7 @@ def test_modules_of_a_transformer(dynamic: bool) -> None:
     model = nn.Transformer(WIDTH, HEADS, 1, 1, 16, batch_first=True).eval().requires_grad_(False)
     ((gm, inputs),) = capture(model, source, target, tgt_mask=mask, tgt_is_causal=True, dynamic=dynamic)
     check(gm, inputs, ["sdpa", "sdpa", "sdpa"])
-    paths = ["encoder.layers.0", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
+    paths = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
     assert [n.module for n in view(gm).of_kind("sdpa")] == paths
     assert list(view(gm).of_kind("sdpa"))[1].attributes["is_causal"] is True
 

@@ -16,6 +16,7 @@ from fastattn_compile.errors import OptionError, PlanError
 from fastattn_compile.integrations.hugging_face.plain import NAME
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.options import Options, parse_options
+from fastattn_compile.passes.names import site_module
 from fastattn_compile.passes.site import EXACT, TAKEN, Softmax
 from fastattn_compile.plans import Plan
 from fastattn_compile.retrofitting.attach import ATTRIBUTE
@@ -212,7 +213,7 @@ def _by_module(options: Options, model: nn.Module) -> dict[str, tuple[Operator |
     found: dict[str, tuple[Operator | None, str]] = {}
     plan: Plan = options.plan
     for name, site in plan.sites.items():
-        path = name.partition("#")[0].partition("@")[0]
+        path = site_module(name)
         if path not in modules:
             raise PlanError(f"the plan names site {name!r}, and the model has no module {path!r}")
         operator = None if site.operator == "exact" else site.build()

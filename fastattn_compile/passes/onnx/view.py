@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.graph import GraphView, Node, Size
+from fastattn_compile.passes.names import plain_path
 from fastattn_compile.passes.onnx import layout_rules  # noqa: F401  registers its rules
 from fastattn_compile.passes.onnx.rules import RULES, Call
 from fastattn_compile.passes.onnx.shapes import is_known, result_shape
@@ -297,11 +298,11 @@ def provenance(node: ir.Node) -> tuple[str, str]:
     if stack:
         *modules, _call = stack.split("/")
         path = modules[-1].split(": ")[0] if modules else ""
-        return path.strip(), _line(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
+        return plain_path(path.strip()), _line(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
     name = node.name or ""
     if name.startswith("/"):
         steps = [step for step in name.split("/")[1:-1] if step]
-        return ".".join(steps), ""
+        return plain_path(".".join(steps)), ""
     return "", name
 
 
