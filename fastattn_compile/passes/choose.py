@@ -20,7 +20,9 @@ from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
 Measure = Callable[[Sequence[Site], Operator], Mapping[str, float]]
 
 
-AMBIGUOUS = "the plan treats the sites of this module differently, and behind a graph break they may share a graph"
+AMBIGUOUS = (
+    "the plan treats the sites of this module differently, and behind a graph break one graph may serve all"
+)
 DECODING = "one query against the keys of a cache: a decoding step is linear already and stays exact"
 
 

@@ -35,6 +35,12 @@ def configuration(kind: str) -> transformers.PreTrainedConfig:
             d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
             encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99,
         ),
+        "gpt2": lambda: x.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=None, pad_token_id=0
+        ),
+        "t5": lambda: x.T5Config(
+            d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=64, vocab_size=99, decoder_start_token_id=0
+        ),
         "vit": lambda: x.ViTConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=4
         ),
@@ -48,11 +54,14 @@ def build(kind: str, attention: str = "eager", seed: int = 0) -> transformers.Pr
 
 
 def causal_lm(kind: str = "llama", attention: str = "sdpa", seed: int = 0) -> transformers.PreTrainedModel:
-    """A tiny language model, in evaluation mode, that no token ends."""
+    """A tiny language model, or one with an encoder, in evaluation mode, that no token ends."""
     torch.manual_seed(seed)
     config = configuration(kind)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    model.generation_config.eos_token_id = None
+    auto = (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )
+    model = auto.from_config(config, attn_implementation=attention).eval()
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     return model
 
 

@@ -50,8 +50,16 @@ def sites_served(call) -> list[tuple[str, str, int]]:
     return seen
 
 
+def compile_for_generation(model, **options) -> None:
+    """``generate`` calls an encoder by itself: it is compiled by itself."""
+    model.compile(backend="fastattn", options={**options, **EAGER})
+    if model.config.is_encoder_decoder:
+        within = {"bart": "model.encoder", "t5": "encoder"}[model.config.model_type]
+        model.get_encoder().compile(backend="fastattn", options={**options, **EAGER, "within": within})
+
+
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2", "bart", "t5"])
 class TestExactIsTokenIdentical:
     def test_routed(self, kind: str, cache: str) -> None:
         model, given = causal_lm(kind), prompt(kind)
@@ -62,27 +70,40 @@ class TestExactIsTokenIdentical:
     def test_compiled(self, kind: str, cache: str) -> None:
         model, given = causal_lm(kind), prompt(kind)
         wanted = generate(model, given, cache_implementation=cache)
-        model.compile(backend="fastattn", options={"operator": "exact", **EAGER})
+        compile_for_generation(model, operator="exact")
         assert torch.equal(generate(model, given, cache_implementation=cache), wanted)
 
 
-class TestPromptIsReplaced:
+# Sites that see the prompt. Those of a decoder behind an encoder see one token at a time.
+OF_THE_PROMPT = {
+    "llama": ["model.layers.0.self_attn", "model.layers.1.self_attn"],
+    "gpt2": ["transformer.h.0.attn", "transformer.h.1.attn"],
+    "bart": ["model.encoder.layers.0.self_attn"],
+}
+
+
+@pytest.mark.parametrize("kind", OF_THE_PROMPT)
+class TestPromptIsReplacedAndStepsAreExact:
     @pytest.mark.parametrize("cache", CACHES)
-    def test_routed(self, cache: str) -> None:
-        model = causal_lm()
+    def test_routed(self, kind: str, cache: str) -> None:
+        model = causal_lm(kind)
         fa.route(model, operator="fma", block=8, strict=True)
         seen = sites_served(lambda: generate(model, prompt(), cache_implementation=cache))
-        assert seen == [(f"model.layers.{i}.self_attn", "fma", 48) for i in range(2)]
-        assert {site.operator for site in fa.report(model).sites} == {"fma"}
+        assert seen == [(name, "fma", 48) for name in OF_THE_PROMPT[kind]]
+        served = {site.name: site.operator for site in fa.report(model).sites}
+        assert {name for name, operator in served.items() if operator == "fma"} == set(OF_THE_PROMPT[kind])
 
-    def test_compiled(self) -> None:
-        model = causal_lm()
-        model.compile(backend="fastattn", options={"operator": "fma", "block": 8, "strict": True, **EAGER})
+    def test_compiled(self, kind: str) -> None:
+        model = causal_lm(kind)
+        compile_for_generation(model, operator="fma", block=8)
         seen = sites_served(lambda: generate(model, prompt()))
-        assert seen == [(f"model.layers.{i}.self_attn", "fma", 48) for i in range(2)]
+        assert seen == [(name, "fma", 48) for name in OF_THE_PROMPT[kind]]
         # The graph of a decoding step does not hide what serves the prompt.
-        assert {site.operator for site in fa.report(model).sites} == {"fma"}
+        served = {site.name: site.operator for site in fa.report(model).sites}
+        assert {name for name, operator in served.items() if operator == "fma"} == set(OF_THE_PROMPT[kind])
 
+
+class TestStaticCache:
     def test_the_mask_of_a_static_cache_comes_from_outside_the_graph(self) -> None:
         model = causal_lm()
         model.compile(backend="fastattn", options={"operator": "fma", "block": 8, **EAGER})

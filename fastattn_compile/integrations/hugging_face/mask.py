@@ -53,6 +53,11 @@ class StructuredMask(BlockMask):
         """The shape of the mask as a tensor."""
         return self.batch, 1, self.query_length, self.key_length
 
+    @property
+    def ndim(self) -> int:
+        """Axes of the mask as a tensor; GPT-2 asks for them."""
+        return 4
+
     def to(self, device: torch.device | str) -> StructuredMask:
         """The mask on another device."""
         facts = [None if x is None else x.to(device) for x in (self.key_padding, self.segments)]
