@@ -27,9 +27,9 @@ DECODING = "one query against the keys of a cache: a decoding step is linear alr
 
 
 def is_decoding(line: Softmax) -> bool:
-    """Whether a site attends a single query to many keys, as a step of generation does."""
+    """Whether a site has a single query, as a step of generation does."""
     spec = line.site.spec if line.site is not None else None
-    return spec is not None and isinstance(spec.query_len, int) and spec.query_len == 1 and spec.key_len != 1
+    return spec is not None and isinstance(spec.query_len, int) and spec.query_len == 1
 
 
 @dataclass(frozen=True)

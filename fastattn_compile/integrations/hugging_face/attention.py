@@ -101,7 +101,7 @@ def fastattn_attention(
             return out.transpose(1, 2).contiguous(), None
         # A decoding step has one query: exact attention is linear there already, and nothing was asked of it.
         reason, decoding = refusal, query.shape[2] == 1 and key.shape[2] > 1
-        if route.strict and not decoding:
+        if route.strict and query.shape[2] > 1:
             raise UnsupportedSiteError(f"strict: {route.name} cannot be served by {operator.name}: {refusal}")
         if decoding:
             return _as_it_was(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
