@@ -78,7 +78,7 @@ def forward(
 
     def attend(space: Workspace, part: Part) -> None:
         bias_of = tiling.far_bias(part)
-        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys")
+        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys", turned=True)
         values = space.rows(value, part, _of_values(weights), bias_of, "values")
         queries, outs, lses = (Blocks(x, part, tiling) for x in (query, out, log_sum_exp))
         for blocks in tiling.passes():
@@ -149,11 +149,11 @@ def backward(
 
     def differentiate(space: Workspace, part: Part) -> tuple[list[Tensor], slice, Tensor | None]:
         bias_of = tiling.far_bias(part)
-        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys")
+        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys", turned=True)
         values = space.rows(value, part, _of_values(weights), bias_of, "values")
         if not tiling.finite:
             keys, values = without_nonfinite(keys), without_nonfinite(values)
-        to_keys = _Scatter(space, part, keys, bias_of, "key gradients")
+        to_keys = _Scatter(space, part, keys, bias_of, "key gradients", turned=True)
         to_values = _Scatter(space, part, values, bias_of, "value gradients")
         queries, grad_outs, stats = (Blocks(x, part, tiling) for x in (query, grad_out, statistics))
         grad_queries = Blocks(grad_query, part, tiling)
@@ -166,6 +166,8 @@ def backward(
             tile.gather(keys, values, part, blocks)
             tile.score(tile.key, scale, part, blocks, bias_of)
             attention = probabilities_(tile.scores, tile.lse)
+            if pattern.closed:
+                tile.close(attention)
             torch.bmm(attention.mT, tile.out, out=tile.grad_value)
             to_values.add(tile.grad_value, blocks)
             grad_scores = torch.bmm(tile.out, tile.value.mT, out=tile.attention)
@@ -234,6 +236,17 @@ class _GradientTile(Tile):
         self.grad_query, self.grad_query_blocks = self.blocks_of(tiling.head_dim)
         self.grad_key, self.grad_value = (self.slots_of(c) for c in (tiling.head_dim, tiling.value_dim))
 
+    def close(self, attention: Tensor) -> None:
+        """Takes back what rounding the log-sum-exp did to all weights of a query alike.
+
+        A number of 4 to 8 is stored to 2e-7 in float32, several times what a softmax errs, and a learned bias of values
+        collects it over all queries. Weights add up to 1; their sum divides what they are multiplied with.
+        """
+        total = attention.sum(-1, keepdim=True)
+        total.masked_fill_(total == 0, 1)  # a query without keys
+        self.out.div_(total)
+        self.slope.div_(total)
+
 
 class _Scatter:
     """Gradients of gathered rows on their way back to the tokens, in a fixed order: no atomics, no index_add.
@@ -244,12 +257,16 @@ class _Scatter:
         array: Its array of rows, ``(u, plan.rows, c)``.
         bias: Of the part.
         name: Name of the buffers.
+        turned: They are keys, which are pooled without their rotary embedding.
     """
 
-    def __init__(self, space: Workspace, part: Part, array: Tensor, bias: FarBias | None, name: str) -> None:
+    def __init__(
+        self, space: Workspace, part: Part, array: Tensor, bias: FarBias | None, name: str, turned: bool = False
+    ) -> None:  # fmt: skip
         self.tiling, self.part, self.array, self.bias = space.tiling, part, array, bias
         units, _, channels = array.shape
         plan, pattern = self.tiling.plan, self.tiling.pattern
+        self.turned = turned and self.tiling.pattern.rotary is not None
         self.grads = space.array(name, *array.shape).zero_()
         self.sinks = array.new_zeros(units, pattern.sinks, channels)
         far = self.tiling.slots - pattern.near - pattern.sinks
@@ -274,17 +291,25 @@ class _Scatter:
         self._sum_below_parents(pooled)
         tokens = tiling.tokens(self.grads)
         sinks = tokens[:, lists.sinks] + self.sinks
+        target = tokens
+        if self.turned:
+            pooled.copy_(lists.centres.undo(pooled))
+            target = torch.zeros_like(tokens)
         if pattern.learned:
             taken = tiling.tokens(self.array).clone()
             taken[:, lists.sinks] = 0
+            if self.turned:
+                taken = lists.tokens.undo(taken)
             combine_levels_backward(
-                taken, pooled, tiling.gain(self.part), weights, tokens, grad_weights, plan, pattern
+                taken, pooled, tiling.gain(self.part), weights, target, grad_weights, plan, pattern
             )
         elif isinstance(self.bias, Decay):
-            self.bias.spread(pooled, tokens)
+            self.bias.spread(pooled, target)
         else:
             pooled.div_(lists.counts.clamp(min=1)[:, None])
-            spread_levels(pooled, tokens, plan, pattern)
+            spread_levels(pooled, target, plan, pattern)
+        if self.turned:
+            tokens += lists.tokens.redo(target)
         tokens[:, lists.sinks] = sinks
         if lists.padding is not None:
             tokens[:, : plan.length].masked_fill_(lists.padding[:, None], 0)

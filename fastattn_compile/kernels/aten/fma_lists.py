@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan, make_plan, sink_slots_met
 from fastattn_compile.kernels.aten.fma_pool import row_counts
+from fastattn_compile.kernels.rotary import Turn
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Lists:
         counts: ``(pooled rows,)`` tokens a pooled row stands for.
         sinks: ``(s,)`` positions of the sinks.
         padding: ``(n,)`` boolean, true where no token is; ``None`` when every token is real.
+        tokens: What the rotary embedding did to keys, ``(blocks * block, pairs)``; nothing when it is left alone.
+        centres: What it does to pooled keys, at the mean position of what they stand for, ``(pooled rows, pairs)``.
     """
 
     index: Tensor
@@ -33,6 +36,8 @@ class Lists:
     counts: Tensor
     sinks: Tensor
     padding: Tensor | None
+    tokens: Turn
+    centres: Turn
 
 
 def make_lists(plan: Plan, pattern: Pattern, padding: Tensor | None, dtype: torch.dtype) -> Lists:
@@ -64,7 +69,19 @@ def make_lists(plan: Plan, pattern: Pattern, padding: Tensor | None, dtype: torc
     counts = row_counts(taken, plan, pattern)
     mass = counts if pattern.weighted else (counts > 0).to(dtype)
     bias = torch.where(met, torch.cat([fine, mass.log().repeat(pattern.sides)])[index], -torch.inf)
-    return Lists(index, bias, first, last, counts, sinks, padding)
+    return Lists(index, bias, first, last, counts, sinks, padding, *_turns(taken, padding, plan, pattern))
+
+
+def _turns(taken: Tensor, padding: Tensor | None, plan: Plan, pattern: Pattern) -> tuple[Turn, Turn]:
+    """The rotary embedding at the positions of tokens, counted over real ones, and at those of pooled rows."""
+    if pattern.rotary is None:
+        return Turn(), Turn()
+    place = torch.arange(len(taken), dtype=torch.float64, device=taken.device)
+    if padding is not None:
+        place[: plan.length] = ((~padding).cumsum(0) - 1).clamp(min=0)
+    counts, sums = (row_counts(x, plan, pattern) for x in (taken.double(), taken * place))
+    centres = sums / torch.where(counts > 0, counts, 1)
+    return pattern.rotary.at(place, taken.dtype), pattern.rotary.at(centres, taken.dtype)
 
 
 @lru_cache(maxsize=16)

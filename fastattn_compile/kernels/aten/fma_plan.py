@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.rotary import Rotary
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -31,6 +33,8 @@ class Pattern:
         learned: Every pooled row covers its whole group, else its part of the group.
         dense: Learned rows mix channels: weights ``(c, rank, c, width)`` in place of ``(c, rank, width)``.
         sides: Sets of pooled rows: 2 when the queries after a group and those before it meet rows of their own.
+        rotary: The embedding without which keys are pooled, and that their rows get at their mean position.
+        closed: The log-sum-exp is that of what a query meets; false where zero keys were added to it.
     """
 
     block: int
@@ -43,6 +47,8 @@ class Pattern:
     learned: bool = False
     sides: int = 1
     dense: bool = False
+    rotary: Rotary | None = None
+    closed: bool = True
 
     @property
     def near(self) -> int:

@@ -111,8 +111,8 @@ class Tiling:
         return array[:, self.pattern.block : self.plan.fine_rows - self.pattern.block]
 
     def fill_rows(
-        self, array: Tensor, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None
-    ) -> None:
+        self, array: Tensor, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None, turned: bool
+    ) -> None:  # fmt: skip
         """Fills ``(u, plan.rows, c)`` with the keys or values of a part: tokens and pooled rows.
 
         Args:
@@ -121,6 +121,7 @@ class Tiling:
             part: Which of them.
             weights: For a learned pattern, weight and bias of every level.
             bias: Of the part.
+            turned: They have a rotary embedding, without which they are pooled.
         """
         plan, m = self.plan, self.pattern.block
         given = array[:, m : m + plan.length]
@@ -132,13 +133,16 @@ class Tiling:
         tokens, pooled = self.tokens(array), array[:, plan.fine_rows :]
         sinks = tokens[:, part.lists.sinks]
         tokens[:, part.lists.sinks] = 0
+        taken = part.lists.tokens.undo(tokens) if turned else tokens
         if self.pattern.learned:
-            combine_levels(tokens, pooled, self.gain(part), weights, plan, self.pattern)
+            combine_levels(taken, pooled, self.gain(part), weights, plan, self.pattern)
         elif isinstance(bias, Decay):
-            bias.pool(tokens, pooled)
+            bias.pool(taken, pooled)
         else:
-            sum_levels(tokens, pooled, plan, self.pattern)
+            sum_levels(taken, pooled, plan, self.pattern)
             pooled.div_(part.lists.counts.clamp(min=1)[:, None])
+        if turned and self.pattern.rotary is not None:
+            pooled.copy_(part.lists.centres.redo(pooled))
         tokens[:, part.lists.sinks] = sinks
 
     def row_index(self, part: Part, blocks: slice) -> Tensor:
@@ -285,9 +289,9 @@ class Workspace:
         return self._arrays[asked]
 
     def rows(
-        self, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None, name: str
-    ) -> Tensor:
-        """The array of keys or values of a part, filled: ``(u, plan.rows, c)``."""
+        self, x: Tensor, part: Part, weights: Sequence[Tensor], bias: FarBias | None, name: str, turned: bool = False
+    ) -> Tensor:  # fmt: skip
+        """The array of keys (``turned``) or values of a part, filled: ``(u, plan.rows, c)``."""
         array = self.array(name, part.units, self.tiling.plan.rows, x.shape[3])
-        self.tiling.fill_rows(array, x, part, weights, bias)
+        self.tiling.fill_rows(array, x, part, weights, bias, turned)
         return array

@@ -22,8 +22,9 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:
         pattern: Who meets whom.
     """
     served = Pattern(
-        pattern.block, pattern.rank, pattern.sinks, pattern.causal, None, pattern.right, pattern.weighted
-    )
+        pattern.block, pattern.rank, pattern.sinks, pattern.causal, None, pattern.right, pattern.weighted,
+        closed=pattern.closed,
+    )  # fmt: skip
     if pattern.banded or pattern != served:
         return f"it serves the mean basis without a window, not {pattern}"
     return type_obstacle(query, key, value) or obstacle("fma")

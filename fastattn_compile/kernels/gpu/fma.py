@@ -365,6 +365,8 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str
         return "a sequence of at most two blocks has no pooled rows"
     if pattern.dense:
         return "learned rows that mix channels"
+    if pattern.rotary is not None:
+        return "it pools keys as they come, with their rotary embedding"
     if pattern.sinks > 64:
         return f"{pattern.sinks} sinks, a tile holds up to 64"
     return tensor_obstacle(query, key, value)

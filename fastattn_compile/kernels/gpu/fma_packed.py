@@ -128,6 +128,8 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str
     """Why this form cannot serve a call; empty when it can."""
     if pattern.learned:
         return "learned rows are combined by ATen, sequence by sequence"
+    if pattern.rotary is not None:
+        return "it pools keys as they come, with their rotary embedding"
     if pattern.sinks > MOST_SINKS:
         return f"{pattern.sinks} sinks, a tile holds up to {MOST_SINKS}"
     return tensor_obstacle(query, key, value)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastattn_compile.kernels.rotary import Rotary, check_base
 from fastattn_compile.operators.base import OperatorConfig
 
 BASES = ("mean", "depthwise", "dense", "recursive")
@@ -43,6 +44,11 @@ class FmaConfig(OperatorConfig):
         queries: Who meets pooled rows: ``"all"``, every query; ``"pooled"``, the mean query of a group at every level, so
             that the whole takes O(n). A mean of queries knows later tokens, so bidirectional only and without decoding;
             with means as basis and without sinks.
+        rotary_base: Base of the rotary embedding that keys carry. Other than 0, keys are pooled without it, and their rows
+            get it at the mean position of what they stand for; fine keys stay as they are. 0 pools keys as they come.
+            Positions are counted over real tokens. With means it does not matter where they begin.
+        rotary_dim: How many of the first channels the embedding turns; 0, all.
+        rotary_interleaved: It turns channels ``2 i`` and ``2 i + 1`` as a pair, else ``i`` and ``i + rotary_dim / 2``.
     """
 
     block: int = 64
@@ -54,6 +60,9 @@ class FmaConfig(OperatorConfig):
     grid: tuple[int, int] | None = None
     prefix: int = 0
     queries: str = "all"
+    rotary_base: float = 0.0
+    rotary_dim: int = 0
+    rotary_interleaved: bool = False
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -82,7 +91,18 @@ class FmaConfig(OperatorConfig):
             raise ValueError(f"boundary 'zero_pad' has no sinks, got sinks={self.sinks}; set sinks to 0")
         if self.queries not in QUERIES:
             raise ValueError(f"unknown queries {self.queries!r}; queries: {', '.join(QUERIES)}")
+        check_base(self.rotary_base)
+        if self.rotary_dim < 0 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_dim must be an even number of channels, or 0 for all, got {self.rotary_dim}"
+            )
+        if not self.rotary_base and (self.rotary_dim or self.rotary_interleaved):
+            raise ValueError("rotary_dim and rotary_interleaved describe an embedding; give its rotary_base")
         if self.queries == "pooled":
+            if self.rotary_base:
+                raise ValueError(
+                    "queries 'pooled' is not defined with rotary_base: means of turned queries meet the rows"
+                )
             if self.sinks:
                 raise ValueError(f"queries 'pooled' has no sinks, got sinks={self.sinks}; set sinks to 0")
             if self.basis != "mean" or self.boundary != "clean":
@@ -90,6 +110,12 @@ class FmaConfig(OperatorConfig):
                     "queries 'pooled' is defined with basis 'mean' and boundary 'clean', "
                     f"got {self.basis!r} and {self.boundary!r}"
                 )
+
+    def rotary(self, head_dim: int) -> Rotary | None:
+        """The rotary embedding of keys of ``head_dim`` channels, ``None`` when it is left alone."""
+        if not self.rotary_base:
+            return None
+        return Rotary(self.rotary_base, self.rotary_dim or head_dim, self.rotary_interleaved)
 
     def _check_grid(self) -> None:
         given: Any = self.grid

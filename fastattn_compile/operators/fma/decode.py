@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
+from fastattn_compile.kernels.rotary import Turn
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.documents import refuse_decoding
 from fastattn_compile.operators.exact.reference import masked_softmax
@@ -92,7 +93,11 @@ class FmaDecoder(Decoder):
         self._sinks: list[Tensor] = []
         self._sums: list[Tensor] = []
         pooled = real & ~first
-        for x in (inputs.key, inputs.value):
+        self._rotary = self.operator.config.rotary(inputs.key.shape[3])
+        positions = (real.cumsum(-1) - 1).clamp(min=0).double()[:, None]
+        self._before = real.sum(-1)
+        turn = Turn() if self._rotary is None else self._rotary.at(positions, dtype)
+        for x, embedded in ((inputs.key, turn), (inputs.value, Turn())):
             x = x.masked_fill(~real[:, None, :, None], 0).repeat_interleave(self._shared, 1)
             ring = x.new_zeros(batch, kv_heads, 2 * self.block, x.shape[3])
             ring[:, :, recent % (2 * self.block)] = x[:, :, recent]
@@ -103,9 +108,12 @@ class FmaDecoder(Decoder):
                 self._sink_place[sequence, : len(place)] = place
             self._rings.append(ring)
             self._sinks.append(held)
-            self._sums.append(self._pooled(x.to(dtype) * pooled[:, None, :, None], len(self._sums)))
+            free = embedded.undo(x.to(dtype))
+            self._sums.append(self._pooled(free * pooled[:, None, :, None], len(self._sums)))
         one = pooled[:, None, :, None].to(dtype)
         self._counts = self._pooled(one, None)
+        # Rows get their rotary embedding at the mean position of their tokens.
+        self._places = None if self._rotary is None else self._pooled(one * positions[..., None], None)
         # What a row's tokens weigh together: their number, unless a bias weighs them.
         self._masses = self._pooled(one.expand(-1, kv_heads, -1, -1), 0) if weighted else self._counts
         return output
@@ -211,13 +219,15 @@ class FmaDecoder(Decoder):
         inside = now % parents
         child = inside // self._widths
         kept = (~becomes_sink).to(self._counts.dtype)
+        place = (self._before + now - self._prompt).double()[:, None, None]
+        turn = Turn() if self._rotary is None else self._rotary.at(place, self._sums[0].dtype)
         weights = (
             None if self._bias is None else self._bias.weights(torch.tensor([now], device=parents.device))
         )
         for side, (sums, ring, x) in enumerate(zip(self._sums, self._rings, (key, value))):
             ring[:, :, slot] = x[:, :, 0]
             sums[:, :, level[fresh], own[fresh]] = 0
-            taken = x[:, :, 0].to(sums.dtype) * kept[:, None, None]
+            taken = (Turn() if side else turn).undo(x.to(sums.dtype))[:, :, 0] * kept[:, None, None]
             if self.operator.learned:
                 for at in range(self.levels):
                     weight = self.parameters[4 * at + 2 * side].to(sums.dtype)
@@ -234,18 +244,24 @@ class FmaDecoder(Decoder):
             self._masses[:, :, level[fresh], own[fresh]] = 0
             row = inside % self._widths * self.rank // self._widths
             self._masses[:, :, level, own, child, row] += kept[:, None, None, None] * weights
-        self._counts[:, :, level[fresh], own[fresh]] = 0
-        if self.operator.learned:
-            self._counts[:, :, level, own, child] += kept[:, None, None, None, None]
-        else:
-            row = inside % self._widths * self.rank // self._widths
-            self._counts[:, :, level, own, child, row] += kept[:, None, None, None]
+        row = slice(None) if self.operator.learned else inside % self._widths * self.rank // self._widths
+        for totals, one in ((self._counts, 1), (self._places, place[..., None])):
+            if totals is None:
+                continue
+            totals[:, :, level[fresh], own[fresh]] = 0
+            counted = kept.to(totals.dtype)[:, None, None, None] * one
+            if self.operator.learned:
+                totals[:, :, level, own, child] += counted[..., None]
+            else:
+                totals[:, :, level, own, child, row] += counted
 
     def _triton_obstacle(self, query: Tensor, key: Tensor, value: Tensor) -> str:
         if self.operator.learned and self.operator.config.basis != "depthwise":
             return "learned rows that mix channels"
         if self._bias is not None:
             return "it adds no bias by distance to the scores"
+        if self._rotary is not None:
+            return "it pools keys as they come, with their rotary embedding"
         reason = gpu_obstacle(query, key, value)
         if reason:
             return reason
@@ -314,6 +330,9 @@ class FmaDecoder(Decoder):
                 far = sums * gain[:, None, ..., None] + bias[:, None].to(sums.dtype)
             else:
                 far = sums / masses.masked_fill(masses == 0, 1)[..., None]
+            if side == 0 and self._rotary is not None and self._places is not None:
+                centres = self._places[:, :, level, before].squeeze(-1) / counts.clamp(min=1)[:, None]
+                far = self._rotary.at(centres, far.dtype).redo(far)
             fine = torch.cat([self._sinks[side], self._rings[side]], 2).to(sums.dtype)
             rows.append(torch.cat([fine, far.flatten(2, 4)], 2))
         mass = counts / self.rank if learned else counts

@@ -12,6 +12,7 @@ from fastattn_compile.kernels import fma as fma_kernels
 from fastattn_compile.kernels.aten.fma_plan import Pattern
 from fastattn_compile.kernels.aten.fma_pooled import PooledPattern
 from fastattn_compile.operators.base import (
+    YES,
     AttentionInputs,
     AttentionOutput,
     Cost,
@@ -72,6 +73,12 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             cls = GridMultipoleAttention
         return super().__new__(cls)
 
+    def __init__(self, config: FmaConfig | None = None) -> None:
+        super().__init__(config)
+        # torch.compile traces ``supports`` and takes a float read there for a variable, which costs a second
+        # compilation.
+        self._unrotates = self.config.rotary_base > 0
+
     def supports(self, spec: SiteSpec) -> Support:
         """Yes for self-attention with causal, windowed, banded or padded masks; else no, with the reason."""
         mask = spec.mask
@@ -96,6 +103,9 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
         if self.config.queries == "pooled":
             return self._supports_pooled(spec)
+        turned = self._turned(spec)
+        if self._unrotates and not turned:
+            return turned
         extras = refuse_extras(spec, "alibi", "bucketed")
         if extras and self.config.boundary == "zero_pad":
             return no(boundary.obstacle(self.config, spec))
@@ -232,7 +242,8 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         config, mask = self.config, inputs.mask
         return Pattern(
             config.block, config.rank, config.sinks, mask.causal, mask.left, mask.right,
-            config.scale_attn, self.learned, dense=config.basis == "dense",
+            config.scale_attn, self.learned, dense=config.basis == "dense", rotary=config.rotary(inputs.key.shape[3]),
+            closed=config.boundary == "clean",
         )  # fmt: skip
 
     def _packed(self, inputs: AttentionInputs) -> AttentionOutput | None:
@@ -249,6 +260,25 @@ class FastMultipoleAttention(Operator[FmaConfig]):
         return PooledPattern(
             self.config.block, self.config.rank, self._levels(inputs), self.config.scale_attn
         )
+
+    def _turned(self, spec: SiteSpec) -> Support:
+        """Whether keys of a site can carry the rotary embedding of the configuration."""
+        turned = self.config.rotary_dim or spec.head_dim
+        if turned % 2:
+            return no(
+                f"rotary_base undoes rotations of pairs of channels, and head_dim {spec.head_dim} is odd"
+            )
+        if turned > spec.head_dim:
+            return no(f"rotary_dim {turned} is more than the {spec.head_dim} channels of a head")
+        if spec.mask.segments and self.learned:
+            return no(
+                "rotary_base with a learned basis does not know where the positions of packed documents start"
+            )
+        if spec.bias != "none":
+            return no(
+                f"rotary_base is not defined with a bias by distance ({spec.bias}), which weighs keys before they are pooled"
+            )
+        return YES
 
     @staticmethod
     def _supports_pooled(spec: SiteSpec) -> Support:

@@ -136,6 +136,13 @@ def _counts(pooled: Tensor, width: int) -> Tensor:
     return _split(pooled[..., None].double(), width).sum((-2, -1))
 
 
+def _centres(config: FmaConfig, width: int, position: Tensor, pooled: Tensor) -> Tensor:
+    """Mean positions of what the rows of a level stand for, ``(b, 1, 1, groups * rank)``."""
+    if config.basis == "mean":
+        return _mean_rows(position[..., None], pooled, width // config.rank).squeeze(-1)
+    return _mean_rows(position[..., None], pooled, width).squeeze(-1).repeat_interleave(config.rank, -1)
+
+
 def bias_of_rows(config: FmaConfig, inputs: AttentionInputs) -> Tensor | None:
     """The bias as pooled rows take it: learned combinations have no place for slopes, but for a number by distance.
 
@@ -266,10 +273,16 @@ def multipole_attention(
             grouped_bias(inputs, inputs.added(place)),
         )
     ]
+    rotary = config.rotary(key.shape[-1])
+    position = (real.cumsum(-1) - 1).clamp(min=0).double()[:, None, None]
+    free = key if rotary is None else rotary.at(position, key.dtype).undo(key)
     for level in range(level_count(length, config.block)):
         weights = parameters if config.basis == "recursive" else parameters[4 * level : 4 * level + 4]
         width = config.block << level
-        found = _level(config, width, weights, inputs, key, value, real & ~sink)
+        found = _level(config, width, weights, inputs, free, value, real & ~sink)
+        if rotary is not None:
+            centre = _centres(config, width, position, real & ~sink)
+            found = [dataclasses.replace(x, key=rotary.at(centre, key.dtype).redo(x.key)) for x in found]
         if config.queries == "pooled":
             means = _mean_rows(query.masked_fill(~real[:, None, None, :, None], 0), real, width)
             spread = means.repeat_interleave(width, -2)[..., :length, :]

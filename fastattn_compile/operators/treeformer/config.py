@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastattn_compile.kernels.aten.treeformer_route import Estimator
+from fastattn_compile.kernels.rotary import check_base
 from fastattn_compile.operators.base import OperatorConfig
 
 MAX_HEIGHT = 16
@@ -68,10 +69,7 @@ class TreeConfig(OperatorConfig):
         _one_of("init", self.init, ("pca", "kmeans", "random"))
         if not (self.beta > 0 and math.isfinite(self.beta)):
             raise ValueError(f"beta must be a positive number, got {self.beta}")
-        if self.rotary_base and not (self.rotary_base > 1 and math.isfinite(self.rotary_base)):
-            raise ValueError(
-                f"rotary_base must be 0 (off) or a finite number greater than 1, got {self.rotary_base}"
-            )
+        check_base(self.rotary_base)
 
     @property
     def leaves(self) -> int:

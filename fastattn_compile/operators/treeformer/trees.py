@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.rotary import Rotary, Turn
 from fastattn_compile.kernels.tiles import work_dtype
 from fastattn_compile.kernels.treeformer_route import follow
 from fastattn_compile.operators.base import AttentionInputs, SiteSpec
@@ -103,32 +104,6 @@ def plane_gradients(
     return [own + shared.unflatten(0, (-1, group)).sum(1) for own, shared in zip(keys, queries)]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Undoing a rotary embedding: a rotation of pairs of channels by minus the position.
-
-    Args:
-        cos: ``(b or 1, 1, length, d / 2)``; empty when nothing is undone.
-        sin: Likewise.
-    """
-
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-    def undo(self, x: Tensor) -> Tensor:
-        """The vectors before the embedding."""
-        return x if self.cos is None or self.sin is None else _rotated(x, self.cos, -self.sin)
-
-    def redo(self, x: Tensor) -> Tensor:
-        """The way back; also how gradients go through ``undo``."""
-        return x if self.cos is None or self.sin is None else _rotated(x, self.cos, self.sin)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 def turns(
     config: TreeConfig, inputs: AttentionInputs, dtype: torch.dtype, before: Tensor | None = None
 ) -> tuple[Turn, Turn]:
@@ -150,12 +125,9 @@ def turns(
         place = torch.arange(key_len, device=device)[None]
     if before is not None:
         place = place + before[:, None]
-    half = torch.arange(0, channels, 2, dtype=torch.float64, device=device)
-    angles = place[:, None, :, None] * config.rotary_base ** (-half / channels)
-    keys = Turn(angles.cos().to(dtype), angles.sin().to(dtype))
+    rotary, place = Rotary(config.rotary_base, channels), place[:, None]
     offset = key_len - query_len if inputs.mask.end_aligned else 0
-    at = slice(offset, offset + query_len)
-    return Turn(angles[:, :, at].cos().to(dtype), angles[:, :, at].sin().to(dtype)), keys
+    return rotary.at(place[..., offset : offset + query_len], dtype), rotary.at(place, dtype)
 
 
 @dataclass(frozen=True)
