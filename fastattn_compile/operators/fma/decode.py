@@ -244,7 +244,7 @@ class FmaDecoder(Decoder):
             self._masses[:, :, level[fresh], own[fresh]] = 0
             row = inside % self._widths * self.rank // self._widths
             self._masses[:, :, level, own, child, row] += kept[:, None, None, None] * weights
-        row = slice(None) if self.operator.learned else inside % self._widths * self.rank // self._widths
+        row = inside % self._widths * self.rank // self._widths
         for totals, one in ((self._counts, 1), (self._places, place[..., None])):
             if totals is None:
                 continue
