@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastattn_compile.kernels.aten import barnes_hut as aten
@@ -22,17 +24,22 @@ def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePatt
     return barnes_hut.obstacle(query, key, value, pattern, pool)
 
 
+def _offered(
+    query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool
+) -> dict[str, Callable[[], str]]:
+    return {
+        "triton": lambda: triton_obstacle(query, key, value, pattern, pool),
+        "cpp": lambda: cpu.why_not(query, key, value, pattern, pool),
+    }
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, pool: bool,
     key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``kernels.aten.barnes_hut.forward``."""
     given = query, key, value, scale, pattern, pool, key_padding
-    offered = {
-        "triton": lambda: triton_obstacle(query, key, value, pattern, pool),
-        "cpp": lambda: cpu.why_not(query, key, value, pattern, pool),
-    }
-    chosen = select("barnes_hut forward", offered)
+    chosen = select("barnes_hut forward", _offered(query, key, value, pattern, pool))
     if chosen == "triton":
         from fastattn_compile.kernels.gpu import barnes_hut
 
@@ -51,12 +58,15 @@ def backward(
     key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``kernels.aten.barnes_hut.backward``."""
-    given = (
-        query, key, value, scale, pattern, pool, out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
-    )  # fmt: skip
-    offered = {"triton": lambda: triton_obstacle(query, key, value, pattern, pool)}
-    if select("barnes_hut backward", offered) == "triton":
+    saved = out, log_sum_exp, grad_out, grad_log_sum_exp, key_padding
+    chosen = select("barnes_hut backward", _offered(query, key, value, pattern, pool))
+    if chosen == "triton":
         from fastattn_compile.kernels.gpu import barnes_hut
 
-        return barnes_hut.backward(*given)
-    return aten.backward(*given)
+        return barnes_hut.backward(query, key, value, scale, pattern, pool, *saved)
+    if chosen == "cpp":
+        made = cpu.backward(query, key, value, scale, pattern, *saved)
+        if made is not None:
+            return made
+        give_way("barnes_hut backward", chosen, NOT_FINITE)
+    return aten.backward(query, key, value, scale, pattern, pool, *saved)

@@ -9,6 +9,7 @@ from oracle import assert_as_good_as, cast, make_inputs
 from fastattn_compile.kernels.cpu import build
 from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput
+from fastattn_compile.operators.check import compare_with_reference
 from fastattn_compile.operators.registry import make_operator
 
 pytestmark = pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
@@ -27,10 +28,12 @@ def by_cpp(inputs: AttentionInputs, **options: object) -> AttentionOutput:
 @pytest.mark.parametrize("length", [40, 77, 200])
 def test_types_masks_and_lengths(length: int, mask: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(mask, length=length, head_dim=16, dtype=dtype)
-    made, operator = by_cpp(inputs), make_operator("barnes_hut", **SMALL)
-    oracle, formula = operator.reference(cast(inputs, torch.float64)), operator.reference(inputs)
-    assert_as_good_as(made.out, oracle=oracle.out, formula=formula.out)
-    assert_as_good_as(made.log_sum_exp, oracle=oracle.log_sum_exp, formula=formula.log_sum_exp)
+    for options in ({}, {"group": 16}):
+        operator = make_operator("barnes_hut", **SMALL, **options)
+        with use_kernels("cpp"), recorded_kernels() as ran:
+            deviations = compare_with_reference(operator, inputs, gradients=True)
+        assert set(ran.values()) <= {"cpp"}
+        assert all(d.within for d in deviations), deviations
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,22 @@ def test_options_and_heads_as_on_aten(heads: tuple[int, int], options: dict[str,
     # Of two nodes whose estimates are equal up to rounding, one may be opened here and the other there.
     assert same.float().mean() > 0.995
     torch.testing.assert_close(made.log_sum_exp[same], wanted.log_sum_exp[same])
+    # Gradients, and none to the few queries that opened something else.
+    operator, exact = make_operator("barnes_hut", **{**SMALL, **options}), cast(inputs, torch.float64)
+    with use_kernels("aten"):
+        wide = operator.forward(exact)
+    for out in (made.out, wide.out.float()):
+        same &= torch.isclose(out, wanted.out, rtol=1e-5, atol=1e-6).all(-1)
+    assert same.float().mean() > 0.99
+    seeds = torch.cos(wanted.out) * same[..., None], torch.sin(wanted.log_sum_exp) * same
+    with use_kernels("cpp"):
+        grads = operator.backward(inputs, (), made, *seeds)
+    with use_kernels("aten"):
+        formula = operator.backward(inputs, (), wanted, *seeds)
+        oracle = operator.backward(exact, (), wide, *(x.double() for x in seeds))
+    for name in ("query", "key", "value"):
+        three = (getattr(each, name) for each in (grads, oracle, formula))
+        assert_as_good_as(next(three), oracle=next(three), formula=next(three), name=name)
 
 
 def test_the_past_does_not_move_when_the_future_changes() -> None:
@@ -68,9 +87,16 @@ def test_opening_everything_is_exact_attention() -> None:
 
 def test_repeatable_on_any_number_of_threads() -> None:
     inputs = make_inputs("causal", length=400)
-    alone = by_cpp(inputs).out
+
+    def run() -> tuple[torch.Tensor, ...]:
+        made = by_cpp(inputs)
+        with use_kernels("cpp"):
+            grads = make_operator("barnes_hut", **SMALL).backward(inputs, (), made, torch.cos(made.out), None)
+        return made.out, grads.query, grads.key, grads.value
+
+    alone = run()
     torch.set_num_threads(2)
-    assert torch.equal(by_cpp(inputs).out, alone)
+    assert all(torch.equal(a, b) for a, b in zip(alone, run()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Barnes-Hut attention on a CPU, forward: near blocks and sinks by tiles, far leaves by content.
+// Barnes-Hut attention on a CPU, forward and backward: near blocks and sinks by tiles, far leaves by content.
 //
 // A tree of mean keys stands over the key positions. A group of queries descends it from the top: of the nodes that lie wholly
 // in its far field the best of each level are expanded, the best leaves are opened, and every query meets their keys one by
@@ -6,6 +6,7 @@
 //
 // Sizes as in blocks.h.
 #include "opened.h"
+#include "gradients.h"
 
 namespace {
 
@@ -207,6 +208,124 @@ class Walk {
   }
 };
 
+// Gradients of one key head for the choice that the forward pass made: it is made again.
+template <typename T>
+class BackwardWalk {
+ public:
+  BackwardWalk(const BarnesHutArgs& args, const Levels& none, const Tree& tree, int64_t batch, int64_t g)
+      : args(args), a(args.block), tree(tree), batch(batch), g(g), heads(a.h / a.g), blocks(none.blocks), chooser(args, tree),
+        grads(a, none, tree.head, batch, g, tree.bias.size()), voices(heads * tree.dk) {}
+
+  void run() {
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t count = std::min(a.m, a.n - i * a.m);
+      opened.resize((count + args.group - 1) / args.group);
+      for (size_t j = 0; j < opened.size(); j++) {
+        const int64_t first = i * a.m + j * args.group;
+        speak(args, batch, g, first, voices.data(), (const T*)a.query, tree.dk);
+        std::vector<int32_t> leaves = chooser.open(first, voices.data(), heads);
+        std::sort(leaves.begin(), leaves.end());
+        opened[j].set(tree, leaves, args.leaf);
+      }
+      grads.enter(i);
+      for (int64_t h = 0; h < heads; h++)
+        for (int64_t first = 0; first < count; first += QT) {
+          grads.take(g * heads + h, first);
+          grads.meet();
+          for (int64_t lane = 0; lane < std::min<int64_t>(QT, count - first);) {
+            const Fours& met = opened[(first + lane) / args.group];
+            if (fills_vectors(args)) lanes(met, lane), lane += W;
+            else one(met, lane), lane++;
+          }
+          grads.give();
+        }
+    }
+    grads.done();
+    grads.write();
+  }
+
+ private:
+  const BarnesHutArgs& args;
+  const BlockArgs& a;
+  const Tree& tree;
+  const int64_t batch, g, heads, blocks;
+  Chooser chooser;
+  TileGradients<T> grads;
+  std::vector<Fours> opened;  // of the groups of the block
+  Floats voices, weights, slopes, query, to_query;
+
+  // The far field of W queries side by side, from `lane` of the tile on.
+  void lanes(const Fours& met, int64_t lane) {
+    const int64_t count = met.token.size(), dk = tree.dk, dv = tree.dv;
+    if (weights.size() < (size_t)count * 4 * W) weights.resize(count * 4 * W), slopes.resize(count * 4 * W);
+    const vec lse = load(grads.lse + lane), slope = load(grads.slope + lane);
+    for (int64_t i = 0; i < count; i++) {
+      const float *keys = &tree.fours[met.token[i] * a.d], *values = &tree.value[met.token[i] * dv];
+      vec s[4] = {}, t[4] = {};
+      for (int64_t c = 0; c < a.d; c++, keys += 4) {
+        const vec q = load(&grads.queries[c * QT + lane]);
+        for (int r = 0; r < 4; r++) s[r] += splat(keys[r]) * q;
+      }
+      for (int64_t c = 0; c < a.e; c++) {
+        const vec grad = load(&grads.grads[c * QT + lane]);
+        for (int r = 0; r < 4; r++) t[r] += splat(values[r * dv + c]) * grad;
+      }
+      for (int r = 0; r < 4; r++) {
+        const vec weight = exp2v(s[r] + met.bias[i * 4 + r] - lse);
+        store(&weights[(i * 4 + r) * W], weight);
+        store(&slopes[(i * 4 + r) * W], (t[r] - slope) * weight * a.scale);
+      }
+      const float *p = &weights[i * 4 * W], *ds = &slopes[i * 4 * W];
+      float *to_value = &grads.to_value[met.token[i] * dv], *to_key = &grads.to_key[met.token[i] * dk];
+      for (int64_t c = 0; c < dv; c += W) product_rows<4, 1, W, true>(p, 1, &grads.grad_rows[lane * dv + c], dv, to_value + c, dv, W);
+      for (int64_t c = 0; c < dk; c += W) product_rows<4, 1, W, true>(ds, 1, &grads.query_rows[lane * dk + c], dk, to_key + c, dk, W);
+    }
+    for (int64_t c = 0; c < a.d; c += R) {
+      vec dq[R];
+      for (int r = 0; r < R; r++) dq[r] = load(&grads.dq[(c + r) * QT + lane]);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t t = 0; t < 4; t++) {
+          const vec grad = load(&slopes[(i * 4 + t) * W]);
+          const float* key = &tree.key[(met.token[i] + t) * dk + c];
+          for (int r = 0; r < R; r++) dq[r] += splat(key[r]) * grad;
+        }
+      for (int r = 0; r < R; r++) store(&grads.dq[(c + r) * QT + lane], dq[r]);
+    }
+  }
+
+  // The far field of one query.
+  void one(const Fours& met, int64_t lane) {
+    const int64_t count = met.token.size(), dk = tree.dk, dv = tree.dv;
+    const float *rows = &grads.query_rows[lane * dk], *grad = &grads.grad_rows[lane * dv];
+    query.assign(rows, rows + dk);
+    scale_row(query.data(), dk, a.scale * LOG2E);
+    const int64_t room = round_up(count * 4, W);
+    weights.assign(room, NEG_INF), slopes.assign(room, 0.f), to_query.assign(dk, 0.f);
+    const float* q = query.data();
+    for (int64_t i = 0; i < count; i++) {
+      dot4<1>(&q, &tree.key[met.token[i] * dk], dk, dk, (four*)&weights[i * 4]);
+      *(four*)&weights[i * 4] += *(const four*)&met.bias[i * 4];
+      dot4<1>(&grad, &tree.value[met.token[i] * dv], dv, dv, (four*)&slopes[i * 4]);
+    }
+    for (int64_t i = 0; i < room; i += W) {
+      const vec weight = exp2v(load(&weights[i]) - grads.lse[lane]);
+      store(&weights[i], weight);
+      store(&slopes[i], (load(&slopes[i]) - grads.slope[lane]) * weight * a.scale);
+    }
+    for (int64_t i = 0; i < count * 4; i++) {
+      const int64_t token = met.token[i / 4] + i % 4;
+      const vec weight = splat(weights[i]), slope = splat(slopes[i]);
+      float *to_key = &grads.to_key[token * dk], *to_value = &grads.to_value[token * dv];
+      for (int64_t c = 0; c < dk; c += W) {
+        store(&to_query[c], load(&to_query[c]) + slope * load(&tree.key[token * dk + c]));
+        store(to_key + c, load(to_key + c) + slope * load(rows + c));
+      }
+      for (int64_t c = 0; c < dv; c += W) store(to_value + c, load(to_value + c) + weight * load(grad + c));
+    }
+    for (int64_t c = 0; c < a.d; c++) grads.dq[c * QT + lane] += to_query[c];
+  }
+};
+
 template <typename T>
 int run(const BarnesHutArgs& args) {
   const BlockArgs& a = args.block;
@@ -217,6 +336,10 @@ int run(const BarnesHutArgs& args) {
   parallel(a, heads, [&](int64_t u) { finite[u] = build<T>(args, u / a.g, u % a.g, trees[u]); });
   for (const uint8_t good : finite)
     if (!good) return 1;
+  if (a.grad_out) {
+    parallel(a, heads, [&](int64_t u) { BackwardWalk<T>(args, none, trees[u], u / a.g, u % a.g).run(); });
+    return 0;
+  }
   const int64_t chunk = std::max<int64_t>(2, (none.blocks * heads + 16 * a.threads - 1) / (16 * a.threads));
   const int64_t chunks = (none.blocks + chunk - 1) / chunk;
   parallel(a, heads * chunks, [&](int64_t task) {

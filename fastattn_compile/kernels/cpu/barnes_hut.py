@@ -1,4 +1,4 @@
-"""Barnes-Hut attention in C++, forward: what it serves, and its call."""
+"""Barnes-Hut attention in C++: what it serves, and its calls."""
 
 from __future__ import annotations
 
@@ -59,15 +59,40 @@ def forward(
     query, key, value = (dense_rows(x) for x in (query, key, value))
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32)
+    tensors = {"query": query, "key": key, "value": value, "out": out}
+    return (out, log_sum_exp) if _call(tensors, log_sum_exp, scale, pattern, key_padding) else None
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: TreePattern, out: Tensor, log_sum_exp: Tensor,
+    grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """Gradients of query, key and value, as ``kernels.aten.barnes_hut.backward``; ``None`` as in ``forward``."""
+    query, key, value, out, grad_out = (
+        dense_rows(x) for x in (query, key, value, out, grad_out.to(out.dtype))
+    )
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    tensors = {
+        "query": query, "key": key, "value": value, "out": out, "grad_out": grad_out,
+        "grad_query": grads[0], "grad_key": grads[1], "grad_value": grads[2],
+    }  # fmt: skip
+    if grad_log_sum_exp is not None:
+        grad_log_sum_exp = grad_log_sum_exp.float().contiguous()
+    done = _call(tensors, log_sum_exp.contiguous(), scale, pattern, key_padding, grad_log_sum_exp)
+    return (grads[0], grads[1], grads[2]) if done else None
+
+
+def _call(
+    tensors: dict[str, Tensor], log_sum_exp: Tensor, scale: float, pattern: TreePattern, key_padding: Tensor | None,
+    grad_log_sum_exp: Tensor | None = None,
+) -> bool:  # fmt: skip
     real = None if key_padding is None else key_padding.contiguous()
     arguments = _Arguments()
     arguments.block = block_arguments(
-        {"query": query, "key": key, "value": value, "out": out}, log_sum_exp, scale, pattern.block, pattern.sinks,
-        pattern.causal, real,
-    )  # fmt: skip
+        tensors, log_sum_exp, scale, pattern.block, pattern.sinks, pattern.causal, real
+    )
+    arguments.block.grad_lse = None if grad_log_sum_exp is None else grad_log_sum_exp.data_ptr()
     arguments.leaf, arguments.fanout, arguments.group = pattern.leaf, pattern.fanout, pattern.group
-    arguments.levels = pattern.levels(key.shape[2])
+    arguments.levels = pattern.levels(tensors["key"].shape[2])
     arguments.keep[: arguments.levels] = [pattern.keep(level) for level in range(arguments.levels)]
-    if library("barnes_hut").barnes_hut_run(ctypes.byref(arguments)):
-        return None
-    return out, log_sum_exp
+    return bool(library("barnes_hut").barnes_hut_run(ctypes.byref(arguments)) == 0)

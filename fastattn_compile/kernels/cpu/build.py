@@ -11,7 +11,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 # Those that include others first.
-_HEADERS = ("opened.h", "tree.h", "blocks.h", "ranges.h", "trees.h", "simd.h", "threads.h")
+_HEADERS = ("opened.h", "tree.h", "gradients.h", "blocks.h", "ranges.h", "trees.h", "simd.h", "threads.h")
 _lock = threading.Lock()
 _failed: dict[str, str] = {}
 
@@ -51,7 +51,8 @@ def source(name: str) -> str:
     text = (_FOLDER / f"{name}.cpp").read_text(encoding="utf-8")
     for header in (_FOLDER / name for name in _HEADERS):
         body = header.read_text(encoding="utf-8").replace("#pragma once\n", "")
-        text = text.replace(f'#include "{header.name}"\n', body, 1)
+        line = f'#include "{header.name}"\n'
+        text = text.replace(line, body, 1).replace(line, "")
     return text
 
 

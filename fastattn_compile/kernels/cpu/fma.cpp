@@ -6,7 +6,7 @@
 // is a vector operation over queries, and keys and values are read as they lie.
 //
 // Sizes: b batch, g key heads, h query heads, n tokens, d channels of query and key, e of value, m block, p rank.
-#include "blocks.h"
+#include "gradients.h"
 
 namespace {
 
@@ -110,89 +110,34 @@ void forward_blocks(const BlockArgs& a, const Levels& levels, const Head& head, 
   }
 }
 
-// Gradients of one key head, block after block; sums over rows in a fixed order, nothing is shared between threads.
+// Gradients of one key head.
 template <typename T>
 void backward_head(const BlockArgs& a, const Levels& levels, const Head& head, int64_t batch, int64_t g) {
-  const T* key = (const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1];
-  const T* value = (const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1];
-  const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
-  Slots<T> slots(a, levels, head, {key, a.key_strides[2], a.d}, {value, a.value_strides[2], a.e}, real);
-  const int64_t dk = slots.dk, dv = slots.dv, group = a.h / a.g;
-  Floats queries(a.d * QT), grads(a.e * QT), weights(slots.total * QT), slopes(slots.total * QT), dq(dk * QT);
-  Floats rows_of_tile(QT * std::max(dk, dv)), query_rows(QT * dk), grad_rows(QT * dv), slot_key(slots.total * dk), slot_value(slots.total * dv);
-  Floats to_key((a.n + levels.rows) * a.d), to_value((a.n + levels.rows) * a.e);
-  const auto leave = [&](int64_t slot, int64_t id) {
-    add_row(&slot_key[slot * dk], a.d, &to_key[id * a.d]);
-    add_row(&slot_value[slot * dv], a.e, &to_value[id * a.e]);
-    std::fill_n(&slot_key[slot * dk], dk, 0.f);
-    std::fill_n(&slot_value[slot * dv], dv, 0.f);
-  };
-  Ahead ahead;
+  TileGradients<T> grads(a, levels, head, batch, g, a.n + levels.rows);
+  const int64_t group = a.h / a.g;
   for (int64_t i = 0; i < levels.blocks; i++) {
-    slots.enter(i, leave);
-    const int64_t rows = std::min(a.m, a.n - i * a.m);
+    grads.enter(i);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-      for (int64_t first = 0; first < rows; first += QT) {
-        const int64_t count = std::min<int64_t>(QT, rows - first), token = i * a.m + first, at = (batch * a.h + h) * a.n + token;
-        const T* q = (const T*)a.query + batch * a.query_strides[0] + h * a.query_strides[1] + token * a.query_strides[2];
-        const T* o = (const T*)a.out + batch * a.out_strides[0] + h * a.out_strides[1] + token * a.out_strides[2];
-        const T* dout = (const T*)a.grad_out + batch * a.grad_out_strides[0] + h * a.grad_out_strides[1] + token * a.grad_out_strides[2];
-        transpose_in(q, a.query_strides[2], count, a.d, a.scale * LOG2E, rows_of_tile.data(), queries.data());
-        transpose_in(dout, a.grad_out_strides[2], count, a.e, 1.f, rows_of_tile.data(), grads.data());
-        float lse[QT], slope[QT];
-        std::fill(query_rows.begin(), query_rows.end(), 0.f);
-        std::fill(grad_rows.begin(), grad_rows.end(), 0.f);
-        for (int64_t r = 0; r < QT; r++) {
-          lse[r] = std::numeric_limits<float>::infinity();  // weights of 0 where there is no query, or nothing was seen
-          slope[r] = 0.f;
-          if (r >= count) continue;
-          if (a.log_sum_exp[at + r] != NEG_INF) lse[r] = a.log_sum_exp[at + r] * LOG2E;
-          slope[r] = a.grad_lse ? -a.grad_lse[at + r] : 0.f;
-          widen_row(dout + r * a.grad_out_strides[2], a.e, &grad_rows[r * dv]);
-          widen_row(q + r * a.query_strides[2], a.d, &query_rows[r * dk]);
-          slope[r] += dot(&grad_rows[r * dv], as_floats(o + r * a.out_strides[2], a.e, rows_of_tile.data()), a.e);
-        }
-        const std::vector<Run>& runs = slots.met(first);
-        slots.announce(i, first, h == g * group, Rows<T>{q - token * a.query_strides[2], a.query_strides[2], a.d}, ahead);
-        score(slots, runs, queries.data(), first, weights.data(), ahead);
-        for (const Run& run : runs) {
-          const int64_t lane = run.vector * W, depth = QT - lane;
-          float *p = &weights[run.slot * QT + lane], *s = &slopes[run.slot * QT + lane];
-          by_vectors(run, [&](auto v) { product_packed<v.value>(slots.value_packed.data(), run.slot, grads.data() + lane, s, run.rows, a.e); });
-          for (int64_t r = 0; r < run.rows; r++)
-            for (int64_t at = 0; at < depth; at += W) {
-              const vec weight = exp2v(load(p + r * QT + at) - load(lse + lane + at));
-              store(p + r * QT + at, weight);
-              store(s + r * QT + at, (load(s + r * QT + at) - load(slope + lane + at)) * weight * a.scale);
-            }
-          product_wide(p, &grad_rows[lane * dv], &slot_value[run.slot * dv], dv, run.rows, dv, depth);
-          product_wide(s, &query_rows[lane * dk], &slot_key[run.slot * dk], dk, run.rows, dk, depth);
-          by_vectors(run, [&](auto v) {
-            product_transposed<v.value>(&slots.key_rows[run.slot * dk], dk, s, dq.data() + lane, run.rows, a.d, &run != runs.data());
-          });
-        }
-        T* to = (T*)a.grad_query + batch * a.grad_query_strides[0] + h * a.grad_query_strides[1] + token * a.grad_query_strides[2];
-        transpose_out(dq.data(), a.grad_query_strides[2], count, a.d, nullptr, rows_of_tile.data(), to);
+      for (int64_t first = 0; first < std::min(a.m, a.n - i * a.m); first += QT) {
+        grads.take(h, first);
+        grads.meet();
+        grads.give();
       }
   }
-  for (int64_t slot = 0; slot < slots.total; slot++)
-    if (slots.held[slot] >= 0) leave(slot, slots.held[slot]);
+  grads.done();
   // From means back to sums, from the coarsest level down, and from the finest to the tokens.
-  const auto spread = [&](Floats& grad, int64_t c, T* out, const int64_t* strides) {
+  const auto spread = [&](Floats& grad, int64_t c) {
     float* pooled = grad.data() + a.n * c;
     for (int64_t r = 0; r < levels.rows; r++) scale_row(pooled + r * c, c, 1.f / std::max(1.f, head.counts[r]));
     for (int64_t l = levels.count - 1; l > 0; l--)
       for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
         add_row(pooled + (levels.start[l] + r / 2) * c, c, pooled + (levels.start[l - 1] + r) * c);
-    for (int64_t t = 0; t < a.n; t++) {
-      float* row = &grad[t * c];
-      if (levels.count && head.pooled[t]) add_row(pooled + t / (a.m / a.p) * c, c, row);
-      if (real && !real[t]) std::fill_n(row, c, 0.f);
-      narrow_row(row, c, out + t * strides[2]);
-    }
+    for (int64_t t = 0; t < a.n && levels.count; t++)
+      if (head.pooled[t]) add_row(pooled + t / levels.part * c, c, &grad[t * c]);
   };
-  spread(to_key, a.d, (T*)a.grad_key + batch * a.grad_key_strides[0] + g * a.grad_key_strides[1], a.grad_key_strides);
-  spread(to_value, a.e, (T*)a.grad_value + batch * a.grad_value_strides[0] + g * a.grad_value_strides[1], a.grad_value_strides);
+  spread(grads.to_key, grads.dk);
+  spread(grads.to_value, grads.dv);
+  grads.write();
 }
 
 template <typename T>
