@@ -17,6 +17,7 @@ from fastattn_compile.errors import FastAttentionError, ModelLoadError
 from fastattn_compile.lowering.onnx.body import DOMAIN
 from fastattn_compile.passes.analyse import named
 from fastattn_compile.passes.find import find
+from fastattn_compile.passes.onnx.flattened import undo_flattened_softmax
 from fastattn_compile.passes.onnx.unfold import unfold
 from fastattn_compile.passes.onnx.view import graphs, infer_shapes, skeleton, view
 from fastattn_compile.passes.site import Softmax
@@ -129,6 +130,8 @@ def prepare(source: Source) -> Prepared:
                 f"{name_of(source)}: the nodes of the graph read each other in a cycle"
             ) from error
         infer_shapes(model)
+        for graph in graphs(model):
+            given.update((out, given[whole]) for out, whole in undo_flattened_softmax(graph))
         opset = model.opset_imports[""]
         written = [v for g in graphs(model) for node in unfold(g, opset) for v in node.outputs]
         if written:

@@ -183,6 +183,57 @@ def test_cycles_and_double_names_are_named(proto: onnx.ModelProto, tmp_path: Pat
         fa.convert(cyclic, **FMA, **FAST)
 
 
+def test_a_softmax_over_a_flattened_tensor(tmp_path: Path) -> None:
+    """So ``onnx.version_converter`` writes those of opset 12, where it does not know their shapes."""
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 2, "n", 8]) for n in "xy")
+    make = onnx.helper.make_node
+    nodes = [
+        make("Transpose", ["x"], ["columns"], perm=[0, 1, 3, 2]),
+        make("MatMul", ["x", "columns"], ["scores"]),
+        make("Shape", ["scores"], ["whole"]),
+        make("Flatten", ["scores"], ["flat"], axis=3),
+        make("Softmax", ["flat"], ["weights"], axis=-1),
+        make("Reshape", ["weights", "whole"], ["back"]),
+        make("MatMul", ["back", "x"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "raised", [x], [y])
+    raised = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=7)
+    report = fa.convert(raised, tmp_path / "out.onnx", operator="exact", **FAST)
+    assert report.sites[0].own_error < 1e-6
+    given = np.random.default_rng(0).standard_normal((1, 2, 50, 8)).astype(np.float32)
+    (a,), (b,) = run(raised, {"x": given}), run(onnx.load(str(tmp_path / "out.onnx")), {"x": given})
+    assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
+    raised.graph.node[3].attribute[0].i = 2  # over two dimensions: no attention
+    assert not fa.convert(raised, operator="exact", **FAST).sites
+
+
+def test_what_stands_beside_attention_stays_as_it_was(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    model = onnx.ModelProto.FromString(proto.SerializeToString())
+    model.producer_name, model.domain, model.model_version, model.doc_string = (
+        "me",
+        "acme",
+        7,
+        "what it is for",
+    )
+    model.metadata_props.add(key="licence", value="MIT")
+    model.graph.metadata_props.add(key="part", value="encoder")
+    last = model.graph.node[-1]
+    last.doc_string = "the projection"
+    last.metadata_props.add(key="note", value="keep")
+    onnx.save(model, str(tmp_path / "in.onnx"))
+    fa.convert(tmp_path / "in.onnx", tmp_path / "out.onnx", **FMA, **FAST)
+    made = onnx.load(str(tmp_path / "out.onnx"))
+    for name in ("ir_version", "producer_name", "domain", "model_version", "doc_string"):
+        assert getattr(made, name) == getattr(model, name)
+    assert {p.key: p.value for p in made.metadata_props} == {p.key: p.value for p in model.metadata_props}
+    assert {p.key: p.value for p in made.graph.metadata_props}.items() >= {"part": "encoder"}.items()
+    (same,) = (n for n in made.graph.node if n.name == last.name)
+    assert (same.input, same.output, same.doc_string) == (last.input, last.output, last.doc_string)
+    assert {p.key: p.value for p in same.metadata_props} == {p.key: p.value for p in last.metadata_props}
+    weights = {t.name: t for t in model.graph.initializer}
+    assert all(t.raw_data == weights[t.name].raw_data for t in made.graph.initializer if t.name in weights)
+
+
 def test_in_place_is_refused(path: Path) -> None:
     with pytest.raises(OptionError, match="is the model itself"):
         fa.convert(path, path, **FMA, **FAST)
