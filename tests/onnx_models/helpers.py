@@ -12,11 +12,14 @@ import onnxruntime
 import torch
 
 import fastattn_compile as fa
+from fastattn_compile.converting.source import prepare
 from fastattn_compile.lowering.onnx.body import DOMAIN, BodySpec
 from fastattn_compile.lowering.onnx.function import function, node_attributes, node_inputs
 from fastattn_compile.lowering.onnx.registry import body_of, supported
 from fastattn_compile.lowering.onnx.writer import attribute
 from fastattn_compile.operators.base import AttentionInputs, Operator
+from fastattn_compile.operators.registry import make_operator
+from fastattn_compile.passes.onnx.rewrite import Replacement, can_replace, rewrite
 
 
 def attention_model(
@@ -113,6 +116,19 @@ def run_native(model: onnx.ModelProto, inputs: AttentionInputs) -> torch.Tensor:
     binding.bind_output("out_0", "cpu", 0, _NUMBERS[torch.bfloat16], tuple(out.shape), out.data_ptr())
     made.run_with_iobinding(binding)
     return out
+
+
+def exact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with ``exact`` in place of its one attention."""
+    prepared = prepare(model)
+    (line,) = prepared.softmaxes
+    assert line.site is not None, line.reason
+    replacement = Replacement(line.site, make_operator("exact"), 64)
+    support = can_replace(replacement, prepared.opset)
+    assert support, support.reason
+    rewrite(prepared.model, [replacement])
+    prepared.forget_inferred()
+    return ir.to_proto(prepared.model)
 
 
 def export(

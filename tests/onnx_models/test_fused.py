@@ -9,11 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto
-from onnx_models.helpers import run
+from onnx_models.helpers import exact, run
 
 from fastattn_compile.converting.source import prepare
-from fastattn_compile.operators.registry import make_operator
-from fastattn_compile.passes.onnx.rewrite import Replacement, can_replace, rewrite
+from fastattn_compile.passes.onnx.rewrite import rewrite
 
 MICROSOFT = "com.microsoft"
 BATCH, LENGTH, HEADS, HEAD_DIM = 2, 12, 4, 8
@@ -46,19 +45,6 @@ def model_of(
     opset = 23 if not domain else 18
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)]
     return onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
-
-
-def exact(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with ``exact`` in place of its one attention."""
-    prepared = prepare(model)
-    (line,) = prepared.softmaxes
-    assert line.site is not None, line.reason
-    replacement = Replacement(line.site, make_operator("exact"), LENGTH)
-    support = can_replace(replacement, prepared.opset)
-    assert support, support.reason
-    rewrite(prepared.model, [replacement])
-    prepared.forget_inferred()
-    return ir.to_proto(prepared.model)
 
 
 def arrays(*shapes: tuple[int, ...]) -> list[np.ndarray]:

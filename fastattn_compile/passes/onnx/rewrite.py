@@ -20,6 +20,7 @@ from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.mask_structure import emit
 from fastattn_compile.passes.onnx.facts import FactWriter
+from fastattn_compile.passes.onnx.quantised import is_quantised, parameters, real, real_output, stored
 from fastattn_compile.passes.onnx.unfold import take_over
 from fastattn_compile.passes.relayout import Relayout
 from fastattn_compile.passes.site import Site
@@ -79,6 +80,14 @@ def can_replace(replacement: Replacement, opset: int) -> Support:
     strange = [x.name for x in given if not isinstance(x.origin, ir.Value)]
     if strange:
         return no(f"a fused node would have to be taken apart to reach {strange[0]}")
+    values = [x.origin for x in given]
+    for value in values[:3]:
+        if is_quantised(value) and parameters(value) is None:
+            return no(f"nothing says what the integers of {value.name} stand for")
+    if real_output(values[3]) is None:
+        return no(
+            f"the product with the values, {values[3].name}, is not scaled back to real numbers by itself"
+        )
     if opset < 13:
         return no(
             f"the bodies need opset 13 or later, the model has {opset}; raise it with onnx.version_converter first"
@@ -157,9 +166,9 @@ def _write(
     if key not in functions:
         same = sum(1 for made in functions.values() if made.name == body.op_type)
         functions[key] = function(replacement.operator, spec, f"v{same + 1}" if same else "")
-    original: ir.Value = site.out.origin
-    producer = original.producer()
-    if producer is None or producer.graph is None:
+    original = real_output(site.out.origin)
+    producer = original.producer() if original is not None else None
+    if original is None or producer is None or producer.graph is None:
         raise ValueError(f"{site.name}: the output of the attention is no node of the graph")
     writer = OnnxWriter(spec.dtype, f"fastattn_{number}_")
     groups = site.groups
@@ -169,7 +178,8 @@ def _write(
 
     def canonical(operand: Operand, heads: Axes, length: Axes, channels: Axes) -> ir.Value:
         wanted = [groups.batch, *heads, *length, *channels]
-        value: ir.Value = layout.emit(operand.origin.origin, operand.origin_axes, wanted)
+        given = real(writer, operand.origin.origin)
+        value: ir.Value = layout.emit(given, operand.origin_axes, wanted)
         return value
 
     inputs = [
@@ -192,9 +202,8 @@ def _write(
     batch = _dimension(site.query.origin.origin, site)
     output.shape = ir.Shape([batch, spec.heads, None, spec.value_dim])
     output.type = ir.TensorType(spec.dtype)
-    result: ir.Value = layout.emit(
-        output, [groups.batch, groups.heads, groups.query, groups.value_channels], site.out_axes
-    )
+    inner = [groups.batch, groups.heads, groups.query, groups.value_channels]
+    result = stored(writer, layout.emit(output, inner, site.out_axes), original)
     result.type, result.shape = original.type, original.shape
     producer.graph.insert_before(producer, writer.nodes)
     return Placed(site, result, original, (*inputs, *([] if padding is None else [padding])))

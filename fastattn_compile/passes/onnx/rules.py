@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.graph import Node, Size
 from fastattn_compile.passes.onnx.sizes import SizeValues, attribute, axes_of
 
 MICROSOFT = "com.microsoft"
+# A constant of more integers is a weight, and what it stands for is not computed.
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -184,13 +187,40 @@ def _dropout(call: Call, at: int) -> Meaning | None:
 # ---- quantisation: the attention that is meant is that of the real numbers
 
 
-@rule("QuantizeLinear", "DequantizeLinear")
-@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
+@rule("QuantizeLinear")
+@rule("QuantizeLinear", domain=MICROSOFT)
 def _quantised(call: Call, at: int) -> Meaning:
-    x = call.tensor(0)
-    if x is None or x.kind in ("constant", "parameter"):
-        return Meaning("parameter")
+    x = call.inputs[0]
     return Meaning("identity", (x,), {}, None, x.dtype)
+
+
+@rule("DequantizeLinear")
+@rule("DequantizeLinear", domain=MICROSOFT)
+def _dequantised(call: Call, at: int) -> Meaning:
+    return _real(call, 0, 1, 2)
+
+
+def _real(call: Call, at: int, scale_at: int, zero_at: int) -> Any:
+    """An operand that is stored as integers, as the real numbers they stand for."""
+    x = call.tensor(at)
+    if x is None or x.kind not in ("constant", "parameter", "full"):
+        return Meaning("identity", (x,), {}, x.shape, x.dtype) if x is not None else None
+    value, scale = x.attributes.get("value"), _scalar(call, scale_at)
+    zero = _scalar(call, zero_at) if zero_at < len(call.inputs) and call.inputs[zero_at] is not None else 0
+    if value is None or scale is None or zero is None or x.dtype is None or x.dtype.is_floating_point:
+        return Meaning("parameter", (), {}, x.shape, torch.float32)
+    if isinstance(value, torch.Tensor):
+        if value.numel() > _LARGEST:
+            return Meaning("parameter", (), {}, x.shape, torch.float32)
+        value = value.float()
+    return Meaning("constant", (), {"value": (value - zero) * scale}, x.shape, torch.float32)
+
+
+def _scalar(call: Call, at: int) -> float | None:
+    """The number an operand of one element is."""
+    x = call.tensor(at)
+    value = x.attributes.get("value") if x is not None and x.kind in ("constant", "full") else None
+    return value if isinstance(value, (int, float)) else None
 
 
 @rule("DynamicQuantizeLinear")
@@ -207,28 +237,71 @@ def _integer_product(call: Call, at: int) -> Meaning:
     return Meaning("matmul", (a, b), {}, None, a.dtype if isinstance(a, Node) else None)
 
 
+@rule("MatMulIntegerToFloat", "DynamicQuantizeMatMul", domain=MICROSOFT)
+def _product_of_quantised(call: Call, at: int) -> Meaning | None:
+    a, b = call.tensor(0), call.tensor(1)
+    if a is None or b is None:
+        return None
+    bias = call.tensor(6 if call.node.op_type == "MatMulIntegerToFloat" else 4)
+    product = Meaning("matmul", (a, b), {}, call.result(), torch.float32)
+    return product if bias is None else Meaning("add", (product, bias))
+
+
 @rule("QLinearMatMul")
 def _quantised_product(call: Call, at: int) -> Meaning:
-    a, b = call.inputs[0], call.inputs[3]
-    return Meaning("matmul", (a, b), {}, None, a.dtype if isinstance(a, Node) else None)
+    a, b = _real(call, 0, 1, 2), _real(call, 3, 4, 5)
+    return Meaning("matmul", (a, b), {}, None, _type_of(a, b))
+
+
+def _type_of(*operands: Any) -> Any:
+    """The type of the real numbers: that of an operand that is no constant."""
+    computed = (x.dtype for x in operands if x is not None and x.kind not in ("constant", "parameter"))
+    return next((dtype for dtype in computed if dtype is not None), torch.float32)
+
+
+@rule("QGemm", domain=MICROSOFT)
+def _quantised_projection(call: Call, at: int) -> Meaning | None:
+    if call.get("transA", 0):
+        return None
+    a, b = _real(call, 0, 1, 2), call.tensor(3)
+    if b is None:
+        return None
+    weight: Any = b if not call.get("transB", 0) else _transposed(b)
+    return Meaning("linear", (a, weight, None), {}, None, _type_of(a))
 
 
 @rule("QLinearSoftmax", domain=MICROSOFT)
 def _quantised_softmax(call: Call, at: int) -> Meaning | None:
-    found = _softmax(call, at)
-    x = call.tensor(0)
-    return None if found is None or x is None else Meaning("softmax", (x,), found.attributes, None, x.dtype)
+    rank, x = call.rank, call.tensor(0)
+    axis = int(call.get("axis", -1))
+    if rank is None or x is None:
+        return _unread(call)
+    # Its own attribute says which opset's softmax it is.
+    if int(call.get("opset", 13)) < 13 and axis % rank != rank - 1:
+        return None
+    return Meaning("softmax", (x,), {"dim": axis % rank}, None, x.dtype)
 
 
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
 def _quantised_binary(call: Call, at: int) -> Meaning:
-    a, b = call.inputs[0], call.inputs[3]
-    dtype = next(
-        (x.dtype for x in (a, b) if isinstance(x, Node) and x.kind not in ("constant", "parameter")), None
-    )
-    return Meaning(
-        "add" if call.node.op_type == "QLinearAdd" else "mul", (_number(a), _number(b)), {}, None, dtype
-    )
+    a, b = _real(call, 0, 1, 2), _real(call, 3, 4, 5)
+    kind = "add" if call.node.op_type == "QLinearAdd" else "mul"
+    return Meaning(kind, (a, b), {}, None, _type_of(a, b))
+
+
+@rule("QLinearWhere", domain=MICROSOFT)
+def _quantised_choice(call: Call, at: int) -> Meaning:
+    yes, no = _real(call, 1, 2, 3), _real(call, 4, 5, 6)
+    return Meaning("where", (call.inputs[0], yes, no), {}, None, _type_of(yes, no))
+
+
+@rule("QLinearConcat", domain=MICROSOFT)
+def _quantised_parts(call: Call, at: int) -> Meaning | None:
+    shape = call.result()
+    if shape is None:
+        return None
+    parts = tuple(_real(call, i, i + 1, i + 2) for i in range(2, len(call.inputs), 3))
+    return Meaning("cat", parts, {"dim": int(call.get("axis", 0)) % len(shape)}, None, _type_of(*parts))
 
 
 # ---- products and softmaxes
@@ -279,7 +352,7 @@ def _einsum(call: Call, at: int) -> Meaning:
 def _softmax(call: Call, at: int) -> Meaning | None:
     rank = call.rank
     if rank is None:
-        return None
+        return _unread(call)
     axis = int(call.get("axis", -1 if call.opset >= 13 else 1))
     axis = axis + rank if axis < 0 else axis
     # Before opset 13 all axes from this one on are one: only the last by itself is a softmax over one axis.
@@ -288,6 +361,12 @@ def _softmax(call: Call, at: int) -> Meaning | None:
     return Meaning(
         "softmax" if call.node.op_type != "LogSoftmax" else "log_softmax", (call.inputs[0],), {"dim": axis}
     )
+
+
+def _unread(call: Call) -> Meaning:
+    """A softmax that nothing can be said of but that it is there."""
+    operands = tuple(x for x in call.inputs if isinstance(x, Node))
+    return Meaning("mha", operands, {"reason": "the shape of what the softmax is taken of is not known"})
 
 
 @rule("ReduceSum", "ReduceMax")

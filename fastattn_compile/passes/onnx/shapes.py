@@ -37,7 +37,8 @@ def result_shape(node: ir.Node, values: SizeValues) -> Shape | None:
     """
     name = node.op_type
     if node.domain == "com.microsoft":
-        return _fused_matmul(node, values) if name in ("FusedMatMul", "TransposeMatMul") else None
+        own = _MICROSOFT.get(name)
+        return own(node, values) if own is not None else None
     if node.domain not in ("", "ai.onnx"):
         return None
     rule = _RULES.get(name) or (_broadcast if name in _ELEMENTWISE else _same if name in _SAME else None)
@@ -146,6 +147,15 @@ def _fused_matmul(node: ir.Node, values: SizeValues) -> Shape | None:
     return _product(a, b)
 
 
+def _quantised_product(node: ir.Node, values: SizeValues) -> Shape | None:
+    return _product(_operand(node, values, 0), _operand(node, values, 3))
+
+
+def _quantised_broadcast(node: ir.Node, values: SizeValues) -> Shape | None:
+    a, b = _operand(node, values, 0), _operand(node, values, 3)
+    return None if a is None or b is None else broadcast([a, b])
+
+
 def _product(a: Shape | None, b: Shape | None) -> Shape | None:
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
@@ -238,6 +248,35 @@ def _gather_nd(node: ir.Node, values: SizeValues) -> Shape | None:
     return (*indices[:-1], *shape[indices[-1] :])
 
 
+def split_shapes(node: ir.Node, values: SizeValues) -> list[Shape]:
+    """The shapes of the parts of a ``Split``; none where they are not known."""
+    shape = _operand(node, values, 0)
+    if shape is None:
+        return []
+    axis = attribute(node, "axis", 0) % len(shape)
+    given = values.of(node.inputs[1]) if len(node.inputs) > 1 else None
+    sizes = attribute(node, "split") if given is None else list(given.reshape(-1))
+    if sizes is None:
+        if not isinstance(shape[axis], int) or shape[axis] % len(node.outputs):
+            return []
+        sizes = [shape[axis] // len(node.outputs)] * len(node.outputs)
+    return [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
+
+
+def _quantised_projection(node: ir.Node, values: SizeValues) -> Shape | None:
+    a, b = _operand(node, values, 0), _operand(node, values, 3)
+    if a is None or b is None or attribute(node, "transA", 0):
+        return None
+    return (a[0], b[0 if attribute(node, "transB", 0) else 1])
+
+
+def _gemm(node: ir.Node, values: SizeValues) -> Shape | None:
+    a, b = _operand(node, values, 0), _operand(node, values, 1)
+    if a is None or b is None:
+        return None
+    return (a[1 if attribute(node, "transA", 0) else 0], b[0 if attribute(node, "transB", 0) else 1])
+
+
 def _range(node: ir.Node, values: SizeValues) -> Shape | None:
     ends = [values.of(x) for x in node.inputs]
     if any(x is None or x.size != 1 for x in ends):
@@ -249,5 +288,17 @@ def _range(node: ir.Node, values: SizeValues) -> Shape | None:
 _RULES: Mapping[str, Callable[[ir.Node, SizeValues], Shape | None]] = {
     "MatMul": _matmul, "MatMulInteger": _matmul, "Transpose": _transpose, "Reshape": _reshape, "Expand": _expand,
     "ConstantOfShape": _full, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Concat": _concat, "Gather": _gather,
-    "GatherND": _gather_nd, "Range": _range,
+    "GatherND": _gather_nd, "Range": _range, "QLinearMatMul": _quantised_product, "Gemm": _gemm,
 }  # fmt: skip
+_MICROSOFT: Mapping[str, Callable[[ir.Node, SizeValues], Shape | None]] = {
+    "QGemm": _quantised_projection, "FusedMatMul": _fused_matmul,
+    "TransposeMatMul": _fused_matmul, "QLinearAdd": _quantised_broadcast,
+    "QLinearMul": _quantised_broadcast, "MatMulIntegerToFloat": _matmul, "DynamicQuantizeMatMul": _matmul,
+} | dict.fromkeys(
+    (
+        "BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization", "QuantizeLinear", "DequantizeLinear", "QLinearSoftmax", "QLinearSigmoid",
+        "QLinearLeakyRelu", "RotaryEmbedding",
+    ),
+    _same,
+)  # fmt: skip

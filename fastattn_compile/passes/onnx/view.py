@@ -19,8 +19,9 @@ from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.graph import GraphView, Node, Size
 from fastattn_compile.passes.names import plain_path
 from fastattn_compile.passes.onnx import layout_rules  # noqa: F401  registers its rules
+from fastattn_compile.passes.onnx.quantised import real_type
 from fastattn_compile.passes.onnx.rules import RULES, Call
-from fastattn_compile.passes.onnx.shapes import is_known, result_shape
+from fastattn_compile.passes.onnx.shapes import is_known, result_shape, split_shapes
 from fastattn_compile.passes.onnx.sizes import SizeValues, shapes_of
 from fastattn_compile.passes.onnx.unfold import MEANS, STANDS_FOR, WHY_NOT
 
@@ -212,6 +213,11 @@ class _Builder:
 
     def _refine(self, node: ir.Node) -> None:
         """A target shape that was computed with tensors says more than what inference made of it."""
+        if node.op_type == "Split":
+            for value, part in zip(node.outputs, split_shapes(node, self.values)):
+                if not is_known(self.shape(value)):
+                    self.shapes[value] = part
+            return
         inferred = self.shape(node.outputs[0]) if node.outputs else None
         if node.op_type not in ("Reshape", "Expand", "ConstantOfShape") and is_known(inferred):
             return
@@ -230,7 +236,8 @@ class _Builder:
         if value is not None and shape is None:
             shape = self.shape(value)
         if value is not None and dtype is None:
-            dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
+            stands_for = real_type(value)
+            dtype = _TYPES.get(stands_for) if stands_for is not None else None
         made = Node(
             name, meaning.kind, inputs, meaning.attributes, shape, dtype, module, source, False, value
         )
