@@ -125,9 +125,18 @@ def inductor_fused(model: nn.Module, inputs: dict[str, Any], training: bool) -> 
     return counters["inductor"]["fuse_attention"] - before
 
 
-def structures(found: Iterable[Any]) -> Counter[str]:
-    """How many sites have which structure of mask; all that no structure says are one."""
-    return Counter("opaque" if d.softmax.mask.startswith("opaque") else d.softmax.mask for d in found)
+def structures(found: Iterable[Any], padded: bool) -> Counter[str]:
+    """How many sites have which structure of mask; all that no structure says are one.
+
+    A mask that was read from values allows for padding that a later batch may have.
+    """
+
+    def text(line: Any) -> str:
+        if line.checked and not padded:
+            return str(line.mask).replace(" & key_padding", "").replace("key_padding", "none")
+        return "opaque" if line.mask.startswith("opaque") else str(line.mask)
+
+    return Counter(text(d.softmax) for d in found)
 
 
 def measure(
@@ -156,7 +165,7 @@ def measure(
     decisions = [d for record in backend.records() for d in record.decisions]
     taken = [d for d in decisions if d.softmax.status == "taken"]
     kept = [d for d in decisions if d.softmax.status != "taken"]
-    expected, masks = entry.expected(padded), structures(taken)
+    expected, masks = entry.expected(padded), structures(taken, padded)
     hiding = Counter({k: n for k, n in expected.items() if k != "none"})
     refused = [d for d in kept if entry.because and entry.because in d.softmax.reason]
     eps = torch.finfo(dtype).eps

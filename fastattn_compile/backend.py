@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from fastattn_compile.passes.choose import (
     is_decoding,
 )
 from fastattn_compile.passes.learned import take_parameters
+from fastattn_compile.passes.mask_check import MaskCheck
 from fastattn_compile.passes.names import module_ids
+from fastattn_compile.passes.regions import copied
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.passes.site import NOT_ATTENTION, Site, Softmax
 from fastattn_compile.surfacing import surfacing
@@ -65,18 +68,54 @@ class CompiledGraph:
         decisions: One for each softmax.
         monitor: Errors sampled at run time.
         planned: Names that the plan serves by an operator, of this graph's sites or others'.
+        guard: What is asked before every call, for masks whose structure was read from their values.
     """
 
     modules: set[int]
     decisions: list[Decision]
     monitor: measure.Monitor | None = None
     planned: frozenset[str] = frozenset()
+    guard: MaskGuard | None = None
     stop: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def watch(self, share: float, names: set[str]) -> None:
         """Samples the errors of some sites from now on, on a share of the calls."""
         self.monitor = measure.Monitor(share)
         self.stop = self.monitor.watch(names)
+
+
+class MaskGuard:
+    """Runs a compiled graph where masks are what they were on the first batch, and elsewhere the graph as it was.
+
+    Args:
+        check: Compares.
+        original: The graph before it was rewritten.
+    """
+
+    def __init__(self, check: MaskCheck, original: torch.fx.GraphModule) -> None:
+        self.check, self.original = check, original
+        self.calls = 0
+        self.broken: Counter[str] = Counter()
+
+    def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The function to call in place of ``compiled``."""
+
+        def run(*inputs: Any) -> Any:
+            self.calls += 1
+            broken = self.check.broken(inputs)
+            if not broken:
+                return compiled(*inputs)
+            if not self.broken:
+                warnings.warn(
+                    f"fastattn: the mask of {broken[0]} is no longer {self.check.structure(broken[0])}, which it was on the "
+                    "first batch; with such masks this graph runs exact and uncompiled, and options={'check_masks': False} "
+                    "keeps sites with masks of this kind exact from the start",
+                    stacklevel=2,
+                )
+            self.broken.update(broken)
+            return self.original.forward(*inputs)
+
+        return run
 
 
 _compiled: list[CompiledGraph] = []
@@ -104,16 +143,19 @@ def fastattn(
     """
     with surfacing("find and replace the attention of a graph"):
         parsed = parse_options(options, mode)
-        record = _rewrite(gm, example_inputs, parsed)
+        record, guard = _rewrite(gm, example_inputs, parsed)
     if record.decisions and not parsed.quiet:
         print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
-    return _compile(gm, example_inputs, parsed)
+    compiled = _compile(gm, example_inputs, parsed)
+    return compiled if guard is None else guard.around(compiled)
 
 
-def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> CompiledGraph:
-    """Replaces what is to be replaced, in place."""
+def _rewrite(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options
+) -> tuple[CompiledGraph, MaskGuard | None]:
+    """Replaces what is to be replaced, in place; with what must be asked before every call, if anything."""
     modules = module_ids(gm)
-    analyses = analyse(gm, parsed.within)
+    analyses = analyse(gm, parsed.within, example_inputs if parsed.check_masks else None)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
     learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
     lines = [line for a in analyses for line in a.softmaxes]
@@ -126,6 +168,11 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
     choices = _choose(gm, example_inputs, lines, parsed, learned, shared)
     if parsed.exact_fuse:
         choices = {name: fused(choice) for name, choice in choices.items()}
+    rewritten = {name for name, choice in choices.items() if choice.operator is not None or choice.fuse}
+    guard = None
+    check = analyses[0].check
+    if check is not None and (check := check.of(rewritten)) is not None:
+        guard = MaskGuard(check, copied(gm))
     for analysis in analyses:
         _apply(analysis, choices, learned)
     record = CompiledGraph(modules, [_decision(c) for c in choices.values()], planned=_planned(parsed))
@@ -134,8 +181,9 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
     }
     if parsed.monitor and replaced:
         record.watch(parsed.monitor, replaced)
+    record.guard = guard
     remember(record)
-    return record
+    return record, guard
 
 
 def _planned(options: Options) -> frozenset[str]:

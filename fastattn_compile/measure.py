@@ -63,7 +63,7 @@ def measure_graph(
             errors[name] = own_error(candidate, inputs)
 
     exact = make_operator("exact")
-    for analysis in analyse(twin):
+    for analysis in analyse(twin, inputs=example_inputs):
         found = [line.site for line in analysis.softmaxes if line.site is not None and line.name in wanted]
         rewrite(analysis.gm, [Replacement(site, exact) for site in found if exact.supports(site.spec)])
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]), observing(observe):

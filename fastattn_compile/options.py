@@ -35,6 +35,8 @@ class Options:
         quiet: Do not print the line that says what was done.
         exact_fuse: Write sites that no operator serves as SDPA with the recovered causal flag, window and grouped heads, so
             that no n x n mask is built. The same attention, up to rounding.
+        check_masks: Read masks that are data to the graph, inputs and constants, from their values on the first batch, and
+            compare them before every call; where they differ the graph runs as it was, exact and uncompiled.
         within: Path of the compiled module inside the model, when its blocks are compiled one by one (as under FSDP):
             sites are then named as in the whole model, which is how plans and learned parameters know them.
         operator_options: Fields of the named operator's configuration.
@@ -50,6 +52,7 @@ class Options:
     inductor_mode: str | None = None
     quiet: bool = False
     exact_fuse: bool = False
+    check_masks: bool = True
     within: str = ""
     operator_options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -108,7 +108,18 @@ class Scan:
 
 
 def _plain(line: Softmax) -> dict[str, Any]:
-    fields = ("name", "status", "reason", "source", "kind", "mask", "heads", "kv_heads", "head_dim")
+    fields = (
+        "name",
+        "status",
+        "reason",
+        "source",
+        "kind",
+        "mask",
+        "checked",
+        "heads",
+        "kv_heads",
+        "head_dim",
+    )
     return {name: getattr(line, name) for name in fields}
 
 
@@ -138,7 +149,9 @@ def scan(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:
     found: list[list[Softmax]] = []
 
     def record(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        found.append([judge(line) for analysis in analyse(gm) for line in analysis.softmaxes])
+        found.append(
+            [judge(line) for analysis in analyse(gm, inputs=example_inputs) for line in analysis.softmaxes]
+        )
         return gm.forward
 
     run_captured(model, record, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 
@@ -14,6 +15,7 @@ from fastattn_compile.passes.frame import Frame, current_frame, place
 from fastattn_compile.passes.functionalize import functionalize
 from fastattn_compile.passes.fx_view import view
 from fastattn_compile.passes.graph import GraphView
+from fastattn_compile.passes.mask_check import MaskCheck, check_masks
 from fastattn_compile.passes.names import unique_names
 from fastattn_compile.passes.regions import unshare
 from fastattn_compile.passes.site import Softmax
@@ -28,12 +30,14 @@ class Analysis:
         view: Its normalised view.
         softmaxes: One for each softmax, in execution order.
         frame: What it was captured from; ``None`` when not by Dynamo.
+        check: What must hold of the inputs for masks whose structure was read from their values.
     """
 
     gm: torch.fx.GraphModule
     view: GraphView
     softmaxes: list[Softmax]
     frame: Frame | None = None
+    check: MaskCheck | None = None
 
 
 def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
@@ -43,13 +47,16 @@ def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
             yield module
 
 
-def analyse(gm: torch.fx.GraphModule, within: str = "") -> list[Analysis]:
+def analyse(
+    gm: torch.fx.GraphModule, within: str = "", inputs: Sequence[Any] | None = None
+) -> list[Analysis]:
     """Finds every softmax in a graph and the graphs inside it.
 
     Args:
         gm: A graph as Dynamo or ``torch.export`` captures it. In-place operators on fresh tensors are made functional and
             opaque attention calls are expanded, in place; what the graph computes does not change.
         within: Path, inside the whole model, of the module that was captured; sites are named from the model's root.
+        inputs: Real inputs of the graph: masks that are data to it are understood from their values (``mask_check``).
     """
     frame = current_frame(within)
     place(gm, frame, within)
@@ -61,10 +68,13 @@ def analyse(gm: torch.fx.GraphModule, within: str = "") -> list[Analysis]:
         # Of this module alone: what serves another may be something else.
         frame.bind()
     names = iter(unique_names(paths, frame.before(paths) if frame is not None else None))
-    return [
-        Analysis(body, normalised, [_named(line, next(names)) for line in lines], frame)
-        for body, normalised, lines in found
-    ]
+    analyses = []
+    for body, normalised, lines in found:
+        named, check = [_named(line, next(names)) for line in lines], None
+        if body is gm and inputs is not None:
+            named, check = check_masks(gm, named, inputs)
+        analyses.append(Analysis(body, normalised, named, frame, check))
+    return analyses
 
 
 def _found(gm: torch.fx.GraphModule) -> list[tuple[torch.fx.GraphModule, GraphView, list[Softmax]]]:

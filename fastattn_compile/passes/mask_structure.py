@@ -109,6 +109,8 @@ class MaskAnalysis:
         slope: Of a linear bias, a formula of head: that of ALiBi, or of a bucketed ``slope * (key - query)``.
         reason: What kept the mask or bias from being understood, empty when nothing did.
         counted: The distances of an ALiBi bias are counted in real tokens: padding between two does not part them.
+        data: Which keys are visible and what is added to their scores, as formulas of the four axes, where structure could
+            not be read from them: tensors may still show it (``mask_check``).
     """
 
     structure: MaskStructure
@@ -119,6 +121,7 @@ class MaskAnalysis:
     slope: Expression | None = None
     reason: str = ""
     counted: bool = False
+    data: tuple[Expression, Expression] | None = None
 
     def reads(self) -> list[Node]:
         """The tensors of the graph that its formulas read."""
@@ -201,13 +204,16 @@ def _analyse(
     if ANY_AXIS in axes_of(bias):
         unknown = next(leaf for leaf in leaves(bias) if isinstance(leaf, Unknown))
         return _opaque(f"what is added to the scores depends on {name_of(unknown.node)}, {unknown.why}")
+    data = None if ANY_AXIS in axes_of(visible) else (visible, bias)
     conditions = list(visible.terms) if isinstance(visible, Logic) and visible.op == "and" else [visible]
     facts = _facts([c for c in conditions if c != TRUE], lifter, places, offset)
     analysis = _join(facts, offset)
     if not analysis.structure.understood:
         named = [name_of(term.node) for term in terms]
         known = any(name in analysis.reason for name in named) or not named
-        return analysis if known else _opaque(f"{analysis.reason}, in {', '.join(named)}")
+        if not known:
+            analysis = _opaque(f"{analysis.reason}, in {', '.join(named)}")
+        return replace(analysis, data=data)
     kind, kept_bias, slope = classify_bias(bias, offset, analysis.structure.causal)
     if kind == "none":
         return analysis
@@ -224,7 +230,8 @@ def _analyse(
             if read
             else "a dense bias"
         )
-    return replace(analysis, bias=kind, bias_expression=kept_bias, slope=slope, reason=reason)
+    given = data if kind == "dense" else None
+    return replace(analysis, bias=kind, bias_expression=kept_bias, slope=slope, reason=reason, data=given)
 
 
 def _offset(sizes: Mapping[str, Size | None]) -> Size | None:

@@ -16,6 +16,7 @@ from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.emission import emit_fx
+from fastattn_compile.passes.expression import axes_of
 from fastattn_compile.passes.functionalize import erase_dead
 from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
@@ -128,5 +129,11 @@ def _fact(
     identity = (name, expression, tuple(a.size for a in batch), tuple(a.size for a in keys))
     if identity not in facts:
         sizes = (layout.product(batch), layout.product(keys))
-        facts[identity] = emit_fx(graph, expression, ("batch", "key"), sizes, site.spec.device)
+        if "query" in axes_of(expression):
+            # What was read from the values of a mask: a key is real when any query sees it.
+            whole = (sizes[0], layout.product(leaves(site.groups.query)), sizes[1])
+            seen = emit_fx(graph, expression, ("batch", "query", "key"), whole, site.spec.device)
+            facts[identity] = graph.call_function(torch.any, (seen, 1))
+        else:
+            facts[identity] = emit_fx(graph, expression, ("batch", "key"), sizes, site.spec.device)
     return facts[identity]

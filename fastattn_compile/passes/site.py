@@ -101,6 +101,7 @@ class Softmax:
         head_dim: Channels of a head.
         site: What a rewrite needs; ``None`` where the graph cannot be rewritten.
         node: The softmax in the view of its graph.
+        checked: The mask's structure was found in the values of the first batch, and is checked on every later one.
     """
 
     name: str
@@ -114,3 +115,4 @@ class Softmax:
     head_dim: int = 0
     site: Site | None = field(default=None, repr=False, compare=False)
     node: Node | None = field(default=None, repr=False, compare=False)
+    checked: bool = False

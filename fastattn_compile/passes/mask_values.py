@@ -1,0 +1,82 @@
+"""The structure that the values of a mask show: which of the patterns there are words for has just these visible keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastattn_compile.operators.mask import MaskStructure
+
+
+def structure_of(visible: Tensor, padded: bool) -> MaskStructure | None:
+    """Finds the simplest structure with these visible keys.
+
+    Args:
+        visible: ``(batch, queries, keys)`` boolean.
+        padded: Whether keys may be padding, which a mask of every sequence of its own can say: those no query sees.
+
+    Returns:
+        The structure; ``None`` when there is none.
+    """
+    if not visible.any():
+        return None
+    for structure in _candidates(visible.any(0), padded):
+        if has_structure(visible, structure):
+            return structure
+    return None
+
+
+def has_structure(visible: Tensor, structure: MaskStructure) -> bool:
+    """Whether a structure shows just these keys.
+
+    Args:
+        visible: ``(batch, queries, keys)`` boolean.
+        structure: Position terms, and whether keys that no query sees are padding.
+    """
+    pattern = _pattern(structure.positional, visible.shape[1], visible.shape[2], visible.device)
+    if structure.key_padding:
+        return bool((visible == (pattern & visible.any(1, keepdim=True))).all())
+    return bool((visible == pattern).all())
+
+
+@lru_cache(maxsize=2)
+def _pattern(structure: MaskStructure, queries: int, keys: int, device: torch.device) -> Tensor:
+    rows, columns = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    return structure.visible(rows, columns, queries, keys)
+
+
+def _candidates(seen: Tensor, padded: bool) -> Iterator[MaskStructure]:
+    """Structures to try, the simpler first.
+
+    Args:
+        seen: ``(queries, keys)``, what is visible in any sequence.
+        padded: As in ``structure_of``.
+    """
+    queries, keys = seen.shape
+    places = seen.nonzero()
+    ahead = places[:, 1] - places[:, 0]
+    right, left = int(ahead.max()), int(-ahead.min())
+    offset = keys - queries
+
+    def made(
+        left: int | None, right: int | None, chunk: int | None = None, prefix: int | None = None
+    ) -> Iterator[MaskStructure]:
+        # Seen from the end where that is the clearer number, as masks are that are read from a graph.
+        even = left is not None and right is not None and left + offset == right - offset
+        end = offset != 0 and (right == offset or even)
+        move = offset if end else 0
+        left = None if left is None else left + move
+        right = None if right is None else right - move
+        if left is None or right is None or left + right >= 0:
+            yield MaskStructure(left, right, end, chunk, prefix, padded)
+
+    for bounds in ((None, None), (None, right), (left, None), (left, right)):
+        yield from made(*bounds)
+    first = int(seen[0].sum())
+    if first > 1:
+        yield from made(None, max(offset, 0), prefix=first)
+        yield from made(None, None, chunk=first)
+    yield from made(None, max(offset, 0), chunk=max(1, int(seen[:, 0].sum())))
