@@ -10,7 +10,7 @@ from fastattn_compile.backend import records
 
 pytest.importorskip("transformers")
 
-from integrations.models import build, inputs_of  # noqa: E402
+from integrations.models import build, inputs_of
 
 BROKEN_AT = {"llama": "layers", "bert": "encoder.layer", "gpt2": "h", "vit": "layers"}
 OPTIONS = {"operator": "window", "width": 8, "quiet": True, "compiler": "eager"}
