@@ -41,11 +41,14 @@ def by_cpp(operator: Operator, inputs: AttentionInputs) -> AttentionOutput:
     return made
 
 
+_OFFSETS = "gradient of parameter 1"
+
+
 def wrong(deviations: list[Deviation]) -> list[Deviation]:
     """Those out of bounds. Gradients of the offsets of planes are a few numbers that nearly cancel: what the type costs
-    them is one draw, not an average, and kernels on ATen are beyond it as often. Those of normals hold the same sums.
+    them is one draw, not an average, and kernels on ATen are beyond twice that as often. A wrong sum is beyond ten times.
     """
-    return [d for d in deviations if not d.within and d.name != "gradient of parameter 1"]
+    return [d for d in deviations if not d.within and not (d.name == _OFFSETS and d.error <= 5 * d.allowed)]
 
 
 def check(name: str, inputs: AttentionInputs) -> None:
