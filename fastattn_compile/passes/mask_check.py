@@ -116,6 +116,13 @@ class MaskReader:
             if isinstance(size, torch.SymInt):
                 self._symbols.append((at, dim, size.node.expr))
 
+    def sizes(self, inputs: Sequence[Any]) -> dict[Any, int]:
+        """The symbolic sizes of the graph on some inputs."""
+        return {
+            symbol: int(inputs[at]) if dim is None else inputs[at].shape[dim]
+            for at, dim, symbol in self._symbols
+        }
+
     def sources(self, inputs: Sequence[Any]) -> list[Tensor]:
         """The tensors that decide what the masks are."""
         return [inputs[at] for at in self._sources if isinstance(inputs[at], Tensor)] + self._constants
@@ -134,10 +141,7 @@ class MaskReader:
         Raises:
             ValueError: A formula cannot be computed.
         """
-        symbols = {
-            symbol: int(inputs[at]) if dim is None else inputs[at].shape[dim]
-            for at, dim, symbol in self._symbols
-        }
+        symbols = self.sizes(inputs)
         with torch.no_grad():
             values = dict(zip(self.nodes, self._graph(*inputs)))
             return [_evaluate(claim, values, symbols) for claim in claims]
@@ -186,6 +190,7 @@ class MaskCheck:
     def __init__(self, reader: MaskReader, claims: Sequence[Claim]) -> None:
         self.reader, self.claims = reader, list(claims)
         self._known: list[tuple[weakref.ref[Tensor], int]] = []
+        self._sizes: dict[Any, int] = {}
 
     def of(self, names: Collection[str]) -> MaskCheck | None:
         """The same for some sites only, ``None`` when nothing is claimed of them."""
@@ -197,20 +202,22 @@ class MaskCheck:
         return next(claim.structure for claim in self.claims if name in claim.names)
 
     def broken(self, inputs: Sequence[Any]) -> tuple[str, ...]:
-        """Names of sites whose mask is not what it was; the same tensors, unchanged, are looked at once.
+        """Names of sites whose mask is not what it was; the same tensors, unchanged and read at the same sizes, are looked
+        at once. Writes that PyTorch does not count (``.data``, NumPy) are not seen.
 
         Args:
             inputs: Inputs of the graph.
         """
-        sources = self.reader.sources(inputs)
+        sources, sizes = self.reader.sources(inputs), self.reader.sizes(inputs)
         same = [ref() is x and version == x._version for (ref, version), x in zip(self._known, sources)]
-        if same and len(same) == len(self._known) == len(sources) and all(same):
+        if same and len(same) == len(self._known) == len(sources) and all(same) and sizes == self._sizes:
             return ()
         wrong = [
             claim for claim, found in zip(self.claims, self.reader.read(inputs, self.claims)) if not claim.holds(*found)
         ]  # fmt: skip
         # Tensors of inference mode count no versions.
         counted = not wrong and not any(x.is_inference() for x in sources)
+        self._sizes = sizes
         self._known = [(weakref.ref(x), x._version) for x in sources] if counted else []
         return tuple(name for claim in wrong for name in claim.names)
 
@@ -275,13 +282,19 @@ def _may_be_read(site: Site) -> bool:
     work, seen = list(read), set(read)
     while work:
         node = work.pop()
-        if node.kind in _WORK or node.tainted:
+        if node.kind in _WORK or node.tainted or _trained(node):
             return False
         for operand in dependencies(node):
             if operand not in seen:
                 seen.add(operand)
                 work.append(operand)
     return bool(read)
+
+
+def _trained(node: Node) -> bool:
+    """Whether gradients go to a tensor: what is 0 now will be a bias."""
+    meta = getattr(node.origin, "meta", {})
+    return bool(getattr(meta.get("example_value", meta.get("val")), "requires_grad", False))
 
 
 def _with_structure(line: Softmax, claim: Claim) -> Softmax:

@@ -56,9 +56,11 @@ def _candidates(seen: Tensor, padded: bool) -> Iterator[MaskStructure]:
         padded: As in ``structure_of``.
     """
     queries, keys = seen.shape
-    places = seen.nonzero()
-    ahead = places[:, 1] - places[:, 0]
-    right, left = int(ahead.max()), int(-ahead.min())
+    # Of every query that sees a key the first and the last one, as distances.
+    marks, rows = seen.to(torch.uint8), torch.arange(queries, device=seen.device)
+    some = seen.any(1)
+    right = int((keys - 1 - marks.flip(1).argmax(1) - rows)[some].max())
+    left = int((rows - marks.argmax(1))[some].max())
     offset = keys - queries
 
     def made(

@@ -227,3 +227,36 @@ def test_masks_behind_a_graph_break() -> None:
     assert torch.allclose(fast(x), model(x), atol=1e-6)
     (decision,) = backend.decisions(fast)
     assert decision.softmax.mask == "causal" and decision.softmax.checked
+
+
+def test_one_buffer_at_two_lengths_is_looked_at_twice() -> None:
+    """A window that holds up to 40 tokens, of which a shorter sequence reads the corner."""
+
+    class Sliced(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            n = x.shape[1]
+            return super().forward(x, mask[:n, :n])
+
+    whole = visible("causal")[0, 0].clone()
+    whole[45, 3] = False
+    model = Sliced("add")
+    mask = added(whole)
+    torch.compiler.reset()
+    backend.reset()
+    options = {"compiler": "eager", "quiet": True, "operator": "exact"}
+    fast = torch.compile(model, backend="fastattn", dynamic=True, options=options)
+    short, long = torch.randn(2, 40, 16), torch.randn(2, 47, 16)
+    assert torch.allclose(fast(short, mask), model(short, mask), atol=1e-6)
+    with pytest.warns(UserWarning, match="no longer causal"):
+        assert torch.equal(fast(long, mask), model(long, mask))
+    (record,) = backend.records(fast)
+    assert record.decisions[0].softmax.checked
+
+
+def test_a_bias_that_is_trained_is_no_mask() -> None:
+    model, x = Attention("add"), torch.randn(2, N, 16)
+    bias = torch.zeros(1, 1, N, N, requires_grad=True)
+    fast = compiled(model, operator="exact")
+    (gradient,) = torch.autograd.grad(fast(x, bias).square().sum(), bias)
+    assert gradient.abs().max() > 0
+    assert backend.records(fast)[0].guard is None

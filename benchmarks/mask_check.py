@@ -1,0 +1,87 @@
+"""What comparing a mask that is data with its structure costs before a call, beside the attention it stands before.
+
+A mask ``(batch, 1, n, n)`` of causal attention with padding is an argument of the model. Timed are the comparison of a new
+mask, that of one that was looked at before, exact attention with the mask as it is (SDPA), and ``fma``.
+
+    python benchmarks/mask_check.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rows import Rows
+from torch import Tensor, nn
+
+import fastattn_compile.backend as backend
+from fastattn_compile.reporting.provenance import versions
+
+RESULTS = Path(__file__).parent / "results" / "mask_check.json"
+HEADS, CHANNELS = 8, 64
+
+
+class Attention(nn.Module):
+    """SDPA whose mask is given."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return round(1e3 * statistics.median(times[1:]), 2)
+
+
+@torch.no_grad()
+def measure(n: int, repeats: int) -> dict[str, float]:
+    """The times of a length."""
+    torch.compiler.reset()
+    backend.reset()
+    q, k, v = torch.randn(3, 2, HEADS, n, CHANNELS)
+    seen = torch.ones(n, n, dtype=torch.bool).tril() & (torch.arange(n) < n - 7)
+    mask = torch.zeros(2, 1, n, n).masked_fill(~seen, torch.finfo(torch.float32).min)
+    model = Attention()
+    options = {"operator": "fma", "compiler": "eager", "quiet": True}
+    fast = torch.compile(model, backend="fastattn", dynamic=False, options=options)
+    inputs = [q, k, v, mask]
+    fast(*inputs)
+    (record,) = backend.records()
+    guard = record.guard
+    if guard is None or not record.decisions[0].softmax.checked:
+        raise RuntimeError(f"the mask was not read: {record.decisions}")
+    return {
+        "new_mask_ms": milliseconds(lambda: guard.check.broken([*inputs[:3], inputs[3].clone()]), repeats),
+        "same_mask_ms": milliseconds(lambda: guard.check.broken(inputs), repeats),
+        "exact_ms": milliseconds(lambda: model(*inputs), repeats),
+        "fma_ms": milliseconds(lambda: fast(*inputs), repeats),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = Rows(args.json, "fastattn.mask_check/1", ("n",), {"provenance": {"versions": versions()}})
+    for n in args.lengths:
+        row = {"n": n, "batch": 2, "heads": HEADS, "head_dim": CHANNELS, **measure(n, args.repeats)}
+        rows.put(row)
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
