@@ -71,7 +71,7 @@ def convert(
     if not json:
         made.print(full=full)
         _print_loading(made.provenance)
-    if made.cost is None:
+    if made.cost.total_ms is None:  # nothing was made to be timed
         common.notice(
             "nothing was replaced, so no file was written" if out is not None else "nothing was replaced"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def added(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
-def compiled(model: nn.Module, **options: object) -> nn.Module:
+def compiled(model: Any, **options: object) -> Any:
     torch.compiler.reset()
     backend.reset()
     return torch.compile(model, backend="fastattn", options={"compiler": "eager", "quiet": True, **options})
@@ -260,3 +261,17 @@ def test_a_bias_that_is_trained_is_no_mask() -> None:
     (gradient,) = torch.autograd.grad(fast(x, bias).square().sum(), bias)
     assert gradient.abs().max() > 0
     assert backend.records(fast)[0].guard is None
+
+
+def test_steps_against_a_cache_say_their_keys_anew() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    fast = compiled(step, operator="exact")
+    q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 30, 8)
+    for seen in (7, 8, 9):
+        mask = added((torch.arange(30) < seen)[None, None, None])
+        assert torch.allclose(fast(q, k, v, mask), step(q, k, v, mask), atol=1e-6)
+    (record,) = backend.records()
+    assert record.decisions[0].softmax.mask == "key_padding"
+    assert record.guard is not None and record.guard.calls == 3 and not record.guard.broken

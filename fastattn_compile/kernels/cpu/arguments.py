@@ -62,6 +62,41 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def forward_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What a forward pass reads and writes: tensors by the names of the fields, and the log-sum-exp.
+
+    Args:
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+    """
+    query, key, value = (dense_rows(x) for x in (query, key, value))
+    out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32)
+    return {"query": query, "key": key, "value": value, "out": out}, log_sum_exp
+
+
+def backward_tensors(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_out: Tensor
+) -> dict[str, Tensor]:
+    """What a backward pass reads and writes, by the names of the fields.
+
+    Args:
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+        out: ``(b, h, n, e)``, of the forward pass.
+        grad_out: Its gradient.
+    """
+    names = ("query", "key", "value", "out", "grad_out")
+    tensors = {
+        name: dense_rows(x) for name, x in zip(names, (query, key, value, out, grad_out.to(out.dtype)))
+    }
+    for name in names[:3]:
+        tensors[f"grad_{name}"] = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+    return tensors
+
+
 def type_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why C++ kernels cannot serve these tensors, whatever the operator; ``""`` when they can."""
     if query.device.type != "cpu":

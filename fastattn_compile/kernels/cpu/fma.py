@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten.fma_plan import Pattern
-from fastattn_compile.kernels.cpu.arguments import block_arguments, dense_rows, type_obstacle
+from fastattn_compile.kernels.cpu.arguments import (
+    backward_tensors,
+    block_arguments,
+    forward_tensors,
+    type_obstacle,
+)
 from fastattn_compile.kernels.cpu.build import library, obstacle
 
 
@@ -57,11 +61,9 @@ def forward(
         Output and log-sum-exp; ``None`` when a key or value is not finite: then only the kernels on ATen say exactly
         which queries see it.
     """
-    query, key, value = (dense_rows(x) for x in (query, key, value))
-    out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
-    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32)
-    tensors = {"query": query, "key": key, "value": value, "out": out}
-    return (out, log_sum_exp) if _call(tensors, log_sum_exp, scale, pattern, key_padding) else None
+    tensors, log_sum_exp = forward_tensors(query, key, value)
+    done = _call(tensors, log_sum_exp, scale, pattern, key_padding)
+    return (tensors["out"], log_sum_exp) if done else None
 
 
 def backward(
@@ -69,15 +71,8 @@ def backward(
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Gradients of query, key and value, as ``kernels.aten.fma.backward``; ``None`` as in ``forward``."""
-    query, key, value, out, grad_out = (
-        dense_rows(x) for x in (query, key, value, out, grad_out.to(out.dtype))
-    )
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
-    tensors = {
-        "query": query, "key": key, "value": value, "out": out, "grad_out": grad_out,
-        "grad_query": grads[0], "grad_key": grads[1], "grad_value": grads[2],
-    }  # fmt: skip
+    tensors = backward_tensors(query, key, value, out, grad_out)
     if grad_log_sum_exp is not None:
         grad_log_sum_exp = grad_log_sum_exp.float().contiguous()
     done = _call(tensors, log_sum_exp.contiguous(), scale, pattern, key_padding, grad_log_sum_exp)
-    return (grads[0], grads[1], grads[2]) if done else None
+    return (tensors["grad_query"], tensors["grad_key"], tensors["grad_value"]) if done else None
