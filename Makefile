@@ -36,8 +36,8 @@ kernels-aot: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow" tests/gpu --durations=5
 
 lint: $(STAMP)
-	$(BIN)/ruff check fastattn_compile tests benchmarks examples
-	$(BIN)/ruff format --check fastattn_compile tests benchmarks examples
+	$(BIN)/ruff check fastattn_compile tests benchmarks examples hatch_build.py
+	$(BIN)/ruff format --check fastattn_compile tests benchmarks examples hatch_build.py
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fastattn_compile.operators.mask import MaskStructure
+
+_AT_ONCE = 1 << 18
 
 
 def structure_of(visible: Tensor, padded: bool) -> MaskStructure | None:
@@ -36,16 +37,18 @@ def has_structure(visible: Tensor, structure: MaskStructure) -> bool:
         visible: ``(batch, queries, keys)`` boolean.
         structure: Position terms, and whether keys that no query sees are padding.
     """
-    pattern = _pattern(structure.positional, visible.shape[1], visible.shape[2], visible.device)
-    if structure.key_padding:
-        return bool((visible == (pattern & visible.any(1, keepdim=True))).all())
-    return bool((visible == pattern).all())
-
-
-@lru_cache(maxsize=2)
-def _pattern(structure: MaskStructure, queries: int, keys: int, device: torch.device) -> Tensor:
-    rows, columns = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
-    return structure.visible(rows, columns, queries, keys)
+    _, queries, keys = visible.shape
+    real = visible.any(1, keepdim=True) if structure.key_padding else None
+    columns = torch.arange(keys, dtype=torch.int32, device=visible.device)
+    # A few rows at a time: distances take several times the room of a mask.
+    step = max(1, _AT_ONCE // keys)
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        rows = torch.arange(start, stop, dtype=torch.int32, device=visible.device)[:, None]
+        pattern = structure.visible(rows, columns, queries, keys)
+        if not bool((visible[:, start:stop] == (pattern if real is None else pattern & real)).all()):
+            return False
+    return True
 
 
 def _candidates(seen: Tensor, padded: bool) -> Iterator[MaskStructure]:
