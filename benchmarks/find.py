@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Rows
+from rows import Rows, add_row_options
 from torch import Tensor, nn
 from zoo import Entry, models
 
@@ -252,11 +252,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eval", "train"], choices=["eval", "train"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--no-inductor", action="store_true", help="leave out Inductor's count")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
-    parser.add_argument(
-        "--show", action="store_true", help="print the table of what is there, measure nothing"
-    )
+    add_row_options(parser, RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_files import EXPORTERS, TYPES, VARIANTS, Feeds, Files, built, fused_nodes, run
-from rows import Rows
+from rows import Rows, add_row_options
 from zoo import Entry, models
 
 from fastattn_compile.converting.source import prepare
@@ -134,7 +134,10 @@ def measure(
     try:
         before, wide, feeds = ran(path, feeds, wide)
     except Exception as error:  # what the runtime refuses was not broken by us
-        return row | {"agrees": None, "not_run": f"{type(error).__name__}: {str(error)[:200]}"}
+        return row | {
+            "agrees": None,
+            "not_run": f"{type(error).__name__}: {str(error).replace(str(path), path.name)[:200]}",
+        }
     data, replaced, refused = converted(path)
     usual = apart(before, wide)
     row |= {"replaced": replaced, "refused": dict(refused), "error_of_file": usual}
@@ -221,11 +224,7 @@ def main() -> None:
         "--variants", nargs="+", default=["plain", *VARIANTS, *TYPES], choices=["plain", *VARIANTS, *TYPES]
     )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fastattn-onnx-files")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
-    parser.add_argument(
-        "--show", action="store_true", help="print the table of what is there, measure nothing"
-    )
+    add_row_options(parser, RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Rows
+from rows import Rows, add_row_options
 from smollm2 import (
     attention,
     by_operator,
@@ -115,12 +115,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of the sequence")
     parser.add_argument("--calibration", type=int, default=1024, help="tokens that parameters start from")
     parser.add_argument("--only", nargs="+", help="operators")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the document goes")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
+    add_row_options(parser, RESULTS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--show", action="store_true", help="print the table of what is there, measure nothing"
-    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.show:

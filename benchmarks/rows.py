@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastattn_compile.files import write_json
+
+
+def add_row_options(parser: argparse.ArgumentParser, results: Path) -> None:
+    """Where rows are kept, whether to measure them again, and whether to show them only.
+
+    Args:
+        parser: Gets ``--json``, ``--fresh`` and ``--show``.
+        results: The file without ``--json``.
+    """
+    parser.add_argument("--json", type=Path, default=results, help="where the document goes")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
+    parser.add_argument(
+        "--show", action="store_true", help="print the table of what is there, measure nothing"
+    )
 
 
 class Rows:

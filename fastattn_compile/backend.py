@@ -143,17 +143,15 @@ def fastattn(
     """
     with surfacing("find and replace the attention of a graph"):
         parsed = parse_options(options, mode)
-        record, guard = _rewrite(gm, example_inputs, parsed)
+        record = _rewrite(gm, example_inputs, parsed)
     if record.decisions and not parsed.quiet:
         print(f"fastattn: {summary(record.decisions)}", file=sys.stderr)
     compiled = _compile(gm, example_inputs, parsed)
-    return compiled if guard is None else guard.around(compiled)
+    return compiled if record.guard is None else record.guard.around(compiled)
 
 
-def _rewrite(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options
-) -> tuple[CompiledGraph, MaskGuard | None]:
-    """Replaces what is to be replaced, in place; with what must be asked before every call, if anything."""
+def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> CompiledGraph:
+    """Replaces what is to be replaced, in place."""
     modules = module_ids(gm)
     analyses = analyse(gm, parsed.within, example_inputs if parsed.check_masks else None)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
@@ -175,15 +173,15 @@ def _rewrite(
         guard = MaskGuard(check, copied(gm))
     for analysis in analyses:
         _apply(analysis, choices, learned)
-    record = CompiledGraph(modules, [_decision(c) for c in choices.values()], planned=_planned(parsed))
+    made = [_decision(c) for c in choices.values()]
+    record = CompiledGraph(modules, made, planned=_planned(parsed), guard=guard)
     replaced = {
         c.line.name for c in choices.values() if c.operator is not None and c.operator.name != "exact"
     }
     if parsed.monitor and replaced:
         record.watch(parsed.monitor, replaced)
-    record.guard = guard
     remember(record)
-    return record, guard
+    return record
 
 
 def _planned(options: Options) -> frozenset[str]:

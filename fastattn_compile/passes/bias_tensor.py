@@ -12,6 +12,7 @@ from fastattn_compile.passes.axes import leaves as atoms
 from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.expression import Expression, constant, substitute
 from fastattn_compile.passes.formula import leaves
+from fastattn_compile.passes.fx_meta import value_of
 from fastattn_compile.passes.relayout import Relayout
 from fastattn_compile.passes.site import Site
 
@@ -101,8 +102,7 @@ class _Writer:
 def _is_trained(slope: Expression) -> bool:
     """Whether gradients must reach the slopes: operators give one to a bias by distance only."""
     for leaf in leaves(slope):
-        meta = getattr(leaf.node.origin, "meta", {})
-        tensor = meta.get("example_value", meta.get("val"))
+        tensor = value_of(leaf.node)
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             return True
     return False

@@ -14,6 +14,7 @@ from fastattn_compile.errors import UnsupportedSiteError
 from fastattn_compile.lowering.sdpa import serves
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.speed import crossover
+from fastattn_compile.passes.fx_meta import value_of
 from fastattn_compile.passes.names import site_module
 from fastattn_compile.passes.site import NOT_ATTENTION, TAKEN, Site, Softmax
 
@@ -56,8 +57,7 @@ def symbolic_spec(site: Site) -> SiteSpec:
     known: dict[Any, Any] = {}
     for operand in (site.query, site.key, site.value):
         for node in (operand.origin, operand.node):
-            meta = getattr(node.origin, "meta", {})
-            tensor = meta.get("example_value", meta.get("val"))
+            tensor = value_of(node)
             for size in tensor.shape if isinstance(tensor, torch.Tensor) else ():
                 if isinstance(size, torch.SymInt):
                     known[size.node.expr] = size

@@ -15,6 +15,7 @@ from fastattn_compile.passes.anchors import Anchor, anchor_of, normalised_axes
 from fastattn_compile.passes.axes import Atom, Axes, Axis, fresh, leaves, length
 from fastattn_compile.passes.contraction import Operand, trace
 from fastattn_compile.passes.features import counts_features
+from fastattn_compile.passes.fx_meta import value_of
 from fastattn_compile.passes.graph import GraphView, Node, Size, same_size
 from fastattn_compile.passes.mask_lift import lifter_of
 from fastattn_compile.passes.mask_structure import MaskAnalysis, recognise
@@ -289,7 +290,7 @@ def _site(
         head_dim=length(groups.channels),
         value_dim=length(groups.value_channels),
         dtype=v.dtype or q.dtype,  # type: ignore[arg-type]
-        device=getattr(getattr(_value(v), "device", None), "type", "cpu"),
+        device=getattr(getattr(value_of(v), "device", None), "type", "cpu"),
         kind=kind,
         # Real tokens that stand apart will become a document of their own, if there are any.
         mask=replace(mask.structure, segments=True) if mask.counted else mask.structure,
@@ -307,8 +308,3 @@ def _bias_kind(mask: MaskAnalysis, sizes: Mapping[str, Size]) -> str:
     if mask.bias != "none" and not same_size(sizes["query"], sizes["key"]):
         return "dense"
     return mask.bias
-
-
-def _value(node: Node) -> object:
-    meta = getattr(node.origin, "meta", {})
-    return meta.get("example_value", meta.get("val"))

@@ -9,13 +9,18 @@ import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastattn_compile.passes.graph import as_size, same_size
+from fastattn_compile.passes.graph import Node, as_size, same_size
 
 
 def example(node: torch.fx.Node) -> Any:
     """The fake value of a node: a tensor, a symbolic number, or a tuple of them; ``None`` when unknown."""
     value = node.meta.get("example_value")
     return node.meta.get("val") if value is None else value
+
+
+def value_of(node: Node) -> Any:
+    """The fake value of what a node of the view stands for; ``None`` where it stands for none of FX."""
+    return example(node.origin) if isinstance(node.origin, torch.fx.Node) else None
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

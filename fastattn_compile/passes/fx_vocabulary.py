@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from fastattn_compile.passes.fx_meta import example
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text as a set."""
@@ -394,4 +396,4 @@ def _is_size(value: Any) -> bool:
     """Whether an argument is a node that holds a whole ``torch.Size``."""
     if not isinstance(value, torch.fx.Node):
         return False
-    return isinstance(value.meta.get("example_value", value.meta.get("val")), (tuple, list))
+    return isinstance(example(value), (tuple, list))

@@ -8,6 +8,7 @@ before every call the values are compared with it, and where they differ the gra
 from __future__ import annotations
 
 import dataclasses
+import operator
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from fastattn_compile.passes.expression import (
     substitute,
 )
 from fastattn_compile.passes.formula import leaves
+from fastattn_compile.passes.fx_meta import example, value_of
 from fastattn_compile.passes.graph import Node, Size, dependencies
 from fastattn_compile.passes.mask_bias import HIDDEN
 from fastattn_compile.passes.mask_structure import MaskAnalysis
@@ -104,14 +106,11 @@ class MaskReader:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in origins))
         self._graph = torch.fx.GraphModule(gm, graph)
-        self._constants = [
-            value
-            for node in graph.nodes
-            if node.op == "get_attr" and isinstance(value := _attribute(gm, node.target), Tensor)
-        ]
+        held = [operator.attrgetter(node.target)(gm) for node in graph.nodes if node.op == "get_attr"]
+        self._constants = [value for value in held if isinstance(value, Tensor)]
 
     def _note_sizes(self, at: int, node: torch.fx.Node) -> None:
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = example(node)
         for dim, size in enumerate(value.shape) if isinstance(value, Tensor) else ((None, value),):
             if isinstance(size, torch.SymInt):
                 self._symbols.append((at, dim, size.node.expr))
@@ -135,23 +134,22 @@ class MaskReader:
             claims: Whose formulas to compute.
 
         Returns:
-            For each claim which keys are visible, ``(batch, queries, keys)``, ``None`` where heads differ; and whether
-            nothing is added to their scores.
-
-        Raises:
-            ValueError: A formula cannot be computed.
+            For each claim which keys are visible, ``(batch, queries, keys)``, ``None`` where heads differ or the inputs
+            do not tell; and whether nothing is added to their scores.
         """
         symbols = self.sizes(inputs)
         with torch.no_grad():
             values = dict(zip(self.nodes, self._graph(*inputs)))
-            return [_evaluate(claim, values, symbols) for claim in claims]
+            return [_read(claim, values, symbols) for claim in claims]
 
 
-def _attribute(gm: torch.fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
+def _read(
+    claim: Claim, values: Mapping[Node, Tensor], symbols: Mapping[sympy.Symbol, int]
+) -> tuple[Tensor | None, bool]:
+    try:
+        return _evaluate(claim, values, symbols)
+    except ValueError:  # a size or a value that the inputs do not tell
+        return None, False
 
 
 def _evaluate(
@@ -250,14 +248,11 @@ def check_masks(
     ]
     read = [leaf.node for claim in claims for x in (claim.visible, claim.bias) for leaf in leaves(x)]
     reader = MaskReader(gm, list(dict.fromkeys(read)))
+    with unset_fake_temporarily():
+        masks = reader.read(inputs, claims)
     kept: list[Claim] = []
     found: dict[str, Softmax] = {}
-    for claim, lines in zip(claims, asked.values()):
-        try:
-            with unset_fake_temporarily():
-                ((visible, plain),) = reader.read(inputs, [claim])
-        except ValueError:  # a size or a value that the inputs do not tell
-            continue
+    for claim, lines, (visible, plain) in zip(claims, asked.values(), masks):
         # Of the keys that a single query sees (a step against a cache) each step says anew.
         step = visible is not None and visible.shape[1] == 1
         padded = step or "batch" in axes_of(claim.visible) | axes_of(claim.bias)
@@ -295,8 +290,7 @@ def _may_be_read(site: Site) -> bool:
 
 def _trained(node: Node) -> bool:
     """Whether gradients go to a tensor: what is 0 now will be a bias."""
-    meta = getattr(node.origin, "meta", {})
-    return bool(getattr(meta.get("example_value", meta.get("val")), "requires_grad", False))
+    return bool(getattr(value_of(node), "requires_grad", False))
 
 
 def _with_structure(line: Softmax, claim: Claim) -> Softmax:

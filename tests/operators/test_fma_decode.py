@@ -12,6 +12,8 @@ from oracle import make_inputs, make_parameters
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.registry import make_operator
 
+ROTARY = {"rotary_base": 50.0}
+
 
 def prefix(inputs: AttentionInputs, length: int) -> AttentionInputs:
     q, k, v = (x[:, :, :length] for x in (inputs.query, inputs.key, inputs.value))
@@ -29,6 +31,11 @@ def prefix(inputs: AttentionInputs, length: int) -> AttentionInputs:
         {"basis": "depthwise"},
         {"basis": "dense"},
         {"basis": "recursive"},
+        ROTARY,
+        {**ROTARY, "sinks": 0},
+        {**ROTARY, "rotary_interleaved": True, "rotary_dim": 4},
+        {**ROTARY, "basis": "depthwise"},
+        {**ROTARY, "basis": "recursive"},
     ],
     ids=str,
 )
@@ -41,6 +48,8 @@ def prefix(inputs: AttentionInputs, length: int) -> AttentionInputs:
 def test_decoding_equals_one_pass(prefilled: int, mask: str, options: dict[str, object]) -> None:
     operator = make_operator("fma", **{"block": 8, "rank": 2, "sinks": 3, **options})
     inputs = make_inputs(mask, length=140, value_dim=6, dtype=torch.float64)
+    if not (support := operator.supports(inputs.spec())):
+        pytest.skip(support.reason)
     if inputs.key_padding is not None:
         inputs.key_padding[:, prefilled:] = True  # decoded tokens are real
     parameters = make_parameters(operator, inputs)

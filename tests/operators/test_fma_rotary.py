@@ -173,30 +173,6 @@ def test_gradcheck(mask: str, basis: str) -> None:
     assert torch.autograd.gradcheck(function, sources, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": 0}, {"rotary_interleaved": True, "rotary_dim": 4}, {"basis": "depthwise"},
-                                     {"basis": "recursive"}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("mask", ["causal", "causal & window(50)", "causal & key_padding"])
-@pytest.mark.parametrize("prefilled", [1, 37, 96])
-def test_decoding_equals_one_pass(prefilled: int, mask: str, options: dict[str, object]) -> None:
-    operator = rotary(**options)
-    inputs = make_inputs(mask, length=140, value_dim=6, dtype=torch.float64)
-    if inputs.key_padding is not None:
-        inputs.key_padding[:, prefilled:] = True  # decoded tokens are real
-    parameters = make_parameters(operator, inputs)
-    wanted = operator.reference(inputs, parameters)
-    decoder = operator.decoder(inputs.scale, parameters)
-
-    def tokens(begin: int, end: int) -> list[Tensor]:
-        return [x[:, :, begin:end] for x in (inputs.query, inputs.key, inputs.value)]
-
-    padding = None if inputs.key_padding is None else inputs.key_padding[:, :prefilled]
-    q, k, v = tokens(0, prefilled)
-    outputs = [decoder.prefill(dataclasses.replace(inputs, query=q, key=k, value=v, key_padding=padding))]
-    outputs += [decoder.step(*tokens(t, t + 1)) for t in range(prefilled, 140)]
-    torch.testing.assert_close(torch.cat([o.out for o in outputs], 2), wanted.out)
-    torch.testing.assert_close(torch.cat([o.log_sum_exp for o in outputs], 2), wanted.log_sum_exp)
-
-
 def test_only_aten_serves_it_and_a_choice_of_other_kernels_is_told_so() -> None:
     inputs = make_inputs("causal")
     with recorded_kernels() as served:

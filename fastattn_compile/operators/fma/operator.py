@@ -103,8 +103,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
             return no(f"a mask that hides the query's own position (left({mask.left})) is not supported")
         if self.config.queries == "pooled":
             return self._supports_pooled(spec)
-        turned = self._turned(spec)
-        if self._unrotates and not turned:
+        if self._unrotates and not (turned := self._turned(spec)):
             return turned
         extras = refuse_extras(spec, "alibi", "bucketed")
         if extras and self.config.boundary == "zero_pad":
