@@ -8,7 +8,7 @@ put back without a sum. A bias by distance counts the tokens of the document.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -212,6 +212,39 @@ def reference_documents(
     return AttentionOutput(torch.cat(outs), torch.cat(statistics))
 
 
+@dataclass(frozen=True)
+class AskedDocument:
+    """A document that holds some of the query rows that are asked for.
+
+    Args:
+        inputs: The document by itself.
+        sequence: Its row of the batch.
+        place: ``(tokens,)`` where its tokens stand there.
+        number: ``(r,)`` which of the rows asked for it holds.
+        rows: ``(r,)`` where these stand in the document.
+    """
+
+    inputs: AttentionInputs
+    sequence: int
+    place: Tensor
+    number: Tensor
+    rows: Tensor
+
+
+def asked_documents(inputs: AttentionInputs, rows: Tensor) -> Iterator[AskedDocument]:
+    """The documents that some query rows belong to, one by one.
+
+    Args:
+        inputs: Packed documents.
+        rows: ``(r,)`` query positions.
+    """
+    for sequence, ids in enumerate(_checked(inputs)):
+        for document in ids[rows].unique():
+            place, number = (ids == document).nonzero().flatten(), (ids[rows] == document).nonzero().flatten()
+            one = _document(inputs, sequence, place)
+            yield AskedDocument(one, sequence, place, number, torch.searchsorted(place, rows[number]))
+
+
 def exact_keys_documents(
     exact_keys: Callable[[AttentionInputs, Tensor], Tensor], inputs: AttentionInputs, rows: Tensor
 ) -> Tensor:
@@ -225,14 +258,11 @@ def exact_keys_documents(
     Returns:
         ``(batch, heads, r, n)`` boolean.
     """
-    segments = _checked(inputs)
     batch, heads, n, _ = inputs.query.shape
     met = torch.zeros(batch, heads, len(rows), n, dtype=torch.bool, device=rows.device)
-    for sequence, ids in enumerate(segments):
-        for document in ids[rows].unique():
-            place, asked = (ids == document).nonzero().flatten(), (ids[rows] == document).nonzero().flatten()
-            found = exact_keys(_document(inputs, sequence, place), torch.searchsorted(place, rows[asked]))
-            met[sequence, :, asked[:, None], place] = found.expand(1, heads, -1, -1)[0]
+    for asked in asked_documents(inputs, rows):
+        found = exact_keys(asked.inputs, asked.rows).expand(1, heads, -1, -1)[0]
+        met[asked.sequence, :, asked.number[:, None], asked.place] = found
     return met
 
 

@@ -21,6 +21,7 @@ OPERATORS = {
         "operator": "barnes_hut", "block": 8, "leaf": 2, "fanout": 2, "open": 3, "beam": 4, "sinks": 2,
         "strict": True,
     },
+    "conv_basis": {"operator": "conv_basis", "k": 9, "sinks": 2, "strict": True},
 }  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_a_bias_reaches_the_operator(kind: str, dynamic: bool) -> None:
     assert made == (*KINDS[kind], "named by the user")
 
 
-@pytest.mark.parametrize("name", ["fma", "window"])
+@pytest.mark.parametrize("name", ["fma", "window", "conv_basis"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_add_the_bias(kind: str, name: str) -> None:
     """What the operator is given is what the model adds, and what it gives is its definition of that."""

@@ -19,7 +19,16 @@ def part(inputs, span):
 
 
 @pytest.mark.parametrize("prefilled", [1, 3, 20, 74])
-@pytest.mark.parametrize("mask", ["causal", "causal & window(21)", "causal & key_padding"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "causal",
+        "causal & window(21)",
+        "causal & key_padding",
+        "causal + alibi",
+        "causal & key_padding + bucketed",
+    ],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,6 +83,10 @@ def test_decoding_refuses_what_it_cannot_do():
     decoder.prefill(inputs)
     with pytest.raises(ValueError, match="attended tokens already"):
         decoder.prefill(inputs)
+    short = make_operator("conv_basis", k=4, stride=4).decoder(1.0)
+    short.prefill(make_inputs("causal + bucketed", length=10))
+    with pytest.raises(ValueError, match="distances of 10 tokens"):
+        short.step(inputs.query[:, :, :1], inputs.key[:, :, :1], inputs.value[:, :, :1])
     with pytest.raises(ValueError, match="11 or more"):
         decoder.step(inputs.query[:, :, :1], inputs.key[:, :, :1], inputs.value[:, :, :1])
 

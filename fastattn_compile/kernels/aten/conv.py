@@ -5,6 +5,7 @@ Works on the heads of one sequence at a time, as many as fit a bounded working s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def fft_flops(
         longest: Columns of the longest segment; 0 when the segments are of one length.
     """
     size = fast_length(n + (longest or -(-n // terms)))
-    one = 2.5 * size * max(1, size.bit_length() - 1)
+    one = 2.5 * size * math.log2(max(2, size))
     transforms = terms * (value_dim + 1) / sharing + buckets * (terms + value_dim + 1)
     return sides * (one * transforms + 4.0 * size * terms * (value_dim + 1) * buckets)
 

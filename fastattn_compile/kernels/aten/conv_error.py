@@ -27,6 +27,15 @@ class Deviation:
     variation: Tensor
     seen: Tensor
 
+    @staticmethod
+    def none(batch: int, heads: int, rows: int, device: torch.device) -> Deviation:
+        """No difference at any row, none of which sees a key; to be filled."""
+        return Deviation(
+            torch.zeros(batch, heads, dtype=torch.float64, device=device),
+            torch.zeros(batch, heads, rows, dtype=torch.float64, device=device),
+            torch.zeros(batch, rows, dtype=torch.bool, device=device),
+        )
+
 
 def deviation(
     query: Tensor,
@@ -53,16 +62,14 @@ def deviation(
         key_bias: ``(b or 1, h or 1, n)``.
     """
     batch, heads, n, _ = query.shape
-    score = torch.zeros(batch, heads, dtype=torch.float64, device=query.device)
-    variation = torch.zeros(batch, heads, len(rows), dtype=torch.float64, device=query.device)
-    seen = torch.zeros(batch, len(rows), dtype=torch.bool, device=query.device)
+    made = Deviation.none(batch, heads, len(rows), query.device)
     place = torch.arange(n, device=query.device)
     given = query, key, value, scale, hidden, offset_bias, key_bias
     for lanes in make_lanes(pattern, *given, torch.float64):
         group = lanes.query.shape[2]
         size = max(1, SCORE_TILE // max(1, n * lanes.query.shape[:3].numel()))
-        into_score = score[lanes.batch].unflatten(0, (-1, group))[lanes.heads]
-        into_variation = variation[lanes.batch].unflatten(0, (-1, group))[lanes.heads]
+        into_score = made.score[lanes.batch].unflatten(0, (-1, group))[lanes.heads]
+        into_variation = made.variation[lanes.batch].unflatten(0, (-1, group))[lanes.heads]
         for begin in range(0, len(rows), size):
             some = rows[begin : begin + size]
             fast = row_scores(lanes.sides, lanes.log_weight, some)
@@ -82,5 +89,5 @@ def deviation(
             into_score.copy_(torch.maximum(into_score, difference.amax((-2, -1))[0]))
             weights = fast.softmax(-1).nan_to_num(0), exact.softmax(-1).nan_to_num(0)
             into_variation[..., begin : begin + size] = 0.5 * (weights[0] - weights[1]).abs().sum(-1)[0]
-        seen[lanes.batch] = lanes.seen[0, 0, 0, rows]
-    return Deviation(score, variation, seen)
+        made.seen[lanes.batch] = lanes.seen[0, 0, 0, rows]
+    return made

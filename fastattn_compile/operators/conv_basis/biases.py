@@ -64,27 +64,73 @@ def unspread(parameter: Tensor, grad: Tensor, causal: bool) -> Tensor:
     return result
 
 
-def offset_biases(
-    config: ConvBasisConfig, heads: int, n: int, causal: bool, parameters: tuple[Tensor, ...]
-) -> Tensor | None:
-    """Biases by offset, ``(h, 2 n - 1)``, where the configuration has any.
+def _sloped(slopes: Tensor, n: int) -> Tensor:
+    """``-slope * |i - j|``: ``(h,)`` to ``(h, 2 n - 1)``."""
+    return -slopes[:, None] * torch.arange(1 - n, n, dtype=slopes.dtype, device=slopes.device).abs()
+
+
+def site_bias(bias: Tensor, heads: int, n: int) -> Tensor:
+    """The bias of a site, which counts ``j - i``, as ``(h, 2 n - 1)`` by ``i - j``.
 
     Args:
-        config: Which.
+        bias: ``(h,)`` slopes, or ``(h, 2 N - 1)`` with ``N >= n``.
+        heads: Query heads.
+        n: Tokens.
+
+    Raises:
+        ValueError: It is dense, or lists too few distances.
+    """
+    listed = bias.dim() == 2 and bias.shape[1] % 2 == 1 and bias.shape[1] >= 2 * n - 1
+    if bias.shape[0] != heads or not (bias.dim() == 1 or listed):
+        raise ValueError(
+            f"a dense bias is not supported: it must be slopes, ({heads},), or numbers by distance, ({heads}, 2 N - 1) "
+            f"with N >= {n}; got {tuple(bias.shape)}"
+        )
+    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    if wide.dim() == 1:
+        return _sloped(wide, n)
+    middle = wide.shape[1] // 2
+    return wide[:, middle - n + 1 : middle + n].flip(-1)
+
+
+def site_bias_gradient(bias: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``site_bias`` of numbers by distance, in their shape and type.
+
+    Args:
+        bias: ``(h, 2 N - 1)``.
+        grad: ``(h, 2 n - 1)``.
+    """
+    result, n, middle = torch.zeros_like(bias), (grad.shape[1] + 1) // 2, bias.shape[1] // 2
+    result[:, middle - n + 1 : middle + n] = grad.flip(-1)
+    return result
+
+
+def offset_biases(
+    config: ConvBasisConfig, heads: int, n: int, causal: bool, parameters: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Biases by offset, ``(h, 2 n - 1)``: that of the configuration and that of the site, where there are any.
+
+    Args:
+        config: Which the configuration has.
         heads: Query heads.
         n: Tokens.
         causal: Whether the mask is.
         parameters: The learned ones; that by offset is the first.
+        bias: That of the site (``AttentionInputs.bias``).
 
     Raises:
-        ValueError: The learned bias has another shape.
+        ValueError: A bias has another shape.
     """
+    own = None
     if config.offset_bias == "learned":
-        return spread(parameters[0], heads, n, causal)
-    if config.offset_bias == "alibi":
-        distance = torch.arange(1 - n, n, dtype=torch.float64).abs()
-        return -alibi_slopes(heads)[:, None] * distance
-    return None
+        own = spread(parameters[0], heads, n, causal)
+    elif config.offset_bias == "alibi":
+        own = _sloped(alibi_slopes(heads), n)
+    if bias is None:
+        return own
+    of_site = site_bias(bias, heads, n)
+    return of_site if own is None else of_site + own.to(of_site.device)
 
 
 def biases(
@@ -109,7 +155,7 @@ def biases(
         )
     given = dict(zip(wanted, parameters))
     key_bias = None
-    offset_bias = offset_biases(config, heads, n, inputs.mask.causal, parameters)
+    offset_bias = offset_biases(config, heads, n, inputs.mask.causal, parameters, inputs.bias)
     if offset_bias is not None:
         offset_bias = offset_bias.to(inputs.query.device)
     if "key_bias" in given:

@@ -64,6 +64,7 @@ class ConvBasisDecoder(Decoder):
         offsets = anchor_offsets(config.k, config.sinks * (config.anchors == "sink_strided"), config.stride)
         self._start = first[:, None] + torch.tensor(offsets, device=device)
         self._left, self._dtype, self._group = inputs.mask.left, dtype, inputs.group
+        self._bias = inputs.bias
         self._hidden, self._value = GrowingRows(1, hidden), GrowingRows(2, inputs.value)
         self._anchor = torch.zeros(batch, kv_heads, config.k, channels, dtype=dtype, device=device)
         self._profile = torch.zeros(
@@ -92,11 +93,15 @@ class ConvBasisDecoder(Decoder):
 
         Raises:
             RuntimeError: ``prefill`` was not called.
-            ValueError: A learned bias by offset does not reach as far as the sequence.
+            ValueError: A bias by distance, learned or of the site, does not reach as far as the sequence.
         """
         if self._length is None:
             raise RuntimeError("call prefill before step")
-        now, kv_heads = self._length, key.shape[1]
+        now, kv_heads, bias = self._length, key.shape[1], self._bias
+        if bias is not None and bias.dim() == 2 and now > bias.shape[1] // 2:
+            raise ValueError(
+                f"the bias lists distances of {now} tokens; prefill with a longer one, (heads, 2 N - 1)"
+            )
         self._length = length = now + 1
         self._value.append(value)
         self._hidden.append(torch.zeros(len(value), 1, dtype=torch.bool, device=value.device))
@@ -118,7 +123,8 @@ class ConvBasisDecoder(Decoder):
         index = (segment - 1).clamp(min=0) * self._profile.shape[-1] + offset
         flat = self._profile.flatten(-2)
         scores = flat.gather(-1, index[:, None, None].expand(*flat.shape[:3], length))
-        bias = offset_biases(self.operator.config, self._group * kv_heads, length, True, self.parameters)
+        heads = self._group * kv_heads
+        bias = offset_biases(self.operator.config, heads, length, True, self.parameters, bias)
         if bias is not None:
             by_offset = bias[:, length - 1 :].to(scores).unflatten(0, (kv_heads, self._group))
             scores = scores + by_offset[..., offset]

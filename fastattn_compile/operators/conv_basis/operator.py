@@ -27,13 +27,14 @@ from fastattn_compile.operators.base import (
     no,
 )
 from fastattn_compile.operators.conv_basis import low_rank
-from fastattn_compile.operators.conv_basis.biases import biases, unspread
+from fastattn_compile.operators.conv_basis.biases import biases, site_bias_gradient, unspread
 from fastattn_compile.operators.conv_basis.bounds import ErrorBound, TermChoice, error_bound, sampling_margin
 from fastattn_compile.operators.conv_basis.config import ConvBasisConfig
 from fastattn_compile.operators.conv_basis.cost import conv_cost, low_rank_cost
 from fastattn_compile.operators.conv_basis.decode import ConvBasisDecoder
 from fastattn_compile.operators.conv_basis.reference import conv_attention
 from fastattn_compile.operators.documents import (
+    asked_documents,
     backward_documents,
     exact_keys_documents,
     forward_documents,
@@ -56,11 +57,12 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
     Exact where the scores are piecewise Toeplitz (positions only, repeated content); on rotary language
     models it is a poor replacement without training. Serves self-attention: causal, windowed, banded,
     bidirectional, with key padding, and packed documents: each a sequence of its own, exact up to ``k`` tokens.
+    Biases by distance (ALiBi, buckets) are part of the profiles: exact, and they cost no term.
     """
 
     name = "conv_basis"
     config_type = ConvBasisConfig
-    implementation = 2
+    implementation = 3
 
     def supports(self, spec: SiteSpec) -> Support:
         """Self-attention with a mask of ``i - j`` and of real keys; else no, with the reason."""
@@ -92,7 +94,7 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
                 )
         elif spec.key_len < self.config.k:
             return no(_too_many(self.config.k, spec.key_len))
-        return refuse_extras(spec)
+        return refuse_extras(spec) if self._low_rank else refuse_extras(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition; its gradient is the one the configuration names."""
@@ -140,13 +142,15 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         given = inputs, parameters, output, grad_out, grad_log_sum_exp
         found = self._low_rank_backward(*given) if self._low_rank else self._conv_backward(*given)
         dq, dk, dv, d_offset, d_key = found
-        learned = list(parameters)
+        learned, of_bias = list(parameters), None
         if self.config.offset_bias == "learned" and d_offset is not None:
             learned[0] = unspread(parameters[0], d_offset, inputs.mask.causal)
         if self.config.key_bias and d_key is not None:
             learned[-1] = torch.zeros_like(parameters[-1])
             learned[-1][..., : d_key.shape[-1]] = d_key
-        return Gradients(dq, dk, dv, tuple(learned))
+        if inputs.bias is not None and inputs.bias.dim() == 2 and d_offset is not None:
+            of_bias = site_bias_gradient(inputs.bias, d_offset)
+        return Gradients(dq, dk, dv, tuple(learned), of_bias)
 
     def _conv_backward(
         self,
@@ -314,7 +318,8 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         """The fewest terms, doubling from 1, whose error is within a budget (specification section 14.1).
 
         The error is twice the mean total variation of the weights, an upper bound of the output error
-        relative to ``max |V|``, over sampled rows of all heads, plus the margin of the sample.
+        relative to ``max |V|``, over heads and sampled rows, plus twice the margin of a sample of so many rows: 0.48 for 32
+        rows of one sequence, so smaller budgets ask for more.
 
         Args:
             inputs: Tensors of the site.
@@ -338,16 +343,34 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
         for k in [1 << power for power in range(limit.bit_length())]:
             operator = type(self)(dataclasses.replace(self.config, k=k))
             found = operator._deviation(inputs, parameters, place)
-            samples = int(found.seen.sum()) * inputs.query.shape[1]
-            mean = float(found.variation.sum()) / max(1, samples)
+            # The heads of a row read the same tokens: together they are one sample.
+            samples = int(found.seen.sum())
+            mean = float(found.variation.sum()) / max(1, samples * inputs.query.shape[1])
             tried.append((k, 2 * (mean + sampling_margin(samples, confidence))))
             if tried[-1][1] <= budget:
                 return TermChoice(k, tried[-1][1], tuple(tried))
         return TermChoice(None, tried[-1][1] if tried else math.inf, tuple(tried))
 
     def _deviation(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor) -> Deviation:
+        if self._packed(inputs):
+            return self._deviation_of_documents(inputs, parameters, rows)
         q, k, v, scale, pattern, hidden, offset_bias, key_bias = self._tensors(inputs, parameters)
         return deviation(q, k, v, scale, pattern, rows, hidden, offset_bias, key_bias)
+
+    def _deviation_of_documents(
+        self, inputs: AttentionInputs, parameters: tuple[Tensor, ...], rows: Tensor
+    ) -> Deviation:
+        """Each document has anchors of its own; the largest error of a score is that of the worst one."""
+        batch, heads = inputs.query.shape[:2]
+        made = Deviation.none(batch, heads, len(rows), rows.device)
+        for asked in asked_documents(inputs, rows):
+            operator = self.shortened(asked.inputs.key.shape[2])
+            one = operator._deviation(asked.inputs, parameters, asked.rows)
+            worst = made.score[asked.sequence]
+            worst.copy_(torch.maximum(worst, one.score[0]))
+            made.variation[asked.sequence, :, asked.number] = one.variation[0]
+            made.seen[asked.sequence, asked.number] = one.seen[0]
+        return made
 
     def _tensors(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Query, key, value, scale, pattern, hidden keys, bias by offset and by key."""
@@ -364,8 +387,6 @@ class ConvBasisAttention(Operator[ConvBasisConfig]):
             raise ValueError(
                 f"{inputs.query.shape[2]} queries against {n} keys: conv_basis serves self-attention"
             )
-        if inputs.bias is not None:
-            raise ValueError("a dense bias is not supported; use the options offset_bias and key_bias")
         return self._pattern_of(inputs.mask)
 
     def _pattern_of(self, mask: MaskStructure) -> Pattern:
