@@ -21,7 +21,7 @@ OPERATORS = {
         "operator": "barnes_hut", "block": 8, "leaf": 2, "fanout": 2, "open": 3, "beam": 4, "sinks": 2,
         "strict": True,
     },
-    "conv_basis": {"operator": "conv_basis", "k": 9, "sinks": 2, "strict": True},
+    "conv_basis": {"operator": "conv_basis", "k": 5, "sinks": 2, "strict": True},
 }  # fmt: skip
 
 
