@@ -74,6 +74,7 @@ class Frontier:
         candidates: What could serve the sites.
         points: Choices that were measured.
         controls: Other ways to spend about as much as the plan: the same operator everywhere, a random choice.
+        reasons: Site that has no candidate to why it has none.
     """
 
     metric: str
@@ -83,6 +84,7 @@ class Frontier:
     candidates: Sequence[Candidate]
     points: Sequence[Point] = ()
     controls: Sequence[Point] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_exact(self) -> float:
@@ -252,6 +254,7 @@ class Frontier:
             "candidates": [{**dataclasses.asdict(c), "options": dict(c.options)} for c in self.candidates],
             "points": [_point(p) for p in self.points],
             "controls": [_point(p) for p in self.controls],
+            "reasons": dict(self.reasons),
             "curve": [[p.cost / exact, p.drop] for p in self.frontier()],
         }
 
@@ -283,6 +286,7 @@ class Frontier:
                 candidates,
                 points,
                 controls,
+                {str(site): str(why) for site, why in document.get("reasons", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise PlanError(f"malformed frontier of a plan: {error}") from error

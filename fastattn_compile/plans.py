@@ -105,7 +105,9 @@ class Plan:
         sites = {}
         for name in frontier.exact_cost:
             if name not in choice:
-                sites[name] = PlannedSite("exact", {}, "nothing cheaper fits the budget")
+                sites[name] = PlannedSite(
+                    "exact", {}, frontier.reasons.get(name, "nothing cheaper fits the budget")
+                )
                 continue
             candidate = frontier.candidates[choice[name]]
             share = candidate.cost / frontier.exact_cost[name]

@@ -7,7 +7,7 @@ import difflib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastattn_compile.passes.names import unique_names
 from fastattn_compile.passes.site import EXACT, NOT_ATTENTION, TAKEN, Softmax
 
 SCHEMA = "fastattn.scan/1"
+_COMPILATIONS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,41 @@ def run_captured(model: Callable[..., Any], backend: Callable[..., Any], *args: 
     if not callable(model):
         raise ModelLoadError(f"scan needs a module or a function, got {type(model).__name__}")
     target = getattr(model, "_orig_mod", model)
+    with _untouched(target), torch.no_grad(), compiling_always():
+        compiled_apart(target, backend)(*args, **kwargs)
+
+
+def compiled_apart(target: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A model compiled for fixed sizes, beside what its owner compiles of it.
+
+    Args:
+        target: The model.
+        backend: Gets every captured graph.
+    """
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         return target(*arguments, **keywords)
 
     # Dynamo caches by code object: a new one leaves the caches of the user's own compilations alone.
     isolated = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-    with _untouched(target), torch.no_grad():
-        # Dynamo remembers by source line which sizes changed between calls; the sites of this call have fixed ones.
-        torch.compile(isolated, backend=backend, dynamic=False)(*args, **kwargs)
+    # Dynamo remembers by source line which sizes changed between calls; the sites of a call have fixed ones.
+    compiled: Callable[..., Any] = torch.compile(isolated, backend=backend, dynamic=False)
+    return compiled
+
+
+def compiling_always() -> AbstractContextManager[None]:
+    """Inside, Dynamo compiles a function for every new size.
+
+    Left alone it stops after eight and runs the function as it is, and its attention is neither seen nor replaced. What
+    follows a graph break counts over all compilations of a process.
+    """
+    from torch._dynamo import config
+
+    patched: AbstractContextManager[None] = config.patch(
+        recompile_limit=_COMPILATIONS, accumulated_recompile_limit=_COMPILATIONS,
+        fail_on_recompile_limit_hit=True,
+    )  # fmt: skip
+    return patched
 
 
 def judge(line: Softmax) -> Softmax:

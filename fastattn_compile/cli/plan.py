@@ -182,7 +182,9 @@ def raise_for(found: Plan, max_drop: float | None, speedup: float | None) -> Non
                 f"a speedup of {speedup:g}" if speedup is not None else "",
             ) if text
         )  # fmt: skip
-        common.notice(
-            f"budget not reached: nothing cheaper keeps to {wanted or 'it'}; this is the best so far"
-        )
+        why = (
+            f"nothing cheaper keeps to {wanted or 'it'}; this is the best so far"
+            if frontier.candidates else found.provenance.get("search", {}).get("stopped", "nothing to choose from")
+        )  # fmt: skip
+        common.notice(f"budget not reached: {why}")
         raise typer.Exit(common.FAILED)

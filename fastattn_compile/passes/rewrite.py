@@ -46,15 +46,20 @@ def rewrite(gm: torch.fx.GraphModule, replacements: Sequence[Replacement]) -> No
         replacements: In execution order.
     """
     facts: dict[Any, torch.fx.Node] = {}
-    for replacement in replacements:
-        _replace(gm.graph, replacement, facts)
+    results = [_serve(gm.graph, replacement, facts) for replacement in replacements]
+    # A site may read the output of another as it comes: outputs stand until all sites have been served.
+    for replacement, result in zip(replacements, results):
+        out = replacement.site.out.origin
+        out.replace_all_uses_with(result)
+        gm.graph.erase_node(out)
     if replacements:
         erase_dead(gm)
     gm.graph.lint()
     gm.recompile()
 
 
-def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, torch.fx.Node]) -> None:
+def _serve(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, torch.fx.Node]) -> torch.fx.Node:
+    """Writes what serves a site before the site's output, and gives the node that is to stand for it."""
     site, out = replacement.site, replacement.site.out.origin
     groups = site.groups
     kept_heads = [atom for atom in leaves(groups.heads) if atom not in leaves(groups.repeated)]
@@ -89,8 +94,7 @@ def _replace(graph: torch.fx.Graph, replacement: Replacement, facts: dict[Any, t
         if site.out.dtype is not None and site.out.dtype != site.spec.dtype:
             result = graph.call_method("to", (result, site.out.dtype))
     result.meta = dict(out.meta)
-    out.replace_all_uses_with(result)
-    graph.erase_node(out)
+    return result
 
 
 def _segments(

@@ -26,9 +26,12 @@ def print_plan(plan: Plan, file: IO[str] | None = None) -> None:
     for _, members in groupby(plan.sites.items(), key=lambda item: (item[1].operator, str(item[1].options))):
         names, served = zip(*members)
         options = ", ".join(f"{key}={value}" for key, value in served[0].options.items())
-        why = served[0].reason if len(names) == 1 else f"{len(names)} sites"
+        # Reasons of replaced sites hold each its own loss; those of exact ones are often the same.
+        why = served[0].reason if len({site.reason for site in served}) == 1 else f"{len(names)} sites"
         sites.add_row(
-            escape(joined_names(list(names))), served[0].operator + (f" ({options})" if options else ""), why
+            escape(joined_names(list(names))),
+            served[0].operator + (f" ({options})" if options else ""),
+            escape(why),
         )
     out.print(sites)
     frontier = plan.frontier

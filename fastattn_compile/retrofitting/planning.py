@@ -130,26 +130,28 @@ def plan(
                 f"keep names sites the model does not have: {', '.join(unknown)}; it has {sorted(replay.specs)}"
             )
         costs = Costs(chosen_unit, n, journal)
-        candidates, exact_cost = site_candidates(replay, wanted, costs, keep)
+        candidates, exact_cost, reasons = site_candidates(replay, wanted, costs, keep)
         laboratory = Laboratory(replay, given, measure, metric, journal, say, fitted)
         errors = laboratory.observe(candidates)
         found = sensitivities(
             laboratory, candidates, errors, prior.frontier if prior is not None else None, clock.up
         )
         length = n if n is not None else max((int(s.key_len) for s in replay.specs.values()), default=0)
-        search = Search(
-            laboratory, Frontier(name, chosen_unit, length, exact_cost, tuple(found)), budget, clock.up
-        )
+        known = Frontier(name, chosen_unit, length, exact_cost, tuple(found), reasons=reasons)
+        search = Search(laboratory, known, budget, clock.up)
         best = search.run()
         others = controls(search, best, replay.specs, costs, list(candidates), seed) if show_controls else []
         origin = provenance(model, given, seed=seed, context=context)
     frontier = Frontier(**{**vars(search.frontier), "controls": tuple(others)})
     total = frontier.total_exact
+    stopped = "out of time" if clock.up() else "nothing left that helps"
+    if not found:
+        stopped = "no site has a candidate: " + next(iter(reasons.values()), "the model has no attention")
     origin["search"] = {
         "max_drop": budget.max_drop,
         "speedup": budget.speedup,
         "reached": budget.met(frontier, best),
-        "stopped": "out of time" if clock.up() else "nothing left that helps",
+        "stopped": stopped,
         "drop": best.drop,
         "cost_share": best.cost / total if total else 1.0,
         "sites": len(exact_cost),

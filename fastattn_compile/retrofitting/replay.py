@@ -1,13 +1,13 @@
 """A model run again and again with other operators at its sites, compiled once, from the first changed site on.
 
 The captured graphs call a Python function at every site, which looks up what serves it: nothing is compiled again
-between two choices. Where the model is one graph, a pass can keep what is alive at each site; a later pass that differs
+between two choices. Where a batch takes one graph, a pass can keep what is alive at each site; a later pass that differs
 from it only from some site on starts there.
 """
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from fastattn_compile.errors import FastAttentionError, ModelLoadError, NumericError, UnsupportedSiteError
+from fastattn_compile.errors import (
+    FastAttentionError,
+    ModelLoadError,
+    NumericError,
+    OptionError,
+    UnsupportedSiteError,
+)
 from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
 from fastattn_compile.operators.library import torch_op
 from fastattn_compile.operators.mask import MaskStructure
@@ -26,6 +32,7 @@ from fastattn_compile.passes.analyse import analyse
 from fastattn_compile.passes.learned import take_parameters
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.retrofitting.objectives import split_batch
+from fastattn_compile.scanning import compiled_apart, compiling_always
 
 Parameters = tuple[Tensor, ...]
 Take = Callable[[str, AttentionInputs, Tensor], None]
@@ -47,18 +54,20 @@ class Server:
 Serving = Mapping[str, Server]
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """What is alive at sites of one pass.
 
     Args:
         serving: What served the sites of that pass.
         batch: Which batch it was.
+        graph: The graph that ran; batches of other sizes have others.
         alive: Position of a site among the graph's to the values that it and what follows read.
     """
 
     serving: dict[str, Server]
     batch: int
+    graph: _Graph
     alive: dict[int, dict[torch.fx.Node, Any]] = field(default_factory=dict)
 
 
@@ -84,14 +93,7 @@ class Replay:
         self._graphs: list[_Graph] = []
         self._kept: list[Kept] = []
         self._pass: _Pass | None = None
-        target = self.model
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return target(*arguments, **keywords)
-
-        # Dynamo caches by code object: a new one leaves the caches of the user's own compilations alone.
-        isolated = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-        self._call: Any = torch.compile(isolated, backend=self._backend, dynamic=False)
+        self._call: Any = compiled_apart(self.model, self._backend)
 
     def run(
         self, batch: Any, serving: Serving | None = None, *, index: int = 0, keep: bool = False,
@@ -108,20 +110,39 @@ class Replay:
 
         Raises:
             NumericError: The output of a replaced site holds NaN or Inf; the text names the site.
+            OptionError: The model does not take such a batch.
         """
         from torch._dynamo.exc import BackendCompilerFailed
 
         arguments, keywords, _ = split_batch(batch)
-        self._pass = _Pass(dict(serving or {}), index, keep, take)
+        self._pass = now = _Pass(dict(serving or {}), index, keep, take)
         try:
-            with torch.no_grad():
-                return self._call(*arguments, **keywords)
+            with torch.no_grad(), compiling_always():
+                result = self._call(*arguments, **keywords)
+            if len(now.graphs) > 1:
+                # What a later graph is given may depend on more than its sites.
+                self._kept = [k for k in self._kept if k not in now.records]
+            return result
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FastAttentionError):
                 raise error.inner_exception from error
             raise
+        except TypeError as error:
+            self._refuse_misfit(arguments, keywords, error)
+            raise
         finally:
             self._pass = None
+
+    def _refuse_misfit(self, arguments: tuple[Any, ...], keywords: dict[str, Any], error: TypeError) -> None:
+        signature = inspect.signature(self.model.forward)
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError as misfit:
+            raise OptionError(
+                f"a batch does not fit {type(self.model).__name__}.forward({', '.join(signature.parameters)}): {misfit}. "
+                "A mapping is given as "
+                "keywords, a tuple as arguments; a batch that is one argument itself goes as (batch,)"
+            ) from error
 
     def forget(self, serving: Serving | None = None) -> None:
         """Drops kept passes: those of a choice, or all."""
@@ -194,14 +215,16 @@ class Replay:
         now = self._pass
         if now is None:
             return graph.run(inputs, 0, {}, None)
-        resumable = graph.resumable and len(self._graphs) == 1
+        resumable = graph.resumable and not now.graphs
+        now.graphs.append(graph)
         start: int = 0
         alive: dict[torch.fx.Node, Any] = {}
         if resumable and now.take is None and not now.keep:
             start, alive = self._best_start(graph, now)
-        record = Kept(now.serving, now.batch) if resumable and now.keep else None
+        record = Kept(now.serving, now.batch, graph) if resumable and now.keep else None
         result = graph.run(inputs, start, alive, record)
         if record is not None:
+            now.records.append(record)
             self._kept.append(record)
             self._thin()
         return result
@@ -209,7 +232,7 @@ class Replay:
     def _best_start(self, graph: _Graph, now: _Pass) -> tuple[int, dict[torch.fx.Node, Any]]:
         best: tuple[int, dict[torch.fx.Node, Any]] = (0, {})
         for kept in self._kept:
-            if kept.batch != now.batch:
+            if kept.batch != now.batch or kept.graph is not graph:
                 continue
             for position, alive in kept.alive.items():
                 before = graph.sites[:position]
@@ -235,6 +258,8 @@ class _Pass:
     batch: int
     keep: bool
     take: Take | None
+    graphs: list[_Graph] = field(default_factory=list)
+    records: list[Kept] = field(default_factory=list)
 
 
 class _Graph:

@@ -184,31 +184,42 @@ def _name(choice: Mapping[str, str]) -> str:
 
 def site_candidates(
     replay: Replay, operators: Sequence[tuple[Operator, dict[str, Any]]], costs: Costs, keep: Iterable[str]
-) -> tuple[dict[str, SiteCandidates], dict[str, float]]:
+) -> tuple[dict[str, SiteCandidates], dict[str, float], dict[str, str]]:
     """Which operators can serve which site for less than exact attention.
 
     Returns:
-        The candidates of the sites that have any, and every site's exact cost.
+        The candidates of the sites that have any, every site's exact cost, and why the other sites have none.
     """
     exact = make_operator("exact")
     kept = set(keep)
     found: dict[str, SiteCandidates] = {}
     exact_cost: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     for name, spec in replay.specs.items():
         exact_cost[name] = costs.of(exact, spec)
         if name in kept:
+            reasons[name] = "it is to be kept"
             continue
-        fitting = [
-            (operator, options)
-            for operator, options in operators
-            if operator.supports(spec) and operator.supports(costs.at(spec))
-        ]
+        fitting, refusals = [], {}
+        for operator, options in operators:
+            support = operator.supports(spec) and operator.supports(costs.at(spec))
+            if support:
+                fitting.append((operator, options))
+            else:
+                refusals.setdefault(operator.name, f"{operator.name}: {support.reason}")
         priced = [(pair, costs.of(pair[0], spec)) for pair in fitting]
         cheaper = [(pair, cost) for pair, cost in priced if cost < exact_cost[name]]
         if cheaper:
             pairs, prices = zip(*cheaper)
             found[name] = SiteCandidates(pairs, prices, exact_cost[name])
-    return found, exact_cost
+        elif fitting:
+            reasons[name] = (
+                f"no operator that was tried is cheaper than exact attention here ({costs.unit}, "
+                f"{costs.at(spec).key_len} keys)"
+            )
+        else:
+            reasons[name] = "no operator that was tried serves it: " + "; ".join(refusals.values())
+    return found, exact_cost, reasons
 
 
 def gains_of(prior: Frontier) -> dict[str, float]:

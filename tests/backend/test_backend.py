@@ -368,6 +368,15 @@ class TestBadInput:
         out = compiled(attention, operator="fma", block=16, rank=4, strict=True)(q, k, v)
         torch.testing.assert_close(out, attention(q, k, v))
 
+    def test_a_site_that_reads_the_output_of_another_as_it_comes(self) -> None:
+        def chained(x):
+            return causal(causal(x, x, x), *(causal(x, x, x),) * 2)
+
+        x = torch.randn(1, 2, 48, 8)
+        found = compiled(chained, operator="fma", block=48, rank=4, strict=True)(x)
+        torch.testing.assert_close(found, chained(x))
+        assert list(operators_used().values()) == ["fma"] * 3
+
     def test_float64(self) -> None:
         inputs = torch.randn(3, 1, 2, 30, 8, dtype=torch.float64)
         out = compiled(causal, operator="fma", block=16, rank=4, strict=True)(*inputs)

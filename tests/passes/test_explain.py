@@ -43,3 +43,14 @@ def test_a_refusal_shows_the_way_back_to_where_it_ended(name: str) -> None:
 def test_a_name_that_does_not_exist() -> None:
     with pytest.raises(OptionError, match="nearest names are"):
         fa.scan(spellings.POSITIVE["at_mul"][0], *(torch.randn(2, 4, 40, 16) for _ in range(3))).explain("x")
+
+
+def test_a_model_with_a_graph_break_is_scanned_at_any_number_of_sizes() -> None:
+    """Dynamo compiles what follows a break eight times in a process, and then runs it as it is."""
+
+    def broken(q, k, v):
+        torch._dynamo.graph_break()
+        return spellings.POSITIVE["at_mul"][0](q, k, v)
+
+    for n in range(20, 30):
+        assert len(fa.scan(broken, *torch.randn(3, 1, 2, n, 8)).softmaxes) == 1, n

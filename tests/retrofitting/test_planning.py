@@ -93,6 +93,82 @@ def test_replay_is_the_model_and_starts_in_the_middle(model):
         assert replay._best_start(graph, _pass({"layers.0": window, "layers.1": window}))[0] == graph.cuts[0]
 
 
+def test_batches_of_more_sizes_than_dynamo_compiles_by_itself(model):
+    """Dynamo runs a function as it is after eight compilations: then nothing was replaced, and nothing lost."""
+    data = [batches(1, length=24 + i)[0] for i in range(10)]
+    window = Server(make_operator("window", width=2, sinks=0))
+    replay = Replay(model)
+    with replay.closed():
+        exact = [replay.run(batch, index=i, keep=True) for i, batch in enumerate(data)]
+        serving = {"layers.2": window}
+        for i, batch in enumerate(data):
+            found = replay.run(batch, serving, index=i)
+            assert (found - exact[i]).abs().max() > 1e-3
+            # Each size has a graph of its own, and starts in the middle of it.
+            graph = replay._graphs[i]
+            assert replay._best_start(graph, _pass(serving, i))[0] == graph.cuts[2]
+            torch.testing.assert_close(found, replay.run(batch, serving, index=100), rtol=0, atol=0)
+
+
+def test_states_of_a_model_in_several_graphs_are_not_used():
+    class Broken(Stack):
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            x = x + self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.head(x + self.layers[1](x))
+
+    replay = Replay(Broken().eval())
+    with replay.closed():
+        replay.run(batches(1)[0], keep=True)
+        assert len(replay._graphs) == 2 and not replay._kept
+
+
+def test_a_batch_that_is_one_argument_itself(model):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, data):
+            return self.model(data["first"])
+
+    data = {"first": batches(1)[0]["input_ids"]}
+    with pytest.raises(OptionError, match=r"does not fit Pair.forward.data.: missing .*goes as \(batch,\)"):
+        found_by(Pair(), data=[data])
+    assert list(found_by(Pair(), data=[(data,)], max_drop=0.01).sites) == [f"model.{name}" for name in NAMES]
+
+
+def test_sites_without_a_candidate_say_why():
+    class Crossed(nn.Module):
+        def forward(self, x, y):
+            z = nn.functional.scaled_dot_product_attention(x, y, y)
+            return z + nn.functional.scaled_dot_product_attention(z, z, z)
+
+    data = [(torch.randn(1, 2, 64, 16), torch.randn(1, 2, 48, 16))]
+
+    def loss(result, exact, batch):
+        return float((result - exact).square().mean())
+
+    found = found_by(Crossed(), data=data, metric=loss, max_drop=1.0, operators={"window": [{"width": 8}]})
+    cross, own = found.sites.values()
+    assert own.operator == "window" and cross.operator == "exact"
+    assert cross.reason.startswith("no operator that was tried serves it: window: ")
+    again = fa.Plan.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.solve(max_drop=1.0).sites == found.solve(max_drop=1.0).sites
+    kept = found_by(
+        Crossed(),
+        data=data,
+        metric=loss,
+        operators={"window": [{"width": 200}]},
+        keep=[next(iter(found.sites))],
+    )
+    assert [site.reason.partition(" here")[0] for site in kept.sites.values()] == [
+        "it is to be kept", "no operator that was tried is cheaper than exact attention"
+    ]  # fmt: skip
+    assert kept.provenance["search"]["stopped"].startswith("no site has a candidate: ")
+
+
 def _pass(serving, batch=0):
     from fastattn_compile.retrofitting.replay import _Pass
 
