@@ -11,12 +11,13 @@ from fastattn_compile.kernels.aten.treeformer_tf import Part, PartGradients
 from fastattn_compile.kernels.cpu import ranges as cpu
 from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
 
+BIASED = "a bias by distance is added to the scores"
 NOT_FINITE = "a key or value that is met holds an infinity or NaN, whose queries ATen tells apart"
 
 
 def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part]) -> str:
     """Why Triton cannot serve a call; empty when it can."""
-    reason = gpu_obstacle(query, key, value)
+    reason = gpu_obstacle(query, key, value) or _bias_obstacle(parts)
     if reason:
         return reason
     from fastattn_compile.kernels.gpu import leaf
@@ -29,8 +30,12 @@ def _offered(
 ) -> dict[str, Callable[[], str]]:
     offered = {"triton": lambda: triton_obstacle(query, key, value, parts)}
     if query.device.type == "cpu":
-        offered["cpp"] = lambda: cpu.why_not(query, key, value, parts)
+        offered["cpp"] = lambda: _bias_obstacle(parts) or cpu.why_not(query, key, value, parts)
     return offered
+
+
+def _bias_obstacle(parts: Sequence[Part]) -> str:
+    return BIASED if any(part.bias is not None for part in parts) else ""
 
 
 def attend(

@@ -196,7 +196,7 @@ class AttentionInputs:
         query_len, key_len = self.query.shape[2], self.key.shape[2]
         place = rows + (key_len - query_len if self.mask.end_aligned else 0)
         if self.segments is not None and keys is None:
-            at = _places_in_segments(self.segments)
+            at = places_in_segments(self.segments)
             distance = at[:, None] - at[:, place, None]
         else:
             at_key = torch.arange(key_len, device=rows.device) if keys is None else keys
@@ -226,7 +226,7 @@ class AttentionInputs:
         return seen
 
 
-def _places_in_segments(segments: Tensor) -> Tensor:
+def places_in_segments(segments: Tensor) -> Tensor:
     """How many tokens of its segment stand before every token, ``(b, n)``."""
     ids, order = segments.sort(dim=1, stable=True)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn_compile.kernels.aten.treeformer_route import Estimator, dense_backward, follow, path_backward
 from fastattn_compile.operators.base import AttentionInputs
-from fastattn_compile.operators.exact.reference import exact_attention
 from fastattn_compile.operators.mask import CAUSAL, NO_MASK
 from fastattn_compile.operators.registry import make_operator
 
@@ -137,11 +136,15 @@ def test_the_sparse_backward_of_routing_is_the_dense_one_on_paths(kind, surrogat
 
 
 @pytest.mark.parametrize(
-    "mask", ["none", "causal", "causal & window(21)", "causal & key_padding", "causal & segments"]
-)
+    "mask",
+    [
+        "none", "causal", "causal & window(21)", "causal & key_padding", "causal & segments", "none + alibi",
+        "causal & key_padding + bucketed", "causal & segments + bucketed", "segments + alibi",
+    ],
+)  # fmt: skip
 def test_leaf_attention_without_decisions_is_softmax_attention(mask):
     inputs = make_inputs(mask, dtype=torch.float64)
-    wanted = exact_attention(inputs)
+    wanted = make_operator("exact").reference(inputs)
     flat = make_operator("tf_attention", height=0)
     assert not flat.learned and flat.parameter_shapes(inputs.spec()) == {}
     # Planes that send every vector to leaf 0.
@@ -210,6 +213,21 @@ def test_finite_differences_where_routing_is_flat(mask, options):
     assert torch.autograd.gradcheck(function, sources, fast_mode=True)
 
 
+@pytest.mark.parametrize("mask", ["none + bucketed", "causal & key_padding + bucketed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"n_trees": 2, "window": 3, "sinks": 2}, {"n_trees": 2, "combine": "mean"}]
+)
+def test_finite_differences_of_a_bias(mask, options):
+    inputs = make_inputs(mask, batch=2, heads=2, kv_heads=1, length=21, head_dim=3, dtype=torch.float64)
+    operator = make_operator("tf_attention", height=2, **options)
+    parameters = make_parameters(operator, inputs)
+
+    def function(bias):
+        return run(operator, dataclasses.replace(inputs, bias=bias), parameters).out
+
+    assert torch.autograd.gradcheck(function, inputs.bias.requires_grad_(), fast_mode=True)
+
+
 def test_finite_differences_of_the_last_decision_of_queries():
     inputs = make_inputs("causal", batch=1, heads=2, kv_heads=1, length=35, head_dim=3, dtype=torch.float64)
     operator = make_operator("tf_attention", height=2, shared=False, query_gradient="sibling")
@@ -241,6 +259,8 @@ def test_finite_differences_of_values_and_level_weights(mask, options):
 MASKS = [
     "none", "causal", "causal & window(21)", "right(13) & left(22)", "key_padding", "causal & key_padding",
     "causal & window(30) & key_padding", "chunk(16)", "causal & prefix(9)", "causal & segments", "segments",
+    "causal + alibi", "none + bucketed", "causal & key_padding + bucketed", "causal & segments + bucketed",
+    "segments & key_padding + alibi",
 ]  # fmt: skip
 TREES = {
     "height": st.integers(0, 4), "n_trees": st.integers(1, 3), "shared": st.booleans(),
@@ -301,6 +321,7 @@ def compare(operator, inputs):
         ("tf_attention", "none", 90),
         ("tf_attention", "key_padding", 40),
         ("tf_attention", "causal & end_aligned", 90),
+        ("tf_attention", "causal & end_aligned + bucketed", 90),
         ("tc_attention", "none", 90),
         ("tc_attention", "key_padding", 40),
     ],

@@ -39,7 +39,9 @@ def test_accuracy(case, mask, dtype):
 
 
 @each_case
-@pytest.mark.parametrize("variant", ["plain", "transposed", "requires_grad", "bfloat16", "padded"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "transposed", "requires_grad", "bfloat16", "padded", "segments", "alibi", "bucketed"]
+)
 def test_opcheck(case, variant):
     matrix.test_opcheck(case, variant)
 

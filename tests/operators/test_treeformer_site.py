@@ -30,7 +30,8 @@ def decode(operator, inputs, parameters, prompt):
 
     padding = None if inputs.key_padding is None else inputs.key_padding[:, :prompt]
     mask = MaskStructure(right=0, key_padding=padding is not None)
-    outs = [decoder.prefill(AttentionInputs(*cut(0, prompt), inputs.scale, mask, padding))]
+    first = AttentionInputs(*cut(0, prompt), inputs.scale, mask, padding, bias=inputs.bias)
+    outs = [decoder.prefill(first)]
     outs += [decoder.step(*cut(i, i + 1)) for i in range(prompt, inputs.query.shape[2])]
     return decoder, torch.cat([o.out for o in outs], 2), torch.cat([o.log_sum_exp for o in outs], 2)
 
@@ -64,6 +65,25 @@ def test_decoding_equals_one_pass(mask, name, options):
     finite = ~wanted.log_sum_exp.isnan()
     assert relative_error(log_sum_exp[finite], wanted.log_sum_exp[finite]) < 1e-12
     assert decoder.stored_rows() == (15 * operator.config.n_trees if name == "tc_attention" else 60)
+
+
+@pytest.mark.parametrize("mask", ["causal + alibi", "causal & key_padding + bucketed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"n_trees": 2, "window": 4, "sinks": 2, "query_gradient": "sibling"}]
+)
+def test_decoding_adds_the_bias_of_the_site(mask, options):
+    inputs = make_inputs(mask, length=60, dtype=torch.float64)
+    if inputs.key_padding is not None:
+        inputs.key_padding[:, 40:] = True
+    operator = make_operator("tf_attention", height=3, **options)
+    parameters = make_parameters(operator, inputs)
+    wanted = operator.forward(inputs, parameters)
+    decoder, out, log_sum_exp = decode(operator, inputs, parameters, 40)
+    assert relative_error(out, wanted.out) < 1e-12
+    assert relative_error(log_sum_exp, wanted.log_sum_exp) < 1e-12
+    if inputs.bias.dim() == 2:
+        with pytest.raises(ValueError, match="distances of 60 tokens"):
+            decoder.step(inputs.query[:, :, :1], inputs.key[:, :, :1], inputs.value[:, :, :1])
 
 
 def test_decoding_starts_from_a_prompt_shorter_than_the_leaves_and_refuses_other_masks():
@@ -109,6 +129,17 @@ def test_calibration_splits_keys_in_halves(init):
     assert max(counts) - min(counts) <= 2
     again = operator.initial_parameters(inputs.spec(), inputs)["key_planes"]
     assert torch.equal(again, planes)
+
+
+@pytest.mark.parametrize("name", ["tf_attention", "tc_attention"])
+@pytest.mark.parametrize("init", ["pca", "kmeans", "random"])
+def test_a_sample_of_padding_alone_is_no_sample(name, init):
+    inputs = make_inputs("key_padding", length=20)
+    inputs.key_padding[:] = False
+    operator = make_operator(name, height=2, n_trees=2, init=init)
+    planes, offsets, *weights = operator.initial_parameters(inputs.spec(), inputs).values()
+    assert torch.allclose(planes.norm(dim=-1), torch.ones(2, 2, 3)) and not offsets.any()
+    assert all(torch.equal(w, torch.full((4, 2, 3), 1 / 6)) for w in weights)
 
 
 def test_kmeans_finds_two_clusters_that_a_median_would_cut():
@@ -308,6 +339,7 @@ def test_bad_configurations_say_what_is_wrong(name, options, words):
         ("tc_attention", {}, {"mask": MaskStructure(left=9, right=0)}, "sliding window"),
         ("tc_attention", {}, {"mask": MaskStructure(right=-1)}, "diagonal"),
         ("tc_attention", {}, {"mask": CAUSAL, "query_len": 100}, "decoder"),
+        ("tc_attention", {}, {"bias": "alibi"}, "alibi"),
     ],
 )
 def test_sites_that_cannot_be_served_are_refused_with_the_reason(name, options, change, word):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.treeformer_bias import PairBias
 from fastattn_compile.kernels.aten.treeformer_ranges import Ranges
 from fastattn_compile.kernels.tiles import (
     SCORE_TILE,
@@ -99,7 +100,8 @@ class Part:
         queries: Queries that are expected to share a range.
         hidden: Which of the pairs of query rows ``(t, r)`` and key rows ``(t, c)`` are met elsewhere, ``(t,
             r, c)``.
-        gate: Terms on the scores.
+        gate: Terms on the scores by the children of a node.
+        bias: Terms on the scores by distance.
     """
 
     ranges: Ranges
@@ -107,6 +109,7 @@ class Part:
     queries: int
     hidden: Hidden | None = None
     gate: Gate | None = None
+    bias: PairBias | None = None
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,14 @@ class PartGradients:
             ``Ranges.levels``.
         same: ``(b * h * n,)`` gradient of ``Gate.same``; ``None`` without a gate.
         other: Of ``Gate.other``.
+        bias: Of ``PairBias.bias``; ``None`` when that gets none.
     """
 
     query: Tensor
     key: Tensor
     same: Tensor | None
     other: Tensor | None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -171,9 +176,8 @@ def _passes(part: Part, keys: int) -> Iterator[_Pass]:
     busy = torch.nonzero(stop > start).squeeze(1)
     if busy.numel() == 0:
         return
-    # A sum of two keys in one number: by start, then by stop, so that queries of a causal node stand in
-    # order. Two keys of a sort in one number: by start, then by stop, so that the queries of a causal node
-    # stand in order.
+    # Two keys of a sort in one number: by start, then by stop, so that the queries of a causal node stand in
+    # order.
     busy = busy[torch.argsort(start[busy] * (ranges.order.numel() + 1) + stop[busy], stable=True)]
     low, high = start[busy], stop[busy]
     rows, columns = _tile_side(part.queries), _tile_side(part.keys)
@@ -239,6 +243,8 @@ def _scores(part: Part, q: Tensor, k: Tensor, queries: Tensor, block: _Block) ->
     scores = torch.bmm(q[: block.tiles], k.mT)
     if part.gate is not None:
         scores += part.gate.bias(queries[: block.tiles], block.keys)
+    if part.bias is not None:
+        scores += part.bias(queries[: block.tiles], block.keys)
     return scores.masked_fill_(~block.visible, -torch.inf)
 
 
@@ -338,6 +344,7 @@ def backward(
         of_query = grad_q.new_zeros(grad_q.shape[0])
         of_key = grad_k.new_zeros(grad_k.shape[0], depth)
         of_gate = None if part.gate is None else grad_q.new_zeros(2, grad_q.shape[0])
+        of_bias = None if part.bias is None else part.bias.new_gradient()
         for tiles in _passes(part, key.shape[2]):
             q, grad_o = _rows(flat_q, tiles.queries, dtype), _rows(flat_grad, tiles.queries, dtype)
             scaled = q * scale
@@ -359,6 +366,8 @@ def backward(
                 of_key.view(-1).index_add_(
                     0, (block.keys * depth + tiles.level[head, None]).flatten(), grad_s.sum(1).flatten()
                 )
+                if part.bias is not None:
+                    part.bias.add_gradient(of_bias, tiles.queries[head], block.keys, grad_s)
                 if part.gate is not None:
                     same = part.gate.together(tiles.queries[head], block.keys)
                     sums[1, head] += (grad_s * same).sum(2)
@@ -369,6 +378,6 @@ def backward(
             of_query[at] = sums[0][tiles.valid]
             if of_gate is not None:
                 of_gate[:, at] = sums[1:][:, tiles.valid]
-        same_other = (None, None) if of_gate is None else (of_gate[0], of_gate[1])
-        said.append(PartGradients(of_query, of_key, *same_other))
+        of_same, of_other = (None, None) if of_gate is None else (of_gate[0], of_gate[1])
+        said.append(PartGradients(of_query, of_key, of_same, of_other, of_bias))
     return grad_q.view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), said

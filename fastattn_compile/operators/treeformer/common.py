@@ -7,10 +7,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fastattn_compile.kernels.aten.treeformer_bias import PairBias
 from fastattn_compile.kernels.aten.treeformer_ranges import Sight, near_ranges
-from fastattn_compile.kernels.tiles import all_finite
+from fastattn_compile.kernels.tiles import all_finite, work_dtype
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator, SiteSpec, Support, no
 from fastattn_compile.operators.exact.operator import refuse_extras
+from fastattn_compile.operators.site import places_in_segments
 from fastattn_compile.operators.treeformer.config import TreeConfig
 from fastattn_compile.operators.treeformer.fit import fit_planes, grow, random_planes
 from fastattn_compile.operators.treeformer.trees import parameter_shapes, real_keys, turns
@@ -37,6 +39,24 @@ def sight_of(inputs: AttentionInputs) -> Sight:
         return Sight(low, high, keys, inputs.key_padding)
     _, segment = torch.unique(inputs.segments, return_inverse=True)
     return Sight(low, high, keys, inputs.key_padding, segment, segment[:, place])
+
+
+def pair_bias(inputs: AttentionInputs, sight: Sight) -> PairBias | None:
+    """The bias of the site for every pair that is met; distances inside a document are those of its own tokens."""
+    if inputs.bias is None:
+        return None
+    (batch, heads, queries, _), kv_heads = inputs.query.shape, inputs.key.shape[1]
+    if inputs.segments is None:
+        offset = sight.length - queries if inputs.mask.end_aligned else 0
+        of_key = torch.arange(sight.length, device=inputs.query.device).expand(batch, -1)
+        of_query = torch.arange(queries, device=inputs.query.device).expand(batch, -1) + offset
+    else:
+        of_query = of_key = places_in_segments(inputs.segments)
+    dtype = work_dtype(inputs.query, inputs.key, inputs.value)
+    return PairBias(
+        inputs.bias.to(dtype), of_query.repeat_interleave(heads, 0).flatten(),
+        of_key.repeat_interleave(kv_heads, 0).flatten(), queries,
+    )  # fmt: skip
 
 
 def finished(inputs: AttentionInputs, out: Tensor, log_sum_exp: Tensor) -> AttentionOutput:
@@ -93,8 +113,13 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
         mass = mass_loss(self.config, inputs, parameters, rows)
         return mass + _BALANCE * balance_loss(self.config, inputs, parameters)
 
-    def refusal(self, spec: SiteSpec) -> Support:
-        """What neither form can serve."""
+    def refusal(self, spec: SiteSpec, *biases: str) -> Support:
+        """What neither form can serve.
+
+        Args:
+            spec: The site.
+            *biases: The kinds of bias that this form adds.
+        """
         mask, config = spec.mask, self.config
         if not mask.understood:
             return no(f"the mask is not understood as structure ({mask.opaque})")
@@ -115,7 +140,7 @@ class TreeOperator(Operator[TreeConfigT], Generic[TreeConfigT]):
             return no("rotary_base does not know where the positions of packed documents start")
         if self._unrotates and spec.query_len != spec.key_len and not mask.end_aligned:
             return no("rotary_base needs queries that stand at positions of the keys")
-        return refuse_extras(spec)
+        return refuse_extras(spec, *biases)
 
     @property
     def starts_from_sample(self) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from fastattn_compile.kernels.aten.treeformer_tc import Weighting
 from fastattn_compile.kernels.dispatch import gpu_obstacle, select
 from fastattn_compile.kernels.treeformer_route import follow
+from fastattn_compile.kernels.treeformer_tf import BIASED
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.growing import GrowingRows
 from fastattn_compile.operators.mask import CAUSAL
@@ -147,16 +148,26 @@ class LeafDecoder(Decoder):
         self.routed = _Unrotated(self.operator.config)
         # Keys by their leaves, for each softmax of Triton.
         self.sorted: list[Sorted] = []
+        self.bias: Tensor | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a prompt and keeps its keys, values and leaves."""
         _check_prefill(inputs)
         self._clear()
+        self.bias = inputs.bias
         self._add(inputs)
         return self.operator.forward(inputs, self.parameters)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
-        """Files the token under its leaf, then attends the query's."""
+        """Files the token under its leaf, then attends the query's.
+
+        Raises:
+            ValueError: The bias lists fewer distances than tokens.
+        """
+        if self.bias is not None and self.bias.dim() == 2 and self.key.length > self.bias.shape[1] // 2:
+            raise ValueError(
+                f"the bias lists distances of {self.key.length} tokens; prefill with a longer one, (heads, 2 N - 1)"
+            )
         inputs = AttentionInputs(query, key, value, self.scale, CAUSAL).validated()
         trees, routed = self._add(inputs)
         config = self.operator.config
@@ -166,9 +177,10 @@ class LeafDecoder(Decoder):
             return self._step_by_triton(query, leaf, value)
         found, level = self._found(leaf)
         each = []
+        by_distance = self._by_distance(query)
         for chosen in self._softmaxes:
             met = self._near(~found[:, :, chosen].any(-1).all(-1))
-            bias = torch.zeros_like(met, dtype=query.dtype)
+            gated = torch.zeros_like(met, dtype=query.dtype)
             for tree in range(config.n_trees)[chosen]:
                 new = found[:, :, tree] & ~met
                 met = met | new
@@ -176,9 +188,21 @@ class LeafDecoder(Decoder):
                     sure = config.beta * scores[:, :, tree, :, -1].abs()
                     same = leaf[:, :, tree] == self._leaves()[:, :, tree]
                     gate = torch.where(same, logsigmoid(sure), logsigmoid(-sure))
-                    bias = torch.where(new & (level[:, :, tree, None] == config.height - 1), gate, bias)
-            each.append(self._attend(query, met, bias))
+                    gated = torch.where(new & (level[:, :, tree, None] == config.height - 1), gate, gated)
+            each.append(self._attend(query, met, gated + by_distance))
         return self._mean(each, value)
+
+    def _by_distance(self, query: Tensor) -> Tensor:
+        """The bias of the newest query on every key, ``(h, m)``; 0 without one."""
+        if self.bias is None:
+            return query.new_zeros(())
+        age, bias = (
+            self.key.length - 1 - torch.arange(self.key.length, device=query.device),
+            self.bias.to(query.dtype),
+        )
+        if bias.dim() == 1:
+            return -bias[:, None] * age
+        return bias[:, bias.shape[1] // 2 - age]
 
     @property
     def _softmaxes(self) -> list[slice]:
@@ -203,6 +227,8 @@ class LeafDecoder(Decoder):
         """Why Triton cannot serve a step; empty when it can."""
         if self.operator.config.query_gradient == "sibling":
             return "a gate changes the scores of a leaf"
+        if self.bias is not None:
+            return BIASED
         if self.key.rows.dtype == torch.float64:
             return "float64"
         return gpu_obstacle(self.key.rows, self.value.rows)

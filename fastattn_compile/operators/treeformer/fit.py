@@ -103,6 +103,8 @@ def _split(
     heads, _, channels = rows.shape
     start = torch.randn(heads, nodes, channels, generator=generator) * channel
     start = start / start.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    if not rows.shape[1]:
+        return start, start.new_zeros(heads, nodes)  # a sample of padding alone splits nowhere
     if how == "random":
         return start, _median_offset(rows, start, node, nodes)
     rows = rows * channel

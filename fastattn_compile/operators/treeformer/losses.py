@@ -74,7 +74,7 @@ def mass_loss(
     """
     dtype = routing_dtype(inputs)
     key = inputs.key.to(dtype).repeat_interleave(inputs.group, 1)
-    scores = inputs.scale * (inputs.query[:, :, rows].to(dtype) @ key.mT)
+    scores = inputs.scale * (inputs.query[:, :, rows].to(dtype) @ key.mT) + inputs.added(rows).to(dtype)
     teacher, log_sum_exp = masked_softmax(scores, inputs.visible(rows))
     counted = log_sum_exp > -torch.inf
     total = scores.new_zeros(())

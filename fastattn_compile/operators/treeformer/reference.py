@@ -213,7 +213,7 @@ def leaf_attention(config: TfConfig, inputs: AttentionInputs, trees: Trees) -> A
     """
     query, key, value = _per_head(inputs)
     rows = torch.arange(query.shape[2], device=query.device)
-    scores = inputs.scale * (query @ key.mT)
+    scores = inputs.scale * (query @ key.mT) + inputs.added(rows).to(query.dtype)
     both = members(config, inputs, trees)
     met = [leaf_keys(config, inputs, rows, *pair) for pair in both]
     if config.combine == "mean" and config.n_trees > 1:

@@ -179,7 +179,8 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         attention.
         """
         values = super().initial_parameters(spec, sample)
-        if sample is not None and self._free_weights() and self.supports(sample.spec()):
+        empty = sample is None or (sample.key_padding is not None and not bool(sample.key_padding.any()))
+        if sample is not None and not empty and self._free_weights() and self.supports(sample.spec()):
             values["level_weights"] = self._least_squares(sample, values)
         return values
 

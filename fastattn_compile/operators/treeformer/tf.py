@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastattn_compile.kernels import treeformer_tf as kernel
+from fastattn_compile.kernels.aten.treeformer_bias import PairBias
 from fastattn_compile.kernels.aten.treeformer_ranges import Ranges, Sight, near_ranges, node_ranges, sink_keys
 from fastattn_compile.kernels.aten.treeformer_route import path_backward
 from fastattn_compile.kernels.aten.treeformer_tf import Gate, Hidden, NearPairs, Part, PartGradients
@@ -27,7 +28,7 @@ from fastattn_compile.operators.base import (
     Support,
     no,
 )
-from fastattn_compile.operators.treeformer.common import TreeOperator, finished, sight_of
+from fastattn_compile.operators.treeformer.common import TreeOperator, finished, pair_bias, sight_of
 from fastattn_compile.operators.treeformer.config import TfConfig
 from fastattn_compile.operators.treeformer.cost import leaf_cost
 from fastattn_compile.operators.treeformer.decode import LeafDecoder
@@ -71,7 +72,8 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
     added exactly.
 
     Serves self- and cross-attention, every understood mask but a prefix behind a window, grouped queries, key
-    padding and packed documents. A trained operator: without training expect large losses.
+    padding, packed documents, and biases by distance (ALiBi, buckets) on what is met. A trained operator: without
+    training expect large losses.
     """
 
     name = "tf_attention"
@@ -92,7 +94,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             return no(
                 "overflow='margin' ranks the keys of the whole sequence; with a causal mask use 'oldest'"
             )
-        return self.refusal(spec)
+        return self.refusal(spec, "alibi", "bucketed")
 
     def reference(self, inputs: AttentionInputs, parameters: tuple[Tensor, ...] = ()) -> AttentionOutput:
         """The dense definition."""
@@ -133,6 +135,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         saved = output.out.to(dtype), output.log_sum_exp.unsqueeze(-1)
         grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in tensors[:3]]
         said: list[PartGradients] = []
+        of_bias: list[Tensor] = []
         log_mass: list[Tensor] = []
         for parts in softmaxes:
             out, lse = kernel.attend(*tensors, parts) if several else saved
@@ -141,12 +144,17 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
             )
             for total, part in zip(grads, main):
                 total += part
+            of_bias += [part.bias for part in of_parts if part.bias is not None]
             trees_here = 1 if several else len(plan.leaves)
             said += of_parts[len(parts) - trees_here :]
             log_mass += [(grad_out * out).sum(-1)] * trees_here
         planes = self._tree_gradients(inputs, trees, plan, said, log_mass, grads)
         to_query, to_key, to_value = (g.to(x.dtype) for g, x in zip(grads, tensors[:3]))
-        return Gradients(to_query, to_key, to_value, tuple(g.to(p.dtype) for g, p in zip(planes, parameters)))
+        learned = tuple(g.to(p.dtype) for g, p in zip(planes, parameters))
+        bias = (
+            torch.stack(of_bias).sum(0).to(inputs.bias.dtype) if inputs.bias is not None and of_bias else None
+        )
+        return Gradients(to_query, to_key, to_value, learned, bias)
 
     def exact_keys(
         self, inputs: AttentionInputs, rows: Tensor, parameters: tuple[Tensor, ...] = ()
@@ -216,7 +224,8 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
         empty = [r.stop == r.start for r in ranges]
         if config.combine == "union":
             empty = [torch.stack(empty).any(0)]
-        near = [_Near(config, inputs, sight, e) for e in empty]
+        bias = pair_bias(inputs, sight)
+        near = [_Near(config, inputs, sight, e, bias) for e in empty]
         leaves = []
         for tree, (found, gate) in enumerate(zip(ranges, gates)):
             own = near[tree if config.combine == "mean" else 0]
@@ -226,7 +235,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
                 hidden = _Elsewhere(self, own.pairs, sight, routed, earlier)
             width = 1 << (config.height - sibling)
             sizes = -(-sight.length // width), -(-inputs.group * inputs.query.shape[2] // width)
-            leaves.append(Part(found, *sizes, hidden if own.parts or earlier else None, gate))
+            leaves.append(Part(found, *sizes, hidden if own.parts or earlier else None, gate, bias))
         return _Plan(routed, [n.parts for n in near], leaves)
 
     def _leaf_ranges(self, sight: Sight, routed: Routed, tree: int) -> Ranges:
@@ -317,7 +326,9 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
 class _Near:
     """Window and sinks as parts: they are met first, trees leave them out."""
 
-    def __init__(self, config: TfConfig, inputs: AttentionInputs, sight: Sight, empty: Tensor) -> None:
+    def __init__(
+        self, config: TfConfig, inputs: AttentionInputs, sight: Sight, empty: Tensor, bias: PairBias | None
+    ) -> None:
         batch, heads, queries, _ = inputs.query.shape
         kv_heads, keys = inputs.key.shape[1:3]
         place = torch.arange(queries, device=inputs.query.device)
@@ -330,12 +341,12 @@ class _Near:
         self.parts: list[Part] = []
         if bool((width > 0).any()):
             ranges = near_ranges(heads, kv_heads, batch, sight, self.low, self.high)
-            self.parts.append(Part(ranges, 2 * config.window, 128))
+            self.parts.append(Part(ranges, 2 * config.window, 128, bias=bias))
         if self.sinks is not None:
             every = torch.zeros_like(width), torch.full_like(width, keys)
             ranges = near_ranges(heads, kv_heads, batch, sight, *every, only=self.sinks[:, None])
             window = NearPairs(self.low, self.high, keys, kv_heads)
-            self.parts.append(Part(ranges, config.sinks, 128, window if self.parts else None))
+            self.parts.append(Part(ranges, config.sinks, 128, window if self.parts else None, bias=bias))
         self.pairs = NearPairs(self.low, self.high, keys, kv_heads, self.sinks)
 
 
