@@ -200,7 +200,8 @@ def site_candidates(
         if name in kept:
             reasons[name] = "it is to be kept"
             continue
-        fitting, refusals = [], {}
+        fitting: list[tuple[Operator, dict[str, Any]]] = []
+        refusals: dict[str, str] = {}
         for operator, options in operators:
             support = operator.supports(spec) and operator.supports(costs.at(spec))
             if support:
