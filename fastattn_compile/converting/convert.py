@@ -15,18 +15,18 @@ import sympy
 from fastattn_compile.converting.delta import (
     cost_report,
     errors,
-    expose,
     model_report,
     run_in_folder,
     site_reports,
 )
+from fastattn_compile.converting.expose import expose, hidden_in
 from fastattn_compile.converting.feeds import Feeds, check_feeds, load_feeds, make_feeds
 from fastattn_compile.converting.learned import Learned, parameters_of, stored_parameters
 from fastattn_compile.converting.run import RuntimeFailure
 from fastattn_compile.converting.saving import keep_weights, move, original_path, staged, target_of, write
 from fastattn_compile.converting.source import Prepared, Source, prepare, read_model
 from fastattn_compile.errors import ConversionError, OptionError
-from fastattn_compile.operators.base import Operator
+from fastattn_compile.operators.base import Operator, no
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.onnx.rewrite import Placed, Replacement, can_replace, rewrite
 from fastattn_compile.passes.onnx.sizes import symbol
@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 LONGEST = 8192
 _CANDIDATE = "fma"
 _UNTRAINED = "its parameters start from these inputs, nobody has fitted them"
+_UNSEEN = "these inputs do not reach it, its error is not known"
 
 
 def scan_onnx(source: Source) -> Scan:
@@ -123,22 +124,29 @@ def convert(
     before, exact, own = _shadow(source, choices, learned, feeds, threads, longest)
     limit = tolerance if tolerance is not None else 0.01
     over = {name: q.p95 for name, q in own.items() if q is not None and q.p95 > limit}
+    unseen = [name for name, q in own.items() if q is None]
     if operator is None and named is None:
-        for name, error in over.items():
+        for name in (*over, *unseen):
             del choices[name]
-            reasons[name] = f"measured error {error:.3g} is above tolerance {limit:g}"
+            error = (
+                f"measured error {over[name]:.3g} is above tolerance {limit:g}" if name in over else _UNSEEN
+            )
+            reasons[name] = error
         if not choices:
             return Report(_kept(prepared, reasons, own), provenance=_provenance(prepared, feeds))
-    elif tolerance is not None and over:
-        worst = max(over, key=lambda name: over[name])
-        raise ConversionError(
-            f"over budget: {len(over)} of {len(choices)} sites are above the tolerance {limit:g}, the worst is {worst} with "
-            f"{over[worst]:.3g}; nothing was written"
-        )
+    elif tolerance is not None:
+        _within(over, unseen, len(choices), limit)
+    reasons.update({name: f"{reasons[name]}; {_UNSEEN}" for name in unseen if name in choices})
     progress("run the converted model", 0, 0)
     after, inside, placed, converted = _converted(source, choices, learned, feeds, threads, longest)
     names = [v.name or "" for v in prepared.model.graph.outputs]
     _validate(names, before, after)
+    for name, array in inside.items():
+        if array.shape != exact[name].shape:
+            raise ConversionError(
+                f"{name}: the converted model takes other branches or other numbers of rounds than the original on these "
+                "inputs; nothing was written"
+            )
     causal = all(item.site.spec.mask.causal for item in placed)
     alone = [own.get(item.site.name) for item in placed]
     accumulated = [errors(inside[item.site.name], exact[item.site.name]) for item in placed]
@@ -150,6 +158,21 @@ def convert(
     )
     progress("time both", 0, 0)
     return _saved(source, converted, target, report, feeds, tokens, repeats, threads)
+
+
+def _within(over: Mapping[str, float], unseen: list[str], sites: int, limit: float) -> None:
+    """Raises where a site is above a tolerance that was asked for, or nothing shows that it is not."""
+    if over:
+        worst = max(over, key=lambda name: over[name])
+        raise ConversionError(
+            f"over budget: {len(over)} of {sites} sites are above the tolerance {limit:g}, the worst is {worst} with "
+            f"{over[worst]:.3g}; nothing was written"
+        )
+    if unseen:
+        raise ConversionError(
+            f"{len(unseen)} of {sites} sites are not reached by these inputs ({', '.join(unseen[:5])}): nothing shows that "
+            f"they are within the tolerance {limit:g}; give inputs that take their branches. Nothing was written"
+        )
 
 
 def _choose(
@@ -182,6 +205,8 @@ def _choose(
             reasons[line.name] = "not named by the plan"
             continue
         support = can_replace(Replacement(line.site, wanted, longest), prepared.opset)
+        if support and (hidden := hidden_in(prepared.model, line.site.out.origin)):
+            support = no(hidden)
         reasons[line.name] = support.reason or (
             "named by the user" if plan is None and operator else "within tolerance"
         )
@@ -267,14 +292,19 @@ def _converted(
     placed = rewrite(prepared.model, _replacements(prepared, choices, learned, longest))
     prepared.forget_inferred()
     exposed = prepared.model.clone()
-    values = {v.name: v for node in exposed.graph for v in node.outputs}
-    names = expose(exposed, [values[item.output.name] for item in placed], "fastattn_inside_")
+    same = dict(zip(_values(prepared.model), _values(exposed), strict=True))
+    names = expose(exposed, [same[item.output] for item in placed], "fastattn_inside_")
     try:
         after = run_in_folder(exposed, feeds, "the converted model", threads)
     except RuntimeFailure as error:
         raise ConversionError(f"{error}; nothing was written") from error
     inside = {item.site.name: after[name] for item, name in zip(placed, names)}
     return after, inside, placed, prepared.model
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    """What the nodes of a model give, those of branches and loops too."""
+    return [v for node in ir.traversal.RecursiveGraphIterator(model.graph) for v in node.outputs]
 
 
 def _validate(names: list[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

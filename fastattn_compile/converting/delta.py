@@ -27,26 +27,6 @@ from fastattn_compile.reporting.metrics import Quantiles, relative_error
 _VOCABULARY = 1000
 
 
-def expose(model: ir.Model, values: Sequence[ir.Value], prefix: str) -> list[str]:
-    """Makes values outputs of the model, through nodes that only rename them.
-
-    Returns:
-        The names of the outputs, in order.
-    """
-    names = []
-    for number, value in enumerate(values):
-        node = ir.Node("", "Identity", [value], num_outputs=1, name=f"{prefix}{number}")
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
-            f"{prefix}{number}",
-            value.type,
-            value.shape,
-        )
-        model.graph.append(node)
-        model.graph.outputs.append(node.outputs[0])
-        names.append(f"{prefix}{number}")
-    return names
-
-
 def run_in_folder(model: ir.Model, feeds: Feeds, what: str, threads: int) -> dict[str, NDArray[Any]]:
     """Saves a model to a folder that goes away and runs it: weights of any size have a place there.
 

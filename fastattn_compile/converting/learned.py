@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
-from fastattn_compile.converting.delta import expose, run_in_folder
+from fastattn_compile.converting.delta import run_in_folder
+from fastattn_compile.converting.expose import expose
 from fastattn_compile.converting.feeds import Feeds
 from fastattn_compile.converting.source import Source, prepare
 from fastattn_compile.errors import ConversionError
@@ -107,7 +110,20 @@ def _samples(
     outputs = run_in_folder(prepared.model, feeds, "the original model", threads)
     samples = {}
     for item, values in zip(placed, exposed):
-        query, key, value, *padding = (torch.from_numpy(outputs[name]) for name in values)
+        query, key, value, *padding = (
+            _rounds_as_batch(outputs[name], 2 if at == 3 else 4) for at, name in enumerate(values)
+        )
+        if not query.numel():
+            raise ConversionError(
+                f"site {item.site.name}: these inputs do not reach it, and the parameters of its operator start from the "
+                "queries and keys it sees; give inputs that take its branch"
+            )
         inputs = AttentionInputs(query, key, value, item.site.scale, item.site.spec.mask)
         samples[item.site.name] = dataclasses.replace(inputs, key_padding=padding[0]) if padding else inputs
     return samples
+
+
+def _rounds_as_batch(array: NDArray[Any], rank: int) -> torch.Tensor:
+    """What a loop gave round by round, as one batch."""
+    tensor = torch.from_numpy(array)
+    return tensor.flatten(0, tensor.ndim - rank) if tensor.ndim > rank else tensor

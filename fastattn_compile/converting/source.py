@@ -18,7 +18,7 @@ from fastattn_compile.lowering.onnx.body import DOMAIN
 from fastattn_compile.passes.analyse import named
 from fastattn_compile.passes.find import find
 from fastattn_compile.passes.onnx.flattened import undo_flattened_softmax
-from fastattn_compile.passes.onnx.unfold import unfold
+from fastattn_compile.passes.onnx.unfold import STANDS_FOR, unfold
 from fastattn_compile.passes.onnx.view import graphs, infer_shapes, skeleton, view
 from fastattn_compile.passes.site import Softmax
 
@@ -133,9 +133,11 @@ def prepare(source: Source) -> Prepared:
         for graph in graphs(model):
             given.update((out, given[whole]) for out, whole in undo_flattened_softmax(graph))
         opset = model.opset_imports[""]
-        written = [v for g in graphs(model) for node in unfold(g, opset) for v in node.outputs]
+        written = [node for g in graphs(model) for node in unfold(g, opset)]
         if written:
-            given |= dict.fromkeys(written, (None, None))
+            given |= {v: (None, None) for node in written for v in node.outputs}
+            # What takes a fused node's place is known as well as that was: it may become an output of the model.
+            given |= {result: given[fused] for fused, result in (node.meta[STANDS_FOR] for node in written)}
             infer_shapes(model)
         found = [find(view(model, graph)) for graph in graphs(model)]
     lines = named([line for graph in found for line in graph])

@@ -89,7 +89,8 @@ def test_names_are_module_paths() -> None:
     ("text", "size"),
     [
         ("7", 7), ("batch", symbol("batch")), ("2*batch + 1", 2 * symbol("batch") + 1), ("seq len", symbol("seq len")),
-        ("n//2", symbol("n") // 2), ("__import__('os').system('x')", symbol("__import__('os').system('x')")),
+        ("n//2", symbol("n") // 2), ("((n**2)//n)", symbol("n")),
+        ("a**9", symbol("a**9")), ("__import__('os').system('x')", symbol("__import__('os').system('x')")),
         ("(1).__class__", symbol("(1).__class__")), ("", symbol("")),
     ],
 )  # fmt: skip
@@ -129,3 +130,32 @@ def test_constants_of_any_layout_are_read() -> None:
     (line,) = scan_onnx(model.model_proto).softmaxes
     assert (line.status, line.mask) == ("taken", "causal"), line.reason
     assert np.asarray(line.head_dim) == 8
+
+
+class Packed(torch.nn.Module):
+    """A causal mask made as transformers makes it: documents begin anew where the positions do."""
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        batch, length, _ = x.shape
+        if positions is None:
+            positions = torch.arange(length, device=x.device)[None].expand(batch, -1)
+        before = positions[:, :1] - 1
+        document = (torch.diff(positions, prepend=before, dim=-1) != 1).cumsum(-1)
+        rows = torch.arange(batch, device=x.device)[:, None, None]
+        queries = torch.arange(length, device=x.device)[None, :, None]
+        keys = torch.arange(length, device=x.device)[None, None, :]
+        seen = keys <= queries
+        seen = seen & (document[rows, queries] == document[rows, keys])
+        heads = x.view(batch, length, 4, 8).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen[:, None])
+        return y.transpose(1, 2).reshape(batch, length, -1)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
+def test_documents_that_positions_tell_apart(given: bool, opset: int) -> None:
+    """Positions that are counted make one document, whatever the model asks of them; given ones may make several."""
+    inputs = [torch.randn(2, 20, 32)] + ([torch.arange(20).repeat(2, 1)] if given else [])
+    model = export(Packed(), *inputs, opset=opset, names=("x", "positions")[: len(inputs)])
+    (line,) = scan_onnx(model).softmaxes
+    assert (line.status, line.mask) == ("taken", "causal & segments" if given else "causal"), line.reason

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
+
 from fastattn_compile.passes.fx_rules import Meaning
 from fastattn_compile.passes.onnx.rules import Call, rule
 
 
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-def _reshape(call: Call, at: int) -> Meaning:
+@rule("Flatten", "Squeeze", "Unsqueeze")
+def _regrouped(call: Call, at: int) -> Meaning:
+    return Meaning("reshape", (call.inputs[0],))
+
+
+@rule("Reshape")
+def _reshape(call: Call, at: int) -> Meaning | None:
+    """Where a size is what is left over of sizes that only a run shows to divide, the result is a tensor by itself."""
+    x, after = call.tensor(0), call.result()
+    before = x.shape if x is not None and x.shape is not None else ()
+    for size in after or ():
+        if isinstance(size, sympy.Expr) and not size.is_polynomial() and size not in before:
+            return None
     return Meaning("reshape", (call.inputs[0],))
 
 
@@ -101,29 +114,21 @@ def _gather(call: Call, at: int) -> Meaning | None:
 def _gather_nd(call: Call, at: int) -> Meaning | None:
     """Indices that were concatenated along the last axis, one column a dimension of the data."""
     x, indices = call.tensor(0), call.tensor(1)
-    if (
-        x is None
-        or indices is None
-        or call.get("batch_dims", 0)
-        or indices.shape is None
-        or not indices.shape
-    ):
+    if x is None or indices is None or call.get("batch_dims", 0) or not indices.shape:
         return None
-    columns = indices.shape[-1]
+    columns, last = indices.shape[-1], len(indices.shape) - 1
     if not isinstance(columns, int):
         return None
-    last = len(indices.shape) - 1
-    parts = [
+    sources = [(indices, column) for column in range(columns)]
+    if indices.kind == "cat" and indices.attributes["dim"] == last and len(indices.operands) == columns:
+        sources = [(column, 0) for column in indices.operands]
+    parts = tuple(
         Meaning(
-            "index",
-            (indices,),
-            {"index": (*(slice(None),) * last, c)},
-            tuple(indices.shape[:-1]),
-            indices.dtype,
+            "index", (source,), {"index": (*(slice(None),) * last, column)}, indices.shape[:-1], indices.dtype
         )
-        for c in range(columns)
-    ]
-    return Meaning("gather_columns", (x, *parts))
+        for source, column in sources
+    )
+    return Meaning("index", (x, *parts), {"index": parts})
 
 
 # ---- fused attention

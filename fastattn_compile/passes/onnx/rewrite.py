@@ -180,7 +180,7 @@ def _write(
         wanted = [groups.batch, *heads, *length, *channels]
         given = real(writer, operand.origin.origin)
         value: ir.Value = layout.emit(given, operand.origin_axes, wanted)
-        return value
+        return _typed(value, spec.dtype)
 
     inputs = [
         canonical(site.query, [groups.heads], [groups.query], [groups.channels]),
@@ -207,6 +207,12 @@ def _write(
     result.type, result.shape = original.type, original.shape
     producer.graph.insert_before(producer, writer.nodes)
     return Placed(site, result, original, (*inputs, *([] if padding is None else [padding])))
+
+
+def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    if value.type is None:
+        value.type = ir.TensorType(dtype)
+    return value
 
 
 def _initialisers(model: ir.Model, replacement: Replacement, number: int) -> list[ir.Value]:
@@ -247,4 +253,4 @@ def _padding(writer: OnnxWriter, layout: Relayout, site: Site) -> ir.Value:
         expression, ("batch", "key"), (layout.product(batch), layout.product(keys)), torch.device("cpu"), facts,
         lambda node: facts.load(node.origin),
     )  # fmt: skip
-    return found
+    return _typed(found, ir.DataType.BOOL)

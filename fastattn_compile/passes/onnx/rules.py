@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from fastattn_compile.passes.fx_rules import Meaning
-from fastattn_compile.passes.graph import Node, Size
+from fastattn_compile.passes.graph import Node, Size, same_size
 from fastattn_compile.passes.onnx.sizes import SizeValues, attribute, axes_of
 
 MICROSOFT = "com.microsoft"
@@ -113,6 +113,8 @@ def _binary(call: Call, at: int) -> Meaning:
     a, b = call.input(0), call.input(1)
     kind = _BINARY[call.node.op_type]
     x = call.tensor(0)
+    if kind == "sub" and (difference := _difference(a, b)) is not None:
+        return difference
     if kind == "div" and x is not None and x.dtype is not None and not x.dtype.is_floating_point:
         kind = "floordiv"
     if kind == "mul" and isinstance(a, (int, float)) and isinstance(b, (int, float)):
@@ -120,8 +122,33 @@ def _binary(call: Call, at: int) -> Meaning:
     return Meaning(kind, (a, b))
 
 
+def _difference(a: Any, b: Any) -> Meaning | None:
+    """What exporters write for ``torch.diff(x, prepend=first)``: of both joined, all but the first less all but the last."""
+    if not all(isinstance(x, Node) and x.kind == "index" and len(x.inputs) == 1 for x in (a, b)):
+        return None
+    joined = a.inputs[0]
+    if joined is not b.inputs[0] or joined.kind != "cat" or len(joined.inputs) != 2 or joined.shape is None:
+        return None
+    (first, x), along = joined.inputs, joined.attributes["dim"]
+    if not isinstance(first, Node) or first.shape is None or not same_size(first.shape[along], 1):
+        return None
+    whole, to_last = [slice(None)] * len(joined.shape), joined.shape[along] - 1
+    if a.attributes["index"] != _replaced(whole, along, slice(1, None)):
+        return None
+    if b.attributes["index"] != _replaced(whole, along, slice(None, to_last)):
+        return None
+    return Meaning("diff", (x, first), {"dim": along})
+
+
+def _replaced(index: list[slice], at: int, entry: slice) -> tuple[slice, ...]:
+    return (*index[:at], entry, *index[at + 1 :])
+
+
 @rule(*_UNARY)
 def _unary(call: Call, at: int) -> Meaning:
+    x = call.tensor(0)
+    if call.node.op_type == "Not" and x is not None and x.kind == "eq":
+        return Meaning("ne", x.inputs)
     return Meaning(_UNARY[call.node.op_type], (call.inputs[0],))
 
 

@@ -23,6 +23,8 @@ from fastattn_compile.passes.graph import Size
 _unknown = itertools.count()
 # Larger integer tensors hold data, not sizes.
 _LARGEST = 256
+# No tensor has more dimensions whose product a size could be.
+_HIGHEST = 8
 _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Pow: lambda a, b: _power(a, b),
@@ -64,13 +66,14 @@ def parse_size(text: str) -> Size:
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    """A power that is a size; text of a file may ask for a number that no machine can hold."""
-    if (
-        not isinstance(base, int)
-        or not isinstance(exponent, int)
-        or not 0 <= exponent <= 62
-        or abs(base) > 1 << 31
-    ):
+    """A power that is a size; text of a file may ask for a number that no machine can hold.
+
+    Exporters write powers of named dimensions, too: ``(n**2)//n`` stands for a size that was divided out again.
+    """
+    largest = 62 if isinstance(base, int) else _HIGHEST
+    if not isinstance(exponent, int) or not 0 <= exponent <= largest:
+        raise ValueError
+    if isinstance(base, int) and abs(base) > 1 << 31:
         raise ValueError
     return base**exponent
 

@@ -48,9 +48,14 @@ def infer_shapes(model: ir.Model) -> None:
     """
     if not _may_attend(model):
         return  # inference takes its time
-    inferred = _infer(skeleton(model))
-    found = {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.output)}
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    _note(model.graph, _infer(skeleton(model)).graph)
+
+
+def _note(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+    """Puts what was inferred of a graph on its values, and of the bodies of its branches and loops on theirs."""
+    found = {v.name: v.type for v in (*inferred.value_info, *inferred.output)}
+    nodes = {node.output[0]: node for node in inferred.node if node.output}
+    for node in graph:
         for value in node.outputs:
             proto = found.get(value.name or "")
             if proto is None or not proto.HasField("tensor_type"):
@@ -63,6 +68,11 @@ def infer_shapes(model: ir.Model) -> None:
                     d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
                 ]
                 value.shape = ir.Shape(dims)
+        same = nodes.get(node.outputs[0].name or "") if node.outputs else None
+        bodies = {a.name: a.g for a in same.attribute} if same is not None else {}
+        for name, given in node.attributes.items():
+            if given.type == ir.AttributeType.GRAPH and name in bodies:
+                _note(given.value, bodies[name])
 
 
 def _may_attend(model: ir.Model) -> bool:
@@ -232,15 +242,17 @@ class _Builder:
             else x
             for x in meaning.inputs
         )
+        attributes = dict(meaning.attributes)
+        if isinstance(attributes.get("index"), tuple):  # index tensors that were computed with the meaning
+            made_of = {id(x): node for x, node in zip(meaning.inputs, inputs)}
+            attributes["index"] = tuple(made_of.get(id(x), x) for x in attributes["index"])
         shape, dtype = meaning.shape, meaning.dtype
         if value is not None and shape is None:
             shape = self.shape(value)
         if value is not None and dtype is None:
             stands_for = real_type(value)
             dtype = _TYPES.get(stands_for) if stands_for is not None else None
-        made = Node(
-            name, meaning.kind, inputs, meaning.attributes, shape, dtype, module, source, False, value
-        )
+        made = Node(name, meaning.kind, inputs, attributes, shape, dtype, module, source, False, value)
         self.nodes.append(made)
         return made
 
@@ -331,3 +343,15 @@ def graphs(model: ir.Model) -> Iterator[ir.Graph]:
                 yield given.value
             elif given.type == ir.AttributeType.GRAPHS:
                 yield from given.value
+
+
+def owners(model: ir.Model) -> dict[ir.Graph, ir.Node]:
+    """The node around each body of a branch or loop."""
+    found: dict[ir.Graph, ir.Node] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for given in node.attributes.values():
+            bodies = [given.value] if given.type == ir.AttributeType.GRAPH else []
+            found.update(
+                dict.fromkeys(given.value if given.type == ir.AttributeType.GRAPHS else bodies, node)
+            )
+    return found
