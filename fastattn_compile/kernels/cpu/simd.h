@@ -36,6 +36,7 @@ struct Lines {
   E* allocate(size_t count) { return (E*)::operator new(count * sizeof(E), std::align_val_t(64)); }
   void deallocate(E* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
   bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
 };
 typedef std::vector<float, Lines<float>> Floats;
 
@@ -154,7 +155,6 @@ static inline const float* as_floats(const T* from, int64_t count, float* buffer
 }
 
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t four_at __attribute__((vector_size(16)));
 
 // to[c * step + r] = from[r * stride + c] for 4 rows r and `columns` columns.
 static inline void transpose_rows(const float* from, int64_t stride, int64_t columns, float* to, int64_t step) {
@@ -162,12 +162,12 @@ static inline void transpose_rows(const float* from, int64_t stride, int64_t col
   for (; c + 4 <= columns; c += 4, from += 4, to += 4 * step) {
     const four a = *(const four*)from, b = *(const four*)(from + stride), d = *(const four*)(from + 2 * stride),
                e = *(const four*)(from + 3 * stride);
-    const four ab = __builtin_shuffle(a, b, (four_at){0, 4, 1, 5}), de = __builtin_shuffle(d, e, (four_at){0, 4, 1, 5});
-    const four ab2 = __builtin_shuffle(a, b, (four_at){2, 6, 3, 7}), de2 = __builtin_shuffle(d, e, (four_at){2, 6, 3, 7});
-    *(four*)to = __builtin_shuffle(ab, de, (four_at){0, 1, 4, 5});
-    *(four*)(to + step) = __builtin_shuffle(ab, de, (four_at){2, 3, 6, 7});
-    *(four*)(to + 2 * step) = __builtin_shuffle(ab2, de2, (four_at){0, 1, 4, 5});
-    *(four*)(to + 3 * step) = __builtin_shuffle(ab2, de2, (four_at){2, 3, 6, 7});
+    const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), de = __builtin_shufflevector(d, e, 0, 4, 1, 5);
+    const four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), de2 = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+    *(four*)to = __builtin_shufflevector(ab, de, 0, 1, 4, 5);
+    *(four*)(to + step) = __builtin_shufflevector(ab, de, 2, 3, 6, 7);
+    *(four*)(to + 2 * step) = __builtin_shufflevector(ab2, de2, 0, 1, 4, 5);
+    *(four*)(to + 3 * step) = __builtin_shufflevector(ab2, de2, 2, 3, 6, 7);
   }
   for (; c < columns; c++, from++, to += step)
     for (int r = 0; r < 4; r++) to[r] = from[r * stride];
@@ -278,9 +278,9 @@ static inline four sum4(const vec* a) {
     part[i] = a[i];
 #endif
   }
-  const four x = __builtin_shuffle(part[0], part[1], (four_at){0, 4, 1, 5}) + __builtin_shuffle(part[0], part[1], (four_at){2, 6, 3, 7});
-  const four y = __builtin_shuffle(part[2], part[3], (four_at){0, 4, 1, 5}) + __builtin_shuffle(part[2], part[3], (four_at){2, 6, 3, 7});
-  return __builtin_shuffle(x, y, (four_at){0, 1, 4, 5}) + __builtin_shuffle(x, y, (four_at){2, 3, 6, 7});
+  const four x = __builtin_shufflevector(part[0], part[1], 0, 4, 1, 5) + __builtin_shufflevector(part[0], part[1], 2, 6, 3, 7);
+  const four y = __builtin_shufflevector(part[2], part[3], 0, 4, 1, 5) + __builtin_shufflevector(part[2], part[3], 2, 6, 3, 7);
+  return __builtin_shufflevector(x, y, 0, 1, 4, 5) + __builtin_shufflevector(x, y, 2, 3, 6, 7);
 }
 
 // Products of N vectors with four rows that follow each other; `depth` and the strides are multiples of W. Each row is read

@@ -134,7 +134,7 @@ class Best {
       *(veci*)&keys[i] = key;
       const veci real = *(const vec*)&score[i] > NEG_INF;
       most = key > most ? key : most;
-      least = real & (key < least) ? key : least;
+      least = (real & (key < least)) ? key : least;
     }
     int64_t low = std::numeric_limits<int32_t>::max(), high = LEAST;
     for (int j = 0; j < W; j++) low = std::min<int64_t>(low, least[j]), high = std::max<int64_t>(high, most[j]);
@@ -224,7 +224,7 @@ class Chooser {
         dot4<1>(&voice, &nodes.key[listed[i] * tree.dk], tree.dk, tree.dk, &s);
         for (int64_t r = 0; r < run; r++) {
           const int64_t node = listed[i + r];
-          scores[h * count + i + r] = (node < before) | (node >= after) ? s[r] + nodes.log_count[node] : NEG_INF;
+          scores[h * count + i + r] = ((node < before) | (node >= after)) ? s[r] + nodes.log_count[node] : NEG_INF;
         }
       }
       i += run;
