@@ -33,7 +33,7 @@ def _offered(
     biased = "it adds no bias by distance to the scores" if bias is not None else ""
     offered = {"triton": lambda: biased or triton_obstacle(query, key, value, pattern)}
     if query.device.type == "cpu":
-        offered["cpp"] = lambda: biased or on_cpu.why_not(query, key, value, pattern)
+        offered["cpp"] = lambda: on_cpu.why_not(query, key, value, pattern)
     return offered
 
 
@@ -48,7 +48,7 @@ def forward(
 
         return on_gpu.forward(query, key, value, scale, pattern, key_padding, weights)
     if name == "cpp":
-        made = on_cpu.forward(query, key, value, scale, pattern, key_padding)
+        made = on_cpu.forward(query, key, value, scale, pattern, key_padding, weights, bias)
         if made is not None:
             return made
         give_way("fma forward", name, NOT_FINITE)
@@ -92,9 +92,9 @@ def backward(
 
         return *on_gpu.backward(query, key, value, scale, pattern, *saved, weights), None
     if name == "cpp":
-        made = on_cpu.backward(query, key, value, scale, pattern, *saved)
+        made = on_cpu.backward(query, key, value, scale, pattern, *saved, weights, bias)
         if made is not None:
-            return *made, (), None
+            return made
         give_way("fma backward", name, NOT_FINITE)
     return on_aten.backward(query, key, value, scale, pattern, *saved, weights, bias)
 

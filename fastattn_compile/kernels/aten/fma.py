@@ -32,11 +32,13 @@ from fastattn_compile.kernels.tiles import (
 )
 
 
-def _of_keys(weights: Sequence[Tensor]) -> list[Tensor]:
+def of_keys(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of the weights of a learned pattern those that pool keys."""
     return [w for at, w in enumerate(weights) if at % 4 < 2]
 
 
-def _of_values(weights: Sequence[Tensor]) -> list[Tensor]:
+def of_values(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of the weights of a learned pattern those that pool values."""
     return [w for at, w in enumerate(weights) if at % 4 >= 2]
 
 
@@ -71,15 +73,15 @@ def forward(
     """
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(*query.shape[:3], 1, dtype=statistics_dtype(value))
-    key, value, pattern = _for_slopes(query, key, value, pattern, bias)
+    key, value, pattern = for_slopes(query, key, value, pattern, bias)
     tiling = Tiling(query, key, value, pattern, key_padding, bias)
     # Without padding and window every query meets itself at least.
     may_be_empty = key_padding is not None or pattern.banded
 
     def attend(space: Workspace, part: Part) -> None:
         bias_of = tiling.far_bias(part)
-        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys", turned=True)
-        values = space.rows(value, part, _of_values(weights), bias_of, "values")
+        keys = space.rows(key, part, of_keys(weights), bias_of, "keys", turned=True)
+        values = space.rows(value, part, of_values(weights), bias_of, "values")
         queries, outs, lses = (Blocks(x, part, tiling) for x in (query, out, log_sum_exp))
         for blocks in tiling.passes():
             tile = space.tile(part, blocks)
@@ -137,7 +139,7 @@ def backward(
         distance, ``None`` for slopes and without a bias.
     """
     given = key, value
-    key, value, pattern = _for_slopes(query, key, value, pattern, bias)
+    key, value, pattern = for_slopes(query, key, value, pattern, bias)
     tiling = Tiling(query, key, value, pattern, key_padding, bias)
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
@@ -149,8 +151,8 @@ def backward(
 
     def differentiate(space: Workspace, part: Part) -> tuple[list[Tensor], slice, Tensor | None]:
         bias_of = tiling.far_bias(part)
-        keys = space.rows(key, part, _of_keys(weights), bias_of, "keys", turned=True)
-        values = space.rows(value, part, _of_values(weights), bias_of, "values")
+        keys = space.rows(key, part, of_keys(weights), bias_of, "keys", turned=True)
+        values = space.rows(value, part, of_values(weights), bias_of, "values")
         if not tiling.finite:
             keys, values = without_nonfinite(keys), without_nonfinite(values)
         to_keys = _Scatter(space, part, keys, bias_of, "key gradients", turned=True)
@@ -180,8 +182,8 @@ def backward(
             torch.bmm(grad_scores, tile.key, out=tile.grad_query)
             grad_queries.store(blocks, tile.grad_query_blocks)
         grads = [torch.zeros(w.shape, dtype=tiling.dtype, device=w.device) for w in weights]
-        grad_key[part.batch, part.heads] = to_keys.finish(_of_keys(weights), _of_keys(grads))
-        grad_value[part.batch, part.heads] = to_values.finish(_of_values(weights), _of_values(grads))
+        grad_key[part.batch, part.heads] = to_keys.finish(of_keys(weights), of_keys(grads))
+        grad_value[part.batch, part.heads] = to_values.finish(of_values(weights), of_values(grads))
         return grads, part.heads, None if bias_of is None else bias_of.gradient()
 
     # Weights are shared by all heads, biases by all sequences: their gradients are added in the order of the parts.
@@ -210,10 +212,21 @@ def backward(
     return grad_query, grad_key, grad_value, grads, grad_bias
 
 
-def _for_slopes(
+def for_slopes(
     query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Pattern]:
-    """With slopes every query head pools keys and values its own way, and both sides of a query theirs."""
+    """With slopes every query head pools keys and values its own way, and both sides of a query theirs.
+
+    Args:
+        query: ``(b, h, n, d)``.
+        key: ``(b, g, n, d)``.
+        value: ``(b, g, n, e)``.
+        pattern: Who meets whom.
+        bias: As for ``forward``.
+
+    Returns:
+        Keys and values, with as many heads as queries where there are slopes; the pattern, with its sides.
+    """
     if bias is None or bias.dim() == 2:
         return key, value, pattern
     if pattern.learned:

@@ -66,6 +66,18 @@ class Decay(FarBias):
         self._log_mean = torch.cat([fine, *(side.log_mass - share for side in self._sides)], 1)
         self._log_mean.masked_fill_(self._log_mean == -torch.inf, 0)  # such rows are in no list
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The means as numbers.
+
+        Returns:
+            Weights of tokens in the finest rows ``(u, sides, blocks * m)``; of rows in the rows above them, and the
+            logarithm of the mean of exponentials, seen from a row's nearest position, both ``(u, sides, plan.offsets[-1])``.
+        """
+        rows = self.plan.offsets[-1]
+        within = torch.stack([side.within.flatten(1) for side in self._sides], 1)
+        share = torch.stack([side.shares_above(rows) for side in self._sides], 1)
+        return within, share, self._log_mean[:, self.plan.fine_rows :].unflatten(1, (-1, rows))
+
     def add(self, scores: Tensor, blocks: slice) -> None:
         """By the distance to the nearest position of a row, and what its tokens add up to there."""
         place, first, last = _places(self.lists, blocks, self.pattern.block)
@@ -103,7 +115,7 @@ class _Side:
     """
 
     def __init__(self, slopes: Tensor, taken: Tensor, plan: Plan, pattern: Pattern, behind: bool) -> None:
-        self.plan, self.cover = plan, pattern.block // pattern.rank
+        self.slopes, self.plan, self.cover = slopes, plan, pattern.block // pattern.rank
         self._finest = plan.blocks * pattern.rank if plan.levels else 0
         masses, self._shares = [], []
         if plan.levels:
@@ -111,7 +123,7 @@ class _Side:
             away = away if behind else self.cover - 1 - away
             weights = (-slopes[..., None] * away).masked_fill(~taken.view(-1, self.cover), -torch.inf)
             mass = weights.logsumexp(-1)
-            self._within = (weights - mass[..., None]).exp_().nan_to_num_(0)
+            self.within = (weights - mass[..., None]).exp_().nan_to_num_(0)
             masses.append(
                 torch.nn.functional.pad(mass, (0, plan.offsets[1] - self._finest), value=-torch.inf)
             )
@@ -124,13 +136,19 @@ class _Side:
             self._shares.append(shares.exp_().nan_to_num_(0))
         self.log_mass = torch.cat(masses, 1) if masses else slopes.new_zeros(len(slopes), 0)
 
+    def shares_above(self, rows: int) -> Tensor:
+        shares = self.slopes.new_zeros(len(self.slopes), rows)
+        for level, share in enumerate(self._shares):
+            shares[:, self.plan.offsets[level] : self.plan.offsets[level + 1]] = share.flatten(1)
+        return shares
+
     def pool(self, tokens: Tensor, rows: Tensor) -> None:
         offsets = self.plan.offsets
         for level in range(self.plan.levels):
             into = rows[:, offsets[level] : offsets[level + 1]]
             if level == 0:
                 parts = tokens.unflatten(1, (self._finest, self.cover))
-                into[:, : self._finest] = torch.einsum("upt,uptc->upc", self._within, parts)
+                into[:, : self._finest] = torch.einsum("upt,uptc->upc", self.within, parts)
                 into[:, self._finest :] = 0
             else:
                 below = rows[:, offsets[level - 1] : offsets[level]].unflatten(1, (-1, 2))
@@ -142,7 +160,7 @@ class _Side:
             grad = rows[:, offsets[level] : offsets[level + 1]]
             if level == 0:
                 parts = tokens.unflatten(1, (self._finest, self.cover))
-                parts.add_(self._within[..., None] * grad[:, : self._finest, None])
+                parts.add_(self.within[..., None] * grad[:, : self._finest, None])
             else:
                 below = rows[:, offsets[level - 1] : offsets[level]].unflatten(1, (-1, 2))
                 below.add_(self._shares[level - 1][..., None] * grad[:, :, None])

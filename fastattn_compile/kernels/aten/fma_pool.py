@@ -73,6 +73,16 @@ def row_counts(taken: Tensor, plan: Plan, pattern: Pattern) -> Tensor:
     return counts.flatten()
 
 
+def row_gains(counts: Tensor, plan: Plan, pattern: Pattern) -> Tensor:
+    """Tokens of each row's group over those of it that are pooled, ``(plan.offsets[-1],)``, from its ``row_counts``."""
+    widths = [
+        torch.full((end - begin,), pattern.block << level, dtype=counts.dtype, device=counts.device)
+        for level, (begin, end) in enumerate(zip(plan.offsets, plan.offsets[1:]))
+    ]
+    width = torch.cat(widths) if widths else torch.empty_like(counts)
+    return width / (counts * pattern.rank).clamp(min=1)
+
+
 def _by_channel(tokens: Tensor, multiple: int) -> Tensor:
     """``(u, n, c)`` as ``(c, u, n')``, filled up with 0 to a multiple."""
     missing = -tokens.shape[1] % multiple
@@ -90,7 +100,7 @@ def _dense_matrix(weight: Tensor) -> Tensor:
     return weight.permute(3, 2, 1, 0).reshape(weight.shape[3] * weight.shape[2], -1)
 
 
-def _used(level: int, plan: Plan, pattern: Pattern) -> slice:
+def used_rows(level: int, plan: Plan, pattern: Pattern) -> slice:
     """The pooled rows of the groups of a level that hold tokens."""
     groups = -(-plan.blocks // (1 << level))
     return slice(plan.offsets[level], plan.offsets[level] + groups * pattern.rank)
@@ -113,7 +123,7 @@ def combine_levels(
     units, channels = tokens.shape[0], tokens.shape[2]
     if pattern.dense:
         for level in range(plan.levels):
-            used = _used(level, plan, pattern)
+            used = used_rows(level, plan, pattern)
             weight, bias = (x.to(tokens.dtype) for x in weights[2 * level : 2 * level + 2])
             x = _by_group(tokens, pattern.block << level)
             rows = (x @ _dense_matrix(weight)).unflatten(2, (pattern.rank, channels))
@@ -122,7 +132,7 @@ def combine_levels(
         return
     by_channel = _by_channel(tokens, pattern.block << max(0, plan.levels - 1))
     for level in range(plan.levels):
-        width, used = pattern.block << level, _used(level, plan, pattern)
+        width, used = pattern.block << level, used_rows(level, plan, pattern)
         weight, bias = (x.to(tokens.dtype) for x in weights[2 * level : 2 * level + 2])
         groups = (used.stop - used.start) // pattern.rank
         x = by_channel[:, :, : groups * width].reshape(channels, units * groups, width)
@@ -150,7 +160,7 @@ def combine_levels_backward(
     units, channels = tokens.shape[0], tokens.shape[2]
     if pattern.dense:
         for level in range(plan.levels):
-            used, width = _used(level, plan, pattern), pattern.block << level
+            used, width = used_rows(level, plan, pattern), pattern.block << level
             grad = grad_pooled[:, used].unflatten(1, (-1, pattern.rank))
             grad_weights[2 * level + 1].add_(grad.sum((0, 1)).T)
             scaled = (grad * factor[used].view(-1, pattern.rank, 1)).flatten(2)
@@ -165,7 +175,7 @@ def combine_levels_backward(
     by_channel = _by_channel(tokens, pattern.block << max(0, plan.levels - 1))
     grad_by_channel = torch.zeros_like(by_channel)
     for level in range(plan.levels):
-        width, used = pattern.block << level, _used(level, plan, pattern)
+        width, used = pattern.block << level, used_rows(level, plan, pattern)
         groups = (used.stop - used.start) // pattern.rank
         grad = grad_pooled[:, used].unflatten(1, (groups, pattern.rank))
         grad_weights[2 * level + 1].add_(grad.sum((0, 1)).T)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten.fma_bias import ByDistance, Decay, FarBias, level_tables, row_cover
 from fastattn_compile.kernels.aten.fma_lists import Lists, lists_without_padding, make_lists
 from fastattn_compile.kernels.aten.fma_plan import Pattern, make_plan
-from fastattn_compile.kernels.aten.fma_pool import combine_levels, sum_levels
+from fastattn_compile.kernels.aten.fma_pool import combine_levels, row_gains, sum_levels
 from fastattn_compile.kernels.tiles import SCORE_TILE, all_finite, work_dtype
 
 
@@ -100,11 +100,7 @@ class Tiling:
 
     def gain(self, part: Part) -> Tensor:
         """``(pooled rows,)``: tokens of a row's group over those of it that are pooled."""
-        offsets = self.plan.offsets
-        width = torch.empty_like(part.lists.counts)
-        for level in range(self.plan.levels):
-            width[offsets[level] : offsets[level + 1]] = self.pattern.block << level
-        return width / (part.lists.counts * self.pattern.rank).clamp(min=1)
+        return row_gains(part.lists.counts, self.plan, self.pattern)
 
     def tokens(self, array: Tensor) -> Tensor:
         """The tokens of an array of rows, up to a whole number of blocks: ``(u, blocks * block, c)``."""

@@ -25,6 +25,14 @@ class BlockArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("causal", "weighted", "dtype", "threads")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("spread", "pool")),
+        *((name, ctypes.c_void_p) for name in ("pooled_key", "pooled_value")),
+        *((name, ctypes.c_void_p) for name in ("grad_pooled_key", "grad_pooled_value")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("within", "share", "row_bias", "slopes", "tables", "grad_tables")
+        ),
+        *((name, ctypes.c_int64) for name in ("table", "table_zero")),
+        *((name, ctypes.c_int32) for name in ("whole", "closed")),
     )
 
 

@@ -152,7 +152,7 @@ class Walk {
         transpose_in(query(h, first_token + first), a.query_strides[2], here, a.d, a.scale * LOG2E, rows.data(), tile.query.data());
         const std::vector<Run>& runs = slots.met(first);
         slots.announce(i, first, h == 0, Rows<T>{query(h, 0), a.query_strides[2], a.d}, ahead);
-        score(slots, runs, tile.query.data(), first, scores.data(), ahead);
+        score(slots, runs, tile.query.data(), first, scores.data(), ahead, ByDistance(a, 0, g * heads + h, first_token + first));
         vec most[NV], sum[NV];
         weigh(slots, runs, scores.data(), tile.out.data(), most, sum);
         for (int j = 0; j < NV; j++) {

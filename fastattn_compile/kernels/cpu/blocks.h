@@ -19,6 +19,19 @@ struct BlockArgs {
   float scale;
   Spread spread;  // null: the threads of OpenMP
   void* pool;
+  // What an operator says of its pooled rows; all of this may be null or 0. `rows`: pooled rows of a head, levels by level.
+  const float *pooled_key, *pooled_value;      // (b, g, rows, d) and (b, g, rows, e): rows that were made before, in place of means
+  float *grad_pooled_key, *grad_pooled_value;  // their gradients
+  const float *within, *share;                 // weighted means: of a token in its finest row (b, g, sides, blocks * m), and of a row in
+                                               // the row above it (b, g, sides, rows)
+  const float* row_bias;                       // (b, g, sides, rows), to the base of 2: what a row's bias has besides its count
+  const float* slopes;                         // (h), to the base of 2: scores lose so much a token of distance
+  const float* tables;                         // (h, levels + 1, table) by query - key, to the base of 2: for tokens, and for the rows
+                                               // of each level by their first token; distance 0 at `table_zero`
+  float* grad_tables;                          // (b, h, levels + 1, table)
+  int64_t table, table_zero;
+  int32_t whole;   // a pooled row covers its group, not its part of it
+  int32_t closed;  // the log-sum-exp is of what is met here, nothing else
 };
 }
 
@@ -27,6 +40,7 @@ namespace {
 // Where the parts of a level stand among the pooled rows: row r of group j of level l at start[l] + p * j + r.
 struct Levels {
   int64_t blocks, count = 0, rows = 0, part;  // part: tokens of a finest part; of a block where there are no levels
+                                              // rows: of one side, with room for whole parents
   std::vector<int64_t> start, groups;
   Levels(int64_t n, int64_t m, int64_t p) {  // no levels when p is 0
     blocks = (n + m - 1) / m;
@@ -34,14 +48,17 @@ struct Levels {
     for (int64_t l = 0; l < count; l++) {
       start.push_back(rows);
       groups.push_back((blocks + (1ll << l) - 1) >> l);
-      rows += groups[l] * p;
+      rows += 2 * p << (count - l);
     }
     part = count ? m / p : m;
   }
 };
 
-// What all query heads of one key head share: pooled rows, how many tokens each stands for and the bias that follows, where the
-// sinks are.
+// Sets of pooled rows: weighted towards the queries behind a group, and towards those before it.
+static inline int64_t side_count(const BlockArgs& a) { return a.within && !a.causal ? 2 : 1; }
+
+// What all query heads of one key head share: pooled rows of each side, how many tokens each stands for and the bias that follows,
+// where the sinks are.
 struct Head {
   Floats key, value, counts, bias;
   std::vector<int64_t> sinks;
@@ -96,12 +113,14 @@ class Slots {
   const int64_t places, stride, sinks, total, dk, dv;  // dk, dv: channels filled up to whole vectors
   Floats k, v, key_rows, value_packed, bias;  // key_rows: as v; value_packed: as k, for gradients only
   std::vector<int64_t> held;  // what stands at a slot: a token, or n + a pooled row; -1 nothing
+  std::vector<int64_t> from;  // where its distance to a query is counted from, given that it is met
+  std::vector<int64_t> level;  // 0: a token; 1 and on: a pooled row
 
   Slots(const BlockArgs& a, const Levels& levels, const Head& head, Rows<T> key, Rows<T> value, const uint8_t* real)
       : a(a), levels(levels), head(head), key(key), value(value), real(real), places(a.causal ? 2 : 3), stride(round_up(a.m, G)),
         sinks(round_up(head.sinks.size(), 4)),
         total(round_up(places * stride + sinks + levels.count * places * a.p, G)), dk(round_up(a.d, W)), dv(round_up(a.e, W)), k(total * a.d), v(total * dv),
-        key_rows(total * dk), bias(total, NEG_INF), held(total, -1), stale(total / 4) {
+        key_rows(total * dk), bias(total, NEG_INF), held(total, -1), from(total), level(total), stale(total / 4) {
     if (a.grad_out) value_packed.resize(total * a.e);
   }
 
@@ -132,10 +151,10 @@ class Slots {
     // level: one far on either side, and one in turn. Those of a kind stand side by side, so that whole fours are met.
     for (int64_t l = 0; l < levels.count; l++, slot += a.p) {
       const int64_t first = i >> (l + 1) << 1, second = (i >> l) & 1, apart = levels.count * a.p;
-      far(l, slot, first - 2, leave);
-      if (!a.causal) far(l, slot + apart, first + 3, leave);
-      if (second) far(l, slot + (places - 1) * apart, first - 1, leave);
-      else if (!a.causal) far(l, slot + 2 * apart, first + 2, leave);
+      far(l, slot, first - 2, true, leave);
+      if (!a.causal) far(l, slot + apart, first + 3, false, leave);
+      if (second) far(l, slot + (places - 1) * apart, first - 1, true, leave);
+      else if (!a.causal) far(l, slot + 2 * apart, first + 2, false, leave);
     }
     pack();
     // Of sinks and pooled rows the fours that hold a slot that is met.
@@ -179,13 +198,18 @@ class Slots {
   Run own = {0, 0};
   std::vector<uint8_t> stale;
 
-  // Group `group` of level l, if there is one.
+  // Group `group` of level l, if there is one. Its distance to a query is that of the nearest token a row covers, or in tables by
+  // distance of the first.
   template <typename Leave>
-  void far(int64_t l, int64_t slot, int64_t group, Leave leave) {
+  void far(int64_t l, int64_t slot, int64_t group, bool behind, Leave leave) {
     if (group < 0 || group >= levels.groups[l]) return;
-    for (int64_t r = 0, row = levels.start[l] + group * a.p; r < a.p; r++, row++) {
+    const int64_t side = behind ? 0 : (side_count(a) - 1) * levels.rows, cover = a.whole ? a.m << l : (a.m << l) / a.p;
+    for (int64_t r = 0, row = side + levels.start[l] + group * a.p; r < a.p; r++, row++) {
       put(slot + r, a.n + row, leave);
       bias[slot + r] = head.bias[row];
+      const int64_t first = group * (a.m << l) + (a.whole ? 0 : r * cover);
+      from[slot + r] = std::min(a.n, a.slopes && behind ? first + cover : first + 1) - 1;
+      level[slot + r] = l + 1;
     }
   }
 
@@ -196,7 +220,7 @@ class Slots {
     held[slot] = id;
     if (id >= a.n) {
       keep(slot, &head.key[(id - a.n) * a.d], &head.value[(id - a.n) * a.e]);
-    } else if (!real || real[id]) {
+    } else if (from[slot] = id; !real || real[id]) {
       keep(slot, key[id], value[id]);
     } else {  // hidden by its bias, but whatever stands at padding must not become NaN
       const Floats nothing(std::max(a.d, a.e), 0.f);
@@ -255,9 +279,34 @@ void transpose_out(float* from, int64_t stride, int64_t queries, int64_t channel
   for (int64_t q = 0; q < queries; q++) narrow_row(rows + q * wide, channels, to + q * stride);
 }
 
+// What scores of one head gain by distance, for the queries of a tile from `token` on.
+struct ByDistance {
+  float slope = 0.f;
+  const float* table = nullptr;  // where the first query's distance to token 0 stands, for tokens
+  int64_t token, level;          // level: from a table to the next
+
+  ByDistance(const BlockArgs& a, int64_t levels, int64_t head, int64_t token) : token(token), level(a.table) {
+    if (a.slopes) slope = a.slopes[head];
+    if (a.tables) table = a.tables + head * (levels + 1) * a.table + a.table_zero + token;
+  }
+
+  // Adds to the vectors of a row of scores from `lane` on, of what stands at `from`.
+  void add(float* row, int64_t lane, int64_t from, int64_t at_level) const {
+    static constexpr float LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    static_assert(QT <= 32);
+    for (int64_t q = lane; q < QT; q += W) {
+      const vec distance = load(LANES + q) + (float)(token - from);
+      const vec gain = table ? load(table + at_level * level - from + q) : vmax(distance, -distance) * -slope;
+      store(row + q, load(row + q) + gain);
+    }
+  }
+};
+
 // Scores (slot, query) of a tile with the bias of its slots and the causal mask of the block's own.
 template <typename T>
-void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* queries, int64_t first, float* scores, Ahead& ahead) {
+void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* queries, int64_t first, float* scores, Ahead& ahead,
+           const ByDistance& by_distance) {
+  const bool by = by_distance.slope != 0.f || by_distance.table;
   for (const Run& run : runs) {
     const int64_t lane = run.vector * W;
     by_vectors(run, [&](auto v) {
@@ -268,6 +317,7 @@ void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* que
       const float bias = slots.bias[run.slot + r];
       if (bias != 0.f)
         for (int j = run.vector; j < NV; j++) store(row + j * W, load(row + j * W) + bias);
+      if (by) by_distance.add(row, lane, slots.from[run.slot + r], slots.level[run.slot + r]);
       if (run.own >= 0)
         for (int64_t q = lane, hidden = std::min<int64_t>(QT, run.own + r - first); q < hidden; q++) row[q] = NEG_INF;
     }

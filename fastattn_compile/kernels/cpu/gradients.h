@@ -56,17 +56,22 @@ class TileGradients {
   void meet() {
     const std::vector<Run>& runs = slots.met(first);
     slots.announce(block, first, head == g * (a.h / a.g), {at((const T*)a.query, a.query_strides, batch, head), a.query_strides[2], a.d}, ahead);
-    score(slots, runs, queries.data(), first, weights.data(), ahead);
+    const int64_t token = block * a.m + first, levels = slots.levels.count;
+    score(slots, runs, queries.data(), first, weights.data(), ahead, ByDistance(a, levels, head, token));
+    weigh(runs);
+    float* tables = a.grad_tables ? a.grad_tables + (batch * a.h + head) * (levels + 1) * a.table + a.table_zero + token : nullptr;
     for (const Run& run : runs) {
       const int64_t lane = run.vector * W, depth = QT - lane;
       float *p = &weights[run.slot * QT + lane], *s = &slopes[run.slot * QT + lane];
       by_vectors(run, [&](auto v) { product_packed<v.value>(slots.value_packed.data(), run.slot, grads.data() + lane, s, run.rows, a.e); });
-      for (int64_t r = 0; r < run.rows; r++)
+      for (int64_t r = 0; r < run.rows; r++) {
+        float* to = tables ? tables + slots.level[run.slot + r] * a.table - slots.from[run.slot + r] + lane : nullptr;
         for (int64_t j = 0; j < depth; j += W) {
-          const vec weight = exp2v(load(p + r * QT + j) - load(lse + lane + j));
-          store(p + r * QT + j, weight);
-          store(s + r * QT + j, (load(s + r * QT + j) - load(slope + lane + j)) * weight * a.scale);
+          const vec of_score = (load(s + r * QT + j) - load(slope + lane + j)) * load(p + r * QT + j);
+          if (to) store(to + j, load(to + j) + of_score);
+          store(s + r * QT + j, of_score * a.scale);
         }
+      }
       product_wide(p, &grad_rows[lane * dv], &slot_value[run.slot * dv], dv, run.rows, dv, depth);
       product_wide(s, &query_rows[lane * dk], &slot_key[run.slot * dk], dk, run.rows, dk, depth);
       by_vectors(run, [&](auto v) {
@@ -103,6 +108,28 @@ class TileGradients {
   template <typename U>
   static U* at(U* base, const int64_t* strides, int64_t batch, int64_t head) {
     return base + batch * strides[0] + head * strides[1];
+  }
+
+  // Weights from scores. A number of 4 to 8 is stored to 2e-7, several times what a softmax errs: where the log-sum-exp is of what is
+  // met here, what rounding it did to all weights of a query alike is taken back from what they are multiplied with.
+  void weigh(const std::vector<Run>& runs) {
+    vec total[NV] = {};
+    for (const Run& run : runs)
+      for (int64_t r = run.slot; r < run.slot + run.rows; r++)
+        for (int j = run.vector; j < NV; j++) {
+          const vec weight = exp2v(load(&weights[r * QT + j * W]) - load(lse + j * W));
+          store(&weights[r * QT + j * W], weight);
+          total[j] += weight;
+        }
+    if (!a.closed) return;
+    alignas(64) float by[QT];
+    for (int j = 0; j < NV; j++) {
+      store(by + j * W, total[j] > 0.f ? 1.f / total[j] : vec{} + 1.f);
+      store(slope + j * W, load(slope + j * W) * load(by + j * W));
+    }
+    for (int64_t c = 0; c < a.e; c++)
+      for (int j = 0; j < NV; j++) store(&grads[c * QT + j * W], load(&grads[c * QT + j * W]) * load(by + j * W));
+    for (int64_t r = 0; r < count; r++) scale_row(&grad_rows[r * dv], dv, by[r]);
   }
 
   void empty(int64_t first_slot) {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -122,11 +123,11 @@ static inline void narrow_row(const float* from, int64_t count, T* to) {
   for (; i < count; i++) narrow(from[i], to[i]);
 }
 
-// to += from.
-static inline void add_row(const float* from, int64_t count, float* to) {
+// to += from * by.
+static inline void add_row(const float* from, int64_t count, float* to, float by = 1.f) {
   int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, load(to + i) + load(from + i));
-  for (; i < count; i++) to[i] += from[i];
+  for (; i + W <= count; i += W) store(to + i, load(to + i) + load(from + i) * by);
+  for (; i < count; i++) to[i] += from[i] * by;
 }
 
 // x *= by.

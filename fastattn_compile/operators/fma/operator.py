@@ -62,7 +62,7 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     """
 
     name = "fma"
-    implementation = 2
+    implementation = 3
     config_type = FmaConfig
 
     def __new__(cls, config: FmaConfig | None = None) -> FastMultipoleAttention:

@@ -84,7 +84,7 @@ class Fma {
   void head(const Call& call, const BlockArgs& a, const Levels& levels, int64_t batch, int64_t g) const {
     Head head;
     choose_sinks(a, batch, head);
-    count(a, levels, head);
+    count(a, levels, batch * a.g + g, head);
     Side<T> key{call.key_of<T>(batch, g), a.n, a.d, {}}, value{call.value_of<T>(batch, g), a.n, a.e, {}};
     pool(a, levels, head, key), pool(a, levels, head, value);
     std::vector<double> room;
