@@ -85,6 +85,14 @@ def test_golden_outputs(way, name, mask, wanted):
     assert (evaluate(inputs, parameters).out[0, 0] - tensor(wanted)).abs().max() < ROUNDED
 
 
+def test_golden_leaves():
+    """The root decides by the first channel, both nodes below by the second; no key is in leaf 0."""
+    planes, offsets = tensor(W)[None, None], torch.zeros(1, 1, 3, dtype=torch.float64)
+    query, key = (follow(tensor(x)[None, None], planes, offsets)[0].flatten().tolist() for x in (Q, K))
+    assert query == [3, 1, 2, 0, 3, 1, 2, 1]
+    assert key == [3, 1, 2, 3, 1, 2, 3, 1]
+
+
 @pytest.mark.parametrize("way", ["reference", "kernel"])
 def test_golden_gradients_of_coarse_attention(way):
     operator, inputs, parameters = golden(NO_MASK, "tc_attention")

@@ -22,19 +22,18 @@ class BarnesHutConfig(OperatorConfig):
         sinks: First real tokens of a sequence that every query keeps meeting; at most ``block``.
         leaf: Tokens of a leaf, which is opened as a whole; divides ``block``.
         fanout: Children of a node of the tree.
-        group: Consecutive queries that share a choice; divides ``block``. 1 is the most accurate: under a
-            causal mask a
-            shared choice can follow only the queries up to the group's first.
+        group: Consecutive queries that share a choice; divides ``block``. 1 is the most accurate: under a causal
+            mask a shared choice can follow only the queries up to the group's first. 16 is several times as fast.
         open: Leaves opened for a group.
         beam: Nodes expanded on the level above the leaves; half as many on every next level, 8 at the least.
         tolerance: Share of a row's estimated mass that may stay unopened. 0 opens ``open`` leaves whatever
             they hold.
         max_open: Leaves opened at most under a tolerance.
         select: How the mass of a node is estimated. ``"mean"``: its mean key. ``"cumulant"``: mean and
-            diagonal variance of
-            its keys, at twice the work. ``"bound"``: an upper bound from the channel-wise extremes, at twice
-            the work.
-            ``"sampled"``: its mean key, and up to 4 queries speak for a group in place of their mean.
+            diagonal variance of its keys, at twice the work. ``"bound"``: an upper bound from the channel-wise
+            extremes, at twice the work. ``"sampled"``: its mean key, and up to 4 queries speak for a group, evenly
+            spaced from the group's first one. In the others the mean query speaks; with ``"mean"`` what it says is the
+            mean of the scores of all, with ``"cumulant"`` and ``"bound"`` it is not quite.
         rest: What is not opened is left out (``"drop"``) or met as one pooled key and value a node
             (``"pool"``).
         share_group: The query heads of a key head make one choice: keys are gathered once for all of them.
