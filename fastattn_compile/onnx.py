@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,20 @@ def placement(model: Any) -> dict[str, str]:
         model = onnx.load(str(model), load_external_data=False)
     elif isinstance(model, bytes):
         model = onnx.load_from_string(model)
-    ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    ours = [node for node in _nodes(model.graph) if node.domain == DOMAIN]
     return {
         node.name or f"{node.op_type} {number}": "native" if node.op_type in NODES else "function"
         for number, node in enumerate(ours)
     }
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, those in its branches and loops too."""
+    for node in graph.node:
+        yield node
+        for given in node.attribute:
+            if given.HasField("g"):
+                yield from _nodes(given.g)
 
 
 def export(module: Any, args: tuple[Any, ...], *, longest: int = 8192, **options: Any) -> Any:

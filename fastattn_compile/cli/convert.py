@@ -89,3 +89,11 @@ def _print_loading(provenance: object) -> None:
     if peak is not None and peak_before is not None:
         text += f"; a run needs {peak / 2**20:.0f} MB, the original's {peak_before / 2**20:.0f} MB"
     print(f"{text}.")
+    kernels = provenance.get("kernels", {})
+    for told, wanted in (
+        ("run native kernels in a session of fa.onnx.session, elsewhere as functions", "native"),
+        ("have no native kernel and run as functions everywhere", "function"),
+    ):
+        types = [op_type for op_type, kind in kernels.items() if kind == wanted]
+        if types:
+            print(f"Nodes {', '.join(types)} {told}.")

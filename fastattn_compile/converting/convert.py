@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from fastattn_compile.converting.run import RuntimeFailure
 from fastattn_compile.converting.saving import keep_weights, move, original_path, staged, target_of, write
 from fastattn_compile.converting.source import Prepared, Source, prepare, read_model
 from fastattn_compile.errors import ConversionError, OptionError
+from fastattn_compile.lowering.onnx.native import NODES
+from fastattn_compile.lowering.onnx.registry import body_of
 from fastattn_compile.operators.base import Operator, no
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.onnx.rewrite import Placed, Replacement, can_replace, rewrite
@@ -153,9 +155,8 @@ def convert(
     replaced = site_reports(placed, choices, alone, accumulated, reasons, tokens)
     lines = {line.name: line for line in (*_kept(prepared, reasons, own), *replaced)}
     sites = tuple(lines[s.name] for s in prepared.softmaxes if s.name in lines)
-    report = Report(
-        sites, model_report(names, before, after, feeds, causal), provenance=_provenance(prepared, feeds)
-    )
+    provenance = {**_provenance(prepared, feeds), "kernels": _kernels(choices.values())}
+    report = Report(sites, model_report(names, before, after, feeds, causal), provenance=provenance)
     progress("time both", 0, 0)
     return _saved(source, converted, target, report, feeds, tokens, repeats, threads)
 
@@ -344,6 +345,13 @@ def _provenance(prepared: Prepared, feeds: Feeds) -> dict[str, Any]:
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
         "inputs_hash": inputs_hash({name: _as_tensor(array) for name, array in feeds.items()}),
     }  # fmt: skip
+
+
+def _kernels(operators: Iterable[Operator]) -> dict[str, str]:
+    """By type of the nodes that were written whether ``fa.onnx.session`` has a kernel for it, or it is its function."""
+    bodies = [body_of(operator) for operator in operators]
+    types = {body.op_type for body in bodies if body is not None}
+    return {op_type: "native" if op_type in NODES else "function" for op_type in sorted(types)}
 
 
 def _as_tensor(array: Any) -> Any:

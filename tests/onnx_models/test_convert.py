@@ -264,6 +264,9 @@ def test_the_command(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     document = json.loads(result.stdout)
     assert document["schema"] == "fastattn.report/1"
     assert json.loads(Path("report.json").read_text()) == document
+    assert document["provenance"]["kernels"] == {"FMA": "native"}
+    told = CliRunner().invoke(app, words).output
+    assert "Nodes FMA run native kernels" in told and "functions everywhere" not in told
     assert CliRunner().invoke(app, [*words, "--tolerance", "1e-9"]).exit_code == 3
     assert CliRunner().invoke(app, ["scan", "in.onnx"]).exit_code == 0
     assert CliRunner().invoke(app, ["convert", "nothing.onnx"]).exit_code == 2
@@ -345,6 +348,7 @@ def test_operators_that_have_a_body_convert(
 def test_cast_converts(tmp_path: Path) -> None:
     model = export(_bidirectional(), torch.randn(2, 20, 32))
     report = fa.convert(model, tmp_path / "out.onnx", operator="cast", options={"clusters": 4}, **FAST)
+    assert report.provenance["kernels"] == {"CAST": "function"}
     assert [site.operator for site in report.sites] == ["cast", "cast"]
     made = onnx.load(str(tmp_path / "out.onnx"))
     onnx.checker.check_model(made, full_check=True)

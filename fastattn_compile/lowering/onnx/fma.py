@@ -9,6 +9,7 @@ pair of parts of a level.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastattn_compile.lowering.onnx.body import (
     hidden,
     only,
 )
+from fastattn_compile.lowering.onnx.rotary import turned
 from fastattn_compile.lowering.onnx.writer import FAR, OnnxWriter
 from fastattn_compile.operators.base import Operator, Support, no
 from fastattn_compile.operators.fma.config import level_count
@@ -35,10 +37,13 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
         return no(f"its ONNX body serves the clean boundary only, not {operator.config.boundary!r}")
     plain = type(operator.config)(
         block=operator.config.block, rank=operator.config.rank, sinks=operator.config.sinks,
-        scale_attn=operator.config.scale_attn,
+        scale_attn=operator.config.scale_attn, rotary_base=operator.config.rotary_base,
+        rotary_dim=operator.config.rotary_dim, rotary_interleaved=operator.config.rotary_interleaved,
     )  # fmt: skip
     if plain != operator.config:
-        return no(f"its ONNX body serves none of the further options of {operator}")
+        given = [f.name for f in fields(plain) if getattr(plain, f.name) != getattr(operator.config, f.name)]
+        told = ", ".join(f"{name}={getattr(operator.config, name)!r}" for name in given)
+        return no(f"its ONNX body does not serve {told}")
     if spec.mask.left is not None or spec.mask.right not in (None, 0):
         return no(
             f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}"
@@ -54,6 +59,14 @@ def _attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def _rotary_attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
+    config = operator.config
+    return {
+        **_attributes(operator, spec), "rotary_base": float(config.rotary_base),
+        "rotary_dim": config.rotary_dim or spec.head_dim, "rotary_interleaved": int(config.rotary_interleaved),
+    }  # fmt: skip
+
+
 def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> ir.Value:
     return _Writing(w, operator, spec, given).write()
 
@@ -65,6 +78,7 @@ class _Writing(Blocks):
         config = operator.config
         self.p, self.weighted, self.causal = config.rank, config.scale_attn, spec.mask.causal
         self.levels = level_count(spec.longest, config.block)
+        self.rotary = config.rotary(spec.head_dim)
         self.near = (2 if self.causal else 3) * config.block
         super().__init__(w, spec, given, config.block, config.sinks, self.near + self._far_slots())
 
@@ -81,7 +95,12 @@ class _Writing(Blocks):
             return Met(near, self._masked(bias))
         counts = self._levels(self.w.cast(taken, self.spec.dtype), 1)
         table, met = self._table()
-        keys, values = (self._means(x, taken, counts, c) for x, c in self._sides())
+        (key, head_dim), (value, value_dim) = self._sides()
+        if self.rotary is not None:
+            key = turned(self.w, key, self._positions, self.rotary, back=True)
+        keys, values = (self._means(x, taken, counts, c) for x, c in ((key, head_dim), (value, value_dim)))
+        if self.rotary is not None:
+            keys = turned(self.w, keys, self._centres(taken), self.rotary)
         bias = self.w.op("Concat", bias, self._far_bias(counts, table, met), axis=3)
         return Met(near, self._masked(bias), Pooled(keys, values, table))
 
@@ -163,6 +182,28 @@ class _Writing(Blocks):
         result: ir.Value = w.op("Concat", *means, axis=2) if len(means) > 1 else means[0]
         return result
 
+    @cached_property
+    def _positions(self) -> ir.Value:
+        """Positions of the tokens, counted over real ones, ``(b or 1, 1, n, 1)`` in float64."""
+        w = self.w
+        if self.padding is None:
+            places = w.op("Reshape", w.range(self.length), [1, 1, -1, 1])
+        else:
+            number = w.op("CumSum", w.cast(self.padding, ir.DataType.INT64), w.constant(1))
+            places = w.op("Unsqueeze", w.op("Max", w.op("Sub", number, 1), 0), [1, 3])
+        return w.cast(places, ir.DataType.DOUBLE)
+
+    def _centres(self, taken: ir.Value) -> ir.Value:
+        """Mean positions of what the rows of all levels stand for, ``(b or 1, 1, rows, 1)`` in float64."""
+        w, double = self.w, ir.DataType.DOUBLE
+        pooled = w.cast(taken, double)
+        place = w.op("Pad", self._positions, w.join([0, 0, 0, 0, 0, 0, self.missing, 0]))
+        sums, counts = (self._levels(x, 1) for x in (w.op("Mul", place, pooled), pooled))
+        one = w.constant(1.0, double)
+        means = [w.op("Div", s, w.op("Max", count, one)) for s, count in zip(sums, counts)]
+        result: ir.Value = w.op("Concat", *means, axis=2) if len(means) > 1 else means[0]
+        return result
+
     def _table(self) -> tuple[ir.Value, ir.Value]:
         """Which part every far slot of every block meets, ``(k, far)``, and whether it does."""
         w, p = self.w, self.p
@@ -212,3 +253,5 @@ class _Writing(Blocks):
 
 
 BODY = Body("FMA", 1, _supports, _write, _attributes)
+# A node by another name: native kernels know the first alone.
+ROTARY_BODY = Body("FMARotary", 1, _supports, _write, _rotary_attributes)

@@ -8,6 +8,7 @@ from fastattn_compile.lowering.onnx import (
     conv_basis,
     exact,
     fma,
+    fma_grid,
     linformer,
     tree_coarse,
     tree_leaf,
@@ -31,6 +32,10 @@ _BODIES = {
 
 def body_of(operator: Operator) -> Body | None:
     """The body of an operator, ``None`` when it has none."""
+    if operator.name == "fma" and operator.config.grid is not None:
+        return fma_grid.BODY
+    if operator.name == "fma" and operator.config.rotary_base:
+        return fma.ROTARY_BODY
     return _BODIES.get(operator.name)
 
 
