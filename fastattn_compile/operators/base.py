@@ -243,6 +243,10 @@ class Operator(ABC, Generic[ConfigT]):
         """
         return None
 
+    def pieces(self, spec: SiteSpec) -> list[tuple[Operator, SiteSpec]]:
+        """The operators that do the work at a site, each with its share of it, for predictions of its speed."""
+        return [(self, spec)]
+
     @property
     def comes_apart(self) -> bool:
         """Whether this is one softmax over ``exact_keys`` and summaries of the rest, so that the log-sum-exp tells how

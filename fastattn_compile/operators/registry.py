@@ -19,6 +19,7 @@ _HOMES = {
     "barnes_hut": ("fastattn_compile.operators.barnes_hut", "BarnesHutAttention"),
     "tf_attention": ("fastattn_compile.operators.treeformer", "TreeLeafAttention"),
     "tc_attention": ("fastattn_compile.operators.treeformer", "TreeCoarseAttention"),
+    "per_head": ("fastattn_compile.operators.per_head", "PerHeadAttention"),
 }
 
 

@@ -138,6 +138,10 @@ def speed_of(name: str, device: str, dtype: torch.dtype, known: Sequence[Speed] 
 
 def predicted_seconds(operator: Operator, spec: SiteSpec) -> float:
     """Time of one forward pass at a site of known sizes."""
+    return sum(_predicted(piece, share) for piece, share in operator.pieces(spec))
+
+
+def _predicted(operator: Operator, spec: SiteSpec) -> float:
     known = known_speeds()
     if spec.bias != "none" or operator.only_on_aten:
         # Only kernels on ATen add a bias.

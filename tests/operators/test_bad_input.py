@@ -23,6 +23,7 @@ SMALL = {
     "barnes_hut": {"block": 8, "leaf": 2, "fanout": 2, "sinks": 3, "open": 5, "beam": 4},
     "tf_attention": {"height": 3},
     "tc_attention": {"height": 3},
+    "per_head": {"parts": [{"operator": "window", "options": {"width": 12}}, {"operator": "exact"}]},
 }
 each_operator = pytest.mark.parametrize("name", operator_names())
 
@@ -50,7 +51,7 @@ def test_every_option_refuses_what_is_out_of_range_and_says_what_it_got(name):
     for field, default in fields_of(name):
         if field == "seed" or isinstance(default, bool):
             continue
-        bad = {int: (-1,), float: (-1.0, float("nan"), float("inf")), str: ("nonsense", "")}
+        bad = {int: (-1,), float: (-1.0, float("nan"), float("inf")), str: ("nonsense", ""), tuple: (("nonsense",),)}
         for value in bad.get(type(default), (-1,)):
             with pytest.raises(ValueError, match=rf"\b{field}\b") as error:
                 make_operator(name, **{field: value})

@@ -52,6 +52,7 @@ CASES: list[tuple[str, dict[str, Any], str, tuple[float, float]]] = [
     ("tf_attention", {"height": 3}, "none", TILES),
     ("tf_attention", {"height": 3}, "causal", (0.97, 3.5)),
     ("tc_attention", {"height": 3}, "none", (0.97, 4.0)),
+    ("per_head", {"parts": [{"operator": "window"}, {"operator": "fma"}], "heads": [1, 0]}, "causal", TILES),
 ]
 
 
