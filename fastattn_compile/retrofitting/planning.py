@@ -29,6 +29,7 @@ from fastattn_compile.retrofitting.search import Budget, Clock, Search, controls
 from fastattn_compile.retrofitting.sensitivity import (
     Fitted,
     Laboratory,
+    mixed,
     read_batches,
     sensitivities,
     site_candidates,
@@ -54,6 +55,7 @@ def plan(
     batches: int = 4,
     prior: Plan | None = None,
     fitted: Fitted | None = None,
+    per_head: bool = True,
     show_controls: bool = True,
     memory: int = 2 << 30,
     folder: str | Path | None = None,
@@ -84,6 +86,7 @@ def plan(
         batches: Batches to read at most; all are kept in memory with the exact model's result.
         prior: A plan of the same model whose measured sensitivities are taken over; the length may differ.
         fitted: Learned parameters of operators by site and token, from ``fa.fit``.
+        per_head: Let the heads of a site be served by different ones of its candidates, where that is worth it.
         show_controls: Measure also the same operator everywhere, a random choice and a window at the plan's cost.
         memory: Bytes for states of passes; with less, more is computed again.
         folder: Keeps what was measured there and resumes from it.
@@ -132,7 +135,10 @@ def plan(
         costs = Costs(chosen_unit, n, journal)
         candidates, exact_cost, reasons = site_candidates(replay, wanted, costs, keep)
         laboratory = Laboratory(replay, given, measure, metric, journal, say, fitted)
-        errors = laboratory.observe(candidates)
+        shares = laboratory.observe(candidates)
+        if per_head:
+            candidates, shares = mixed(laboratory, candidates, shares, replay.specs, costs)
+        errors = {key: sum(heads) for key, heads in shares.items()}
         found = sensitivities(
             laboratory, candidates, errors, prior.frontier if prior is not None else None, clock.up
         )

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from fastattn_compile.errors import OptionError
 from fastattn_compile.frontier import LEAST_DROP, Candidate, Frontier
-from fastattn_compile.operators.base import AttentionInputs, Operator
+from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
 from fastattn_compile.operators.library import torch_op
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.reporting.evaluate import Progress
 from fastattn_compile.retrofitting.candidates import Costs
 from fastattn_compile.retrofitting.journal import Journal
 from fastattn_compile.retrofitting.losses import Metric, kept_result, lost
+from fastattn_compile.retrofitting.per_head import Shares, mixtures
 from fastattn_compile.retrofitting.replay import Replay, Server
 
 Fitted = Mapping[tuple[str, str], tuple[Tensor, ...]]
@@ -91,13 +92,14 @@ class Laboratory:
         self.servers: dict[tuple[str, str], Server] = {}
         self.evaluations = 0
 
-    def observe(self, candidates: Mapping[str, SiteCandidates]) -> dict[tuple[str, str], float]:
+    def observe(self, candidates: Mapping[str, SiteCandidates]) -> dict[tuple[str, str], Shares]:
         """Runs the exact model over the data, keeps its states, and measures every candidate's error at every site.
 
         Returns:
-            Site and token to the relative squared error of the site's output; infinite where it is not finite.
+            Site and token to the squared error of each key head over the squared norm of the site's output; infinite where
+            it is not finite.
         """
-        sums: dict[tuple[str, str], list[float]] = {}
+        sums: dict[tuple[str, str], list[Shares]] = {}
         done, total = 0, len(candidates) * len(self.batches)
         for index, batch in enumerate(self.batches):
 
@@ -108,17 +110,18 @@ class Laboratory:
                 operators = [operator for operator, _ in candidates[site].operators]
                 self._serve(site, operators, inputs)
                 errors = self.journal.get(
-                    f"errors/{site}/{index}",
+                    f"errors by head/{site}/{index}",
                     lambda: [self._error(site, op, inputs, exact) for op in operators],
                 )
                 for operator, error in zip(operators, errors):
-                    sums.setdefault((site, operator.token), []).append(math.inf if error is None else error)
+                    heads = (math.inf,) * inputs.key.shape[1] if error is None else tuple(error)
+                    sums.setdefault((site, operator.token), []).append(heads)
                 done += 1
                 self.say("errors of the candidates at every site", done, total)
 
             result = self.replay.run(batch, index=index, keep=True, take=take)
             self.exact.append(kept_result(self.name, result))
-        return {key: statistics.fmean(errors) for key, errors in sums.items()}
+        return {key: tuple(map(statistics.fmean, zip(*errors))) for key, errors in sums.items()}
 
     def drop(self, choice: Mapping[str, str]) -> float:
         """What the model loses with a choice, mean over the batches.
@@ -165,17 +168,20 @@ class Laboratory:
             given = tuple(p.to(inputs.key.device, inputs.key.dtype) for p in given or ())
             self.servers[key] = Server(operator, given)
 
-    def _error(self, site: str, operator: Operator, inputs: AttentionInputs, exact: Tensor) -> float | None:
+    def _error(
+        self, site: str, operator: Operator, inputs: AttentionInputs, exact: Tensor
+    ) -> list[float] | None:
         parameters = list(self.servers[site, operator.token].parameters)
         out = torch_op(operator.name)(
             inputs.query, inputs.key, inputs.value, inputs.key_padding, inputs.segments, inputs.bias, parameters,
             inputs.scale, str(inputs.mask), operator.token, "",
         )[0]  # fmt: skip
         wide = torch.promote_types(exact.dtype, torch.float32)
-        error = (out.to(wide) - exact.to(wide)).square().sum() / exact.to(wide).square().sum().clamp(
+        error = (out.to(wide) - exact.to(wide)).square().sum((0, 2, 3))
+        shares = error.unflatten(0, (inputs.key.shape[1], -1)).sum(1) / exact.to(wide).square().sum().clamp(
             min=1e-30
         )
-        return float(error) if bool(torch.isfinite(error)) else None
+        return shares.tolist() if bool(torch.isfinite(shares).all()) else None
 
 
 def _name(choice: Mapping[str, str]) -> str:
@@ -221,6 +227,25 @@ def site_candidates(
         else:
             reasons[name] = "no operator that was tried serves it: " + "; ".join(refusals.values())
     return found, exact_cost, reasons
+
+
+def mixed(
+    laboratory: Laboratory, candidates: Mapping[str, SiteCandidates], shares: Mapping[tuple[str, str], Shares],
+    specs: Mapping[str, SiteSpec], costs: Costs,
+) -> tuple[dict[str, SiteCandidates], dict[tuple[str, str], Shares]]:  # fmt: skip
+    """The candidates and their errors, with those that serve the heads of a site differently."""
+    more, known = dict(candidates), dict(shares)
+    for site, here in candidates.items():
+        errors = [shares[site, operator.token] for operator, _ in here.operators]
+        found = mixtures(here.operators, here.costs, errors, specs[site], costs, here.exact_cost)
+        for operator, _, _, own in found:
+            laboratory.serve(site, operator)
+            known[site, operator.token] = own
+        more[site] = SiteCandidates(
+            [*here.operators, *((operator, options) for operator, options, _, _ in found)],
+            [*here.costs, *(cost for _, _, cost, _ in found)], here.exact_cost,
+        )  # fmt: skip
+    return more, known
 
 
 def gains_of(prior: Frontier) -> dict[str, float]:

@@ -51,7 +51,12 @@ def test_every_option_refuses_what_is_out_of_range_and_says_what_it_got(name):
     for field, default in fields_of(name):
         if field == "seed" or isinstance(default, bool):
             continue
-        bad = {int: (-1,), float: (-1.0, float("nan"), float("inf")), str: ("nonsense", ""), tuple: (("nonsense",),)}
+        bad = {
+            int: (-1,),
+            float: (-1.0, float("nan"), float("inf")),
+            str: ("nonsense", ""),
+            tuple: (("nonsense",),),
+        }
         for value in bad.get(type(default), (-1,)):
             with pytest.raises(ValueError, match=rf"\b{field}\b") as error:
                 make_operator(name, **{field: value})

@@ -14,21 +14,24 @@ from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.operators.speed import predicted_seconds
 
 WINDOW = {"operator": "window", "options": {"width": 9, "sinks": 2}}
-TREE = {"operator": "barnes_hut", "options": {"block": 8, "leaf": 2, "fanout": 2, "sinks": 3, "open": 2, "beam": 8}}
+TREE = {
+    "operator": "barnes_hut",
+    "options": {"block": 8, "leaf": 2, "fanout": 2, "sinks": 3, "open": 2, "beam": 8},
+}
 FMA = {"operator": "fma", "options": {"block": 8, "rank": 2}}
 
 
 def alone(part, inputs):
     operator = make_operator(part["operator"], **part["options"])
-    return attend(
-        inputs.query, inputs.key, inputs.value, operator, scale=inputs.scale, mask=inputs.mask
-    )
+    return attend(inputs.query, inputs.key, inputs.value, operator, scale=inputs.scale, mask=inputs.mask)
 
 
 def test_each_head_is_what_its_operator_makes_of_it():
     inputs = make_inputs("causal", length=90)
     operator = make_operator("per_head", parts=[WINDOW, TREE], heads=[1, 0])
-    out, log_sum_exp = attend(inputs.query, inputs.key, inputs.value, operator, scale=inputs.scale, mask=CAUSAL)
+    out, log_sum_exp = attend(
+        inputs.query, inputs.key, inputs.value, operator, scale=inputs.scale, mask=CAUSAL
+    )
     group = inputs.group
     for part, heads in ((TREE, slice(0, group)), (WINDOW, slice(group, None))):
         wanted = alone(part, inputs)
@@ -88,7 +91,7 @@ def test_parameters_of_a_longer_sequence_are_shared_out():
 def test_a_part_without_a_decoding_form_is_named():
     inputs = make_inputs("causal", length=60)
     operator = make_operator("per_head", parts=[WINDOW, {"operator": "exact"}], heads=[0, 1])
-    with pytest.raises(ValueError, match="exact.*no decoding form"):
+    with pytest.raises(ValueError, match=r"exact.*no decoding form"):
         operator.decoder(inputs.scale).prefill(inputs)
 
 
@@ -98,7 +101,10 @@ def test_refusals_name_the_part_and_its_heads():
     assert make_operator("per_head", parts=[WINDOW, linformer], heads=[0, 0]).supports(spec)
     refused = make_operator("per_head", parts=[WINDOW, linformer], heads=[0, 1]).supports(spec)
     assert "linformer of key heads 1: the mask (causal)" in refused.reason
-    assert "names 3 key heads, the site has 2" in make_operator("per_head", heads=[0, 0, 0]).supports(spec).reason
+    assert (
+        "names 3 key heads, the site has 2"
+        in make_operator("per_head", heads=[0, 0, 0]).supports(spec).reason
+    )
     cross = dataclasses.replace(spec, mask=MaskStructure(), kind="cross", query_len=9)
     assert "window of key heads 0, 1" in make_operator("per_head", parts=[WINDOW]).supports(cross).reason
 

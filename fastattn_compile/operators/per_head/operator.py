@@ -93,7 +93,11 @@ class PerHeadAttention(Operator[PerHeadConfig]):
                 given, own, AttentionOutput(output.out[:, at], output.log_sum_exp[:, at]), grad_out[:, at],
                 None if grad_log_sum_exp is None else grad_log_sum_exp[:, at],
             )  # fmt: skip
-            query[:, at], key[:, part.key_heads], value[:, part.key_heads] = found.query, found.key, found.value
+            query[:, at], key[:, part.key_heads], value[:, part.key_heads] = (
+                found.query,
+                found.key,
+                found.value,
+            )
             learned += found.parameters
             if bias is not None and found.bias is not None:
                 bias[at] = found.bias
@@ -129,9 +133,7 @@ class PerHeadAttention(Operator[PerHeadConfig]):
 
     def pieces(self, spec: SiteSpec) -> list[tuple[Operator, SiteSpec]]:
         """The parts at their heads."""
-        return [
-            (part.operator, part.spec(spec)) for part in self.served(int(spec.heads), int(spec.kv_heads))
-        ]
+        return [(part.operator, part.spec(spec)) for part in self.served(int(spec.heads), int(spec.kv_heads))]
 
     def on_first_tokens(self, longest: int) -> tuple[Operator, int]:
         """Every part on as many tokens as all of them can be shortened to."""
