@@ -31,6 +31,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "barnes_hut": TREE,
     "cast": {"clusters": 4},
     "conv_basis": {"k": 6, "sinks": 2},
+    "per_head": {
+        "parts": [{"operator": "fma", "options": SMALL}, {"operator": "barnes_hut", "options": TREE}],
+        "heads": [1, 0],
+    },
 }
 SERVED = [name for name in OPTIONS if name != "exact"]
 BIDIRECTIONAL = ["linformer", "cast"]

@@ -10,6 +10,7 @@ from fastattn_compile.lowering.onnx import (
     fma,
     fma_grid,
     linformer,
+    per_head,
     tree_coarse,
     tree_leaf,
     window,
@@ -27,6 +28,7 @@ _BODIES = {
     "barnes_hut": barnes_hut.BODY,
     "cast": cast.BODY,
     "conv_basis": conv_basis.BODY,
+    "per_head": per_head.BODY,
 }
 
 
