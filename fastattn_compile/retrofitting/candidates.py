@@ -38,8 +38,8 @@ LADDERS: Mapping[str, Sequence[Options]] = {
         {"open": 96, "beam": 96},
         {"open": 128, "beam": 128},
         # Queries that choose together pay an eighth for the choice: a beam that lets nearly every node through, and the
-        # variance of a node's keys beside their mean, without which nodes of unlike keys are overlooked (a tenth of the error
-        # on some sites). Where neighbours look at places of their own it has twice the error of a choice for each.
+        # variance of a node's keys beside their mean, without which nodes of unlike keys are overlooked. On some sites that
+        # has a tenth of the error; where neighbours look at places of their own, twice that of a choice for each.
         {"open": 32, "beam": 64, "group": 8, "select": "cumulant"},
         {"open": 80, "beam": 128, "group": 8, "select": "cumulant"},
         {"open": 160, "beam": 128, "group": 8, "select": "cumulant"},
