@@ -34,9 +34,7 @@ def expose(model: ir.Model, values: Sequence[ir.Value], prefix: str) -> list[str
         while (graph := _graph_of(outside)) is not model.graph:
             outside = _carried(outside, around[graph], graph, f"{name}_{depth}")
             depth += 1
-        renamed = _renamed(outside, name)
-        model.graph.append(renamed.producer())
-        model.graph.outputs.append(renamed)
+        _append(model.graph, _renamed(outside, name))
         names.append(name)
     return names
 
@@ -44,12 +42,11 @@ def expose(model: ir.Model, values: Sequence[ir.Value], prefix: str) -> list[str
 def hidden_in(model: ir.Model, value: ir.Value) -> str:
     """Why a value cannot be made an output of the model; empty where it can."""
     around: Mapping[ir.Graph, ir.Node] = owners(model)
-    graph = _graph_of(value)
-    while graph is not model.graph:
+    while (graph := _graph_of(value)) is not model.graph:
         owner = around[graph]
         if owner.op_type not in _CARRIED or owner.domain not in ("", "ai.onnx"):
             return f"it stands in the body of a node {owner.op_type}, out of which nothing can be measured"
-        graph = owner.graph
+        value = owner.outputs[0]
     return ""
 
 
@@ -60,11 +57,17 @@ def _graph_of(value: ir.Value) -> ir.Graph:
     return graph
 
 
-def _renamed(value: ir.Value, name: str) -> ir.Value:
+def _append(graph: ir.Graph, node: ir.Node) -> None:
+    """A node whose result becomes an output of the graph."""
+    graph.append(node)
+    graph.outputs.append(node.outputs[0])
+
+
+def _renamed(value: ir.Value, name: str) -> ir.Node:
     node = ir.Node("", "Identity", [value], num_outputs=1, name=name)
     made = node.outputs[0]
     made.name, made.type, made.shape = name, value.type, value.shape
-    return made
+    return node
 
 
 def _carried(value: ir.Value, owner: ir.Node, body: ir.Graph, name: str) -> ir.Value:
@@ -77,13 +80,10 @@ def _carried(value: ir.Value, owner: ir.Node, body: ir.Graph, name: str) -> ir.V
     if owner.op_type == "If":
         for attribute in owner.attributes.values():
             branch = attribute.as_graph()
-            made = _renamed(value, f"{name}_taken") if branch is body else _empty(value, rank, f"{name}_not")
-            branch.append(made.producer())
-            branch.outputs.append(made)
+            node = _renamed(value, f"{name}_taken") if branch is body else _empty(value, rank, f"{name}_not")
+            _append(branch, node)
     else:
-        made = _renamed(value, f"{name}_round")
-        body.append(made.producer())
-        body.outputs.append(made)
+        _append(body, _renamed(value, f"{name}_round"))
         rank = None if rank is None else rank + 1
         for each in ("scan_output_axes", "scan_output_directions"):
             if each in owner.attributes:
@@ -96,7 +96,7 @@ def _carried(value: ir.Value, owner: ir.Node, body: ir.Graph, name: str) -> ir.V
     return out
 
 
-def _empty(like: ir.Value, rank: int | None, name: str) -> ir.Value:
+def _empty(like: ir.Value, rank: int | None, name: str) -> ir.Node:
     """A tensor without elements, of the type of another."""
     if like.dtype is None:
         raise ConversionError(
@@ -106,4 +106,4 @@ def _empty(like: ir.Value, rank: int | None, name: str) -> ir.Value:
     node = ir.Node("", "Constant", [], [ir.AttrTensor("value", held)], num_outputs=1, name=name)
     made = node.outputs[0]
     made.name, made.type, made.shape = name, like.type, ir.Shape(held.shape)
-    return made
+    return node

@@ -177,6 +177,31 @@ def test_the_error_of_a_loop_is_that_of_all_rounds() -> None:
     assert site.operator == "fma" and 0 < site.own_error < site.accumulated_error
 
 
+def test_a_scan_is_measured_as_a_loop_is(tmp_path) -> None:
+    op_type, domain, inputs, weights, attributes, _ = CASES["separate, causal"]
+    model = model_of(op_type, domain, inputs, weights, **attributes)
+    one, each = copy.deepcopy(Y), copy.deepcopy(Y)
+    one.name, each.name = "one", "each"
+    inner = renamed(model.graph.node[0], "each", "core")
+    inner.input[0] = "one"
+    body = helper.make_graph([inner], "body", [one], [each])
+    whole = [3, "batch", "length", WIDTH]
+    for kept, name in ((model.graph.input, "q"), (model.graph.output, "y")):
+        place = [x.name for x in kept].index(name)
+        kept[place].CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, whole))
+    put(
+        model,
+        helper.make_node(
+            "Scan", ["q"], ["y"], body=body, num_scan_inputs=1, scan_output_axes=[0], name="scan"
+        ),
+    )
+    feeds = {name: x for name, x in given(True).items() if name != "condition"}
+    feeds["q"] = np.stack([feeds["q"], feeds["k"], feeds["v"]])
+    (site,) = fa.convert(model, tmp_path / "out.onnx", inputs=feeds, **FMA).sites
+    assert site.operator == "fma" and site.own_error > 0, site.reason
+    assert op_types(onnx.load(str(tmp_path / "out.onnx")).graph) >= {"Scan", "FMA"}
+
+
 def test_learned_parameters_start_from_all_rounds_and_not_from_a_branch_nobody_took() -> None:
     op_type, domain, inputs, weights, attributes, _ = CASES["separate"]
     cast = {"operator": "cast", "options": {"clusters": 4, "cluster_size": 8}, "repeats": 1}

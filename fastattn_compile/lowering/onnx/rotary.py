@@ -31,7 +31,7 @@ def turned(w: OnnxWriter, x: ir.Value, place: ir.Value, rotary: Rotary, back: bo
     else:
         first, second = w.slice(x, 0, half, 3), w.slice(x, half, rotary.channels, 3)
     plus, minus = ("Sub", "Add") if not back else ("Add", "Sub")
-    made = (
+    made: tuple[ir.Value, ...] = (
         w.op(plus, w.op("Mul", first, cos), w.op("Mul", second, sin)),
         w.op(minus, w.op("Mul", second, cos), w.op("Mul", first, sin)),
     )
