@@ -85,6 +85,8 @@ class BootstrapSchedule:
             queries' planes lack.
         finish_options: Fields of its configuration; not ``height``.
         freeze_planes: Planes are not trained in the fine-tuning at the end.
+        unit_planes: Planes are brought back to length 1 before every step, their offsets with them. Decisions stay as
+            they are, and only ``beta`` says how steep they are.
         warmup: Steps in which the learning rate rises again at the start of each stage.
 
     Raises:
@@ -102,6 +104,7 @@ class BootstrapSchedule:
     finish_with: str = ""
     finish_options: Mapping[str, Any] = field(default_factory=dict)
     freeze_planes: bool = False
+    unit_planes: bool = False
     warmup: int = 100
 
     def __post_init__(self) -> None:
@@ -231,7 +234,7 @@ class Bootstrap:
         return self._call(*args, **kwargs)
 
     def begin_step(self, step: int) -> bool:
-        """Brings the model to the stage of a step. Call it before the step, with any first step: training may
+        """Brings the model to the stage of a step. Call it before every step, with any first step: training may
         resume.
 
         Args:
@@ -241,8 +244,15 @@ class Bootstrap:
             Whether a stage began: the optimizer then has to be told (``update_optimizer``).
         """
         stage = self.schedule.stage_at(step)
-        if self.stage is not None and stage.index == self.stage.index:
-            return False
+        begins = self.stage is None or stage.index != self.stage.index
+        if begins:
+            self._begin(stage)
+        if self.schedule.unit_planes:
+            for bundle in self.bundles.values():
+                _to_unit_length(dict(bundle.named_parameters()))
+        return begins
+
+    def _begin(self, stage: Stage) -> None:
         learned = {
             site: {name: value.detach().clone() for name, value in bundle.named_parameters()}
             for site, bundle in self.bundles.items()
@@ -262,7 +272,6 @@ class Bootstrap:
         self.stage = stage
         torch.compiler.reset()
         self._call = self._compiled({"plan": plan, "strict": True, "compiler": self._compiler, "quiet": True})
-        return True
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         """Takes the parameters of the last stage out of an optimizer and adds those of this one as a group.
@@ -358,3 +367,15 @@ class Bootstrap:
         with torch.no_grad():
             for name, parameter in bundle.named_parameters():
                 parameter.copy_(values[name])
+
+
+@torch.no_grad()
+def _to_unit_length(learned: Mapping[str, Tensor]) -> None:
+    """Scales planes and their offsets in place; planes of length 0 stay."""
+    for side in ("key", "query"):
+        if f"{side}_planes" in learned:
+            planes, offsets = learned[f"{side}_planes"], learned[f"{side}_offsets"]
+            length = planes.norm(dim=-1)
+            length = torch.where(length > 0, length, 1.0)
+            planes.div_(length[..., None])
+            offsets.div_(length)

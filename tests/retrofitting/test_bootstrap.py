@@ -189,6 +189,30 @@ def test_calibration_splits_keys_evenly_and_random_planes_do_not_depend_on_data(
     assert evenness[0] < evenness[1]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_planes_go_back_to_unit_length_before_every_step_and_decide_as_before(batch, shared):
+    plan = schedule(heights=(2,), unit_planes=True, options={"shared": shared})
+    bootstrap = Bootstrap(Model(), plan, batch, compiler="eager", calibrate=False)
+    assert bootstrap.begin_step(0)
+    bundle = bootstrap.bundles["layers.2"]
+    sides = ["key"] if shared else ["key", "query"]
+    for side in sides:
+        planes, offsets = (getattr(bundle, f"{side}_{name}") for name in ("planes", "offsets"))
+        assert torch.allclose(planes.norm(dim=-1), torch.ones_like(offsets), atol=1e-6)
+        with torch.no_grad():
+            offsets.add_(0.05)
+            factor = 0.5 + torch.rand_like(offsets)
+            factor[0, 0, 0] = 0  # a plane of no length sends all vectors one way
+            planes.mul_(factor[..., None])
+            offsets.mul_(torch.where(factor > 0, factor, 1.0))
+    before = bootstrap(batch)
+    assert not bootstrap.begin_step(1)
+    for side in sides:
+        length = getattr(bundle, f"{side}_planes").norm(dim=-1)
+        assert length[0, 0, 0] == 0 and torch.allclose(length.flatten()[1:], torch.ones(()), atol=1e-6)
+    assert torch.allclose(bootstrap(batch), before, atol=1e-6)
+
+
 def test_the_optimizer_follows_the_stages(batch):
     model = Model()
     bootstrap = Bootstrap(model, schedule(), batch, compiler="eager")
