@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastattn_compile.kernels.cpu import build
+from fastattn_compile.kernels.cpu.arguments import fresh
 
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 KNOWN = ("g++", "clang++", *(f"clang++-{version}" for version in range(15, 23)))
 COMPILERS = [name for name in KNOWN if shutil.which(name)]
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if platform.machine() == "x86_64" else ("",)
@@ -36,3 +40,24 @@ def test_sources_compile(compiler: str, name: str, level: str, tmp_path: Path) -
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def flags_of(address: int) -> list[str]:
+    """Flags of the mapping that holds an address."""
+    found: list[str] = []
+    within = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if ends := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            within = int(ends[1], 16) <= address < int(ends[2], 16)
+        elif within and line.startswith("VmFlags:"):
+            found = line.split()[1:]
+    return found
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists(), reason="the system has no large pages")
+def test_what_kernels_write_stands_in_large_pages() -> None:
+    large, small = fresh(8, 1024, 1024), fresh(8)
+    assert large.shape == (8, 1024, 1024) and large.dtype == torch.float32 and small.shape == (8,)
+    assert "hg" in flags_of(large.data_ptr() + large.nbytes // 2)
+    large.fill_(1)
+    assert float(large.sum()) == large.numel()

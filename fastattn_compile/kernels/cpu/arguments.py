@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import torch
 from torch import Tensor
 
+# Large pages of Linux, and the advice that asks for them.
+_LARGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STRIDED = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
 
@@ -65,6 +68,17 @@ def block_arguments(
     return arguments
 
 
+def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``torch.empty``, in large pages where the system has them: its first writing faults every 2 MB, not every 4 KB."""
+    made = torch.empty(*shape, dtype=dtype)
+    begin, end = made.data_ptr(), made.data_ptr() + made.nbytes
+    begin, end = -(-begin // _LARGE_PAGE) * _LARGE_PAGE, end // _LARGE_PAGE * _LARGE_PAGE
+    if sys.platform == "linux" and end > begin:
+        # Where it is refused the pages stay small.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+    return made
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """The tensor with its last dimension contiguous; other strides may be anything."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -79,7 +93,7 @@ def forward_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[dict[str
         value: ``(b, g, n, e)``.
     """
     query, key, value = (dense_rows(x) for x in (query, key, value))
-    out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
+    out = fresh(*query.shape[:3], value.shape[3], dtype=value.dtype)
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32)
     return {"query": query, "key": key, "value": value, "out": out}, log_sum_exp
 
@@ -101,7 +115,7 @@ def backward_tensors(
         name: dense_rows(x) for name, x in zip(names, (query, key, value, out, grad_out.to(out.dtype)))
     }
     for name in names[:3]:
-        tensors[f"grad_{name}"] = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+        tensors[f"grad_{name}"] = fresh(*tensors[name].shape, dtype=tensors[name].dtype)
     return tensors
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten.treeformer_tf import NearPairs, Part, PartGradients, join
 from fastattn_compile.kernels.aten.window import Band, Local
-from fastattn_compile.kernels.cpu.arguments import TYPES, dense_rows, type_obstacle
+from fastattn_compile.kernels.cpu.arguments import TYPES, dense_rows, fresh, type_obstacle
 from fastattn_compile.kernels.cpu.build import library, obstacle
 
 _MOST = 2**31 - 1  # places and queries of one key head are counted in 32 bits
@@ -154,7 +154,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, lists: int, given: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor] | None:
     """Output and log-sum-exp ``(b, h, n, 1)`` in float32; ``given`` by the names of the fields."""
-    out = torch.empty(*query.shape[:3], value.shape[3])
+    out = fresh(*query.shape[:3], value.shape[3])
     log_sum_exp = torch.empty(*query.shape[:3], 1)
     done = _call(query, key, value, scale, lists, {**given, "out": out, "log_sum_exp": log_sum_exp})
     return (out, log_sum_exp) if done else None
@@ -178,7 +178,7 @@ class _Gradients:
         grad_log_sum_exp: Tensor | None,
     ) -> None:  # fmt: skip
         self.inputs = query, key, value
-        self.query, self.key, self.value = (torch.zeros(x.shape) for x in self.inputs)
+        self.query, self.key, self.value = (fresh(*x.shape).zero_() for x in self.inputs)
         grad_out = grad_out.float().contiguous()
         slope = torch.linalg.vecdot(grad_out, out.float())
         if grad_log_sum_exp is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.aten.treeformer_tc import Cut, Weighting
-from fastattn_compile.kernels.cpu.arguments import dense_rows
+from fastattn_compile.kernels.cpu.arguments import dense_rows, fresh
 from fastattn_compile.kernels.cpu.build import library, obstacle
 
 # A caller with threads of its own; here those of OpenMP serve.
@@ -93,7 +93,7 @@ def coarse(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tenso
     """As ``kernels.aten.treeformer_tc.forward``."""
     key_leaf, query_leaf, real = cut.key_leaf.contiguous(), cut.query_leaf.contiguous(), cut.real.contiguous()
     value, learned = value.contiguous(), weighting.learned.float().contiguous()
-    out = torch.empty(*query_leaf.shape, value.shape[-1])
+    out = fresh(*query_leaf.shape, value.shape[-1])
     seen = torch.empty(query_leaf.shape)
     arguments = _Coarse(*(t.data_ptr() for t in (key_leaf, query_leaf, real, value, learned, out, seen)))
     arguments.u, arguments.r = query_leaf.shape[:2]
