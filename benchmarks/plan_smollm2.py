@@ -28,10 +28,14 @@ from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.plans import Plan
 from fastattn_compile.reporting.metrics import compare_logits, summarise
 from fastattn_compile.reporting.provenance import provenance
+from fastattn_compile.retrofitting.candidates import SECONDS, Costs
+from fastattn_compile.retrofitting.journal import Journal
 from fastattn_compile.retrofitting.planning import plan
 from fastattn_compile.retrofitting.replay import Replay, Server
 
 RESULTS = Path(__file__).parent / "results" / "plan_smollm2.json"
+SCHEMA = "fastattn.quality/1"
+KEY = ("n", "max_drop", "text")
 # For a budget that was itself chosen by the evaluation text: modules that neither a plan nor a budget has seen.
 UNSEEN = (
     "ast", "calendar", "cmd", "codecs", "csv", "dis", "enum", "_pydecimal", "ftplib", "gettext", "heapq", "locale",
@@ -90,6 +94,13 @@ def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan, controls: b
     return rows
 
 
+def time_share(found: Plan, spec: SiteSpec) -> float:
+    """Measured time of the plan's operators over that of as many exact attentions by the best kernel there is."""
+    costs = Costs(SECONDS, None, Journal(None, {}))
+    mine = sum(costs.of(site.build(), spec) for site in found.sites.values())
+    return mine / (len(found.sites) * costs.of(make_operator("exact"), spec))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +115,9 @@ def main() -> None:
     parser.add_argument("--operators", type=json.loads, help="JSON: name to a list of options")
     parser.add_argument("--no-controls", action="store_true", help="no controls on the text it is chosen on")
     parser.add_argument("--solve", type=float, help="take the plan of the folder for this budget; no search")
+    parser.add_argument(
+        "--times", action="store_true", help="only measure the plan's time, for rows there are"
+    )
     parser.add_argument("--text", choices=("evaluation", "unseen"), default="evaluation", help="measured on")
     parser.add_argument("--memory", type=int, default=2048, help="MiB for states of passes")
     parser.add_argument("--folder", type=Path, required=True, help="for the plan and what was measured")
@@ -118,6 +132,23 @@ def main() -> None:
     def progress(stage: str, done: int, total: int) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {stage} {done}/{total}", flush=True)
 
+    origin = provenance(
+        model, given.inputs, seed=0, context={"benchmark": "plan_smollm2", "text": given.source}
+    )
+    document = Rows(args.json, SCHEMA, KEY, {"provenance": origin})
+    if args.times:
+        found = Plan.load(args.folder / "plan.json")
+        for row in [
+            r
+            for r in document.all
+            if r["n"] == args.length and r["max_drop"] == (args.solve or args.max_drop)
+        ]:
+            solved = found.solve(max_drop=args.solve) if args.solve else found
+            document.put(
+                {**row, "seconds": time_share(solved, site(model, args.length)), "threads": args.threads}
+            )
+            print(row["text"], document.find(row)["seconds"], flush=True)
+        return
     found = Plan.load(args.folder / "plan.json").solve(max_drop=args.solve) if args.solve else plan(
         model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
         max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
@@ -129,10 +160,6 @@ def main() -> None:
     print(json.dumps(found.provenance["search"], indent=1), flush=True)
     ids = given.inputs["input_ids"] if args.text == "evaluation" else text_ids(args.length, UNSEEN)
     rows = held_out(model, ids, args.every, found, args.solve is None)
-    origin = provenance(
-        model, given.inputs, seed=0, context={"benchmark": "plan_smollm2", "text": given.source}
-    )
-    document = Rows(args.json, "fastattn.quality/1", ("n", "max_drop", "text"), {"provenance": origin})
     document.put(
         {
             "n": args.length, "max_drop": args.solve or args.max_drop, "text": args.text, "held_out": rows,
