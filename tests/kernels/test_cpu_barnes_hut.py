@@ -28,7 +28,7 @@ def by_cpp(inputs: AttentionInputs, **options: object) -> AttentionOutput:
 @pytest.mark.parametrize("length", [40, 77, 200])
 def test_types_masks_and_lengths(length: int, mask: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(mask, length=length, head_dim=16, dtype=dtype)
-    for options in ({}, {"group": 16}):
+    for options in ({}, {"group": 16}, {"select": "cumulant"}, {"share_group": False}):
         operator = make_operator("barnes_hut", **SMALL, **options)
         with use_kernels("cpp"), recorded_kernels() as ran:
             deviations = compare_with_reference(operator, inputs, gradients=True)
@@ -38,7 +38,18 @@ def test_types_masks_and_lengths(length: int, mask: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(
     "options",
-    [{"group": 4}, {"group": 16}, {"leaf": 2}, {"leaf": 8, "fanout": 2}, {"open": 40}, {"sinks": 0}],
+    [
+        {"group": 4},
+        {"group": 16},
+        {"leaf": 2},
+        {"leaf": 8, "fanout": 2},
+        {"open": 40},
+        {"sinks": 0},
+        {"select": "cumulant"},
+        {"select": "cumulant", "group": 16, "leaf": 2},
+        {"share_group": False},
+        {"select": "cumulant", "group": 4, "share_group": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2), (5, 5)], ids=str)

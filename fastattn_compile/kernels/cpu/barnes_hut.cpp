@@ -10,20 +10,24 @@
 
 namespace {
 
-// Who speaks for a group of queries, (heads, dk), scaled. Causal: the mean of the queries that end with the group's first one,
-// nothing later, so that the choice is known when the first query is; else the mean of the group's own.
+// Who speaks for a group of queries, (heads, df), scaled: what the features of a node are multiplied with. Causal: the mean of
+// the queries that end with the group's first one, nothing later, so that the choice is known when the first query is; else
+// the mean of the group's own. For variances, half its square.
 template <typename T>
-void speak(const BarnesHutArgs& args, int64_t batch, int64_t g, int64_t first, float* voices, const T* query, int64_t dk) {
+void speak(const BarnesHutArgs& args, const Tree& tree, int64_t batch, int64_t g, int64_t first, float* voices, const T* query) {
   const BlockArgs& a = args.block;
   const int64_t heads = a.h / a.g, start = a.causal ? std::max<int64_t>(0, first - args.group + 1) : first;
   const int64_t stop = a.causal ? first + 1 : std::min(a.n, first + args.group);
   const float by = a.scale * LOG2E / (float)(stop - start);
-  std::fill_n(voices, heads * dk, 0.f);
-  for (int64_t h = 0; h < heads; h++)
+  std::fill_n(voices, heads * tree.df, 0.f);
+  for (int64_t h = 0; h < heads; h++) {
+    float* voice = voices + h * tree.df;
     for (int64_t t = start; t < stop; t++) {
       const T* from = query + batch * a.query_strides[0] + (g * heads + h) * a.query_strides[1] + t * a.query_strides[2];
-      for (int64_t c = 0; c < a.d; c++) voices[h * dk + c] += widen(from[c]) * by;
+      for (int64_t c = 0; c < a.d; c++) voice[c] += widen(from[c]) * by;
     }
+    for (int64_t c = tree.dk; c < tree.df; c++) voice[c] = 0.5f * LN2 * voice[c - tree.dk] * voice[c - tree.dk];
+  }
 }
 
 // The tokens of some leaves in fours, with a bias that hides what is in no leaf of them.
@@ -100,7 +104,7 @@ class Walk {
         slots(a, none, tree.head, {at((const T*)a.key, a.key_strides), a.key_strides[2], a.d},
               {at((const T*)a.value, a.value_strides), a.value_strides[2], a.e}, a.real ? a.real + batch * a.n : nullptr),
         chooser(args, tree), opened(args, tree, batch), tiles(heads * parts), scores(slots.total * QT), rows(QT * std::max(tree.dk, tree.dv)),
-        voices(heads * tree.dk) {
+        voices(heads * tree.df) {
     for (Tile& tile : tiles) tile.query.resize(a.d * QT), tile.out.resize(tree.dv * QT);
   }
 
@@ -108,7 +112,7 @@ class Walk {
     first_token = i * a.m, count = std::min(a.m, a.n - first_token);
     near(i);
     for (int64_t first = 0; first < count; first += args.group) {
-      speak(args, batch, g, first_token + first, voices.data(), (const T*)a.query, tree.dk);
+      speak(args, tree, batch, g, first_token + first, voices.data(), (const T*)a.query);
       leaves = chooser.open(first_token + first, voices.data(), heads);
       std::sort(leaves.begin(), leaves.end());
       const int64_t stop = std::min(count, first + args.group);
@@ -214,7 +218,7 @@ class BackwardWalk {
  public:
   BackwardWalk(const BarnesHutArgs& args, const Levels& none, const Tree& tree, int64_t batch, int64_t g)
       : args(args), a(args.block), tree(tree), batch(batch), g(g), heads(a.h / a.g), blocks(none.blocks), chooser(args, tree),
-        grads(a, none, tree.head, batch, g, tree.bias.size()), voices(heads * tree.dk) {}
+        grads(a, none, tree.head, batch, g, tree.bias.size()), voices(heads * tree.df) {}
 
   void run() {
     for (int64_t i = 0; i < blocks; i++) {
@@ -222,7 +226,7 @@ class BackwardWalk {
       opened.resize((count + args.group - 1) / args.group);
       for (size_t j = 0; j < opened.size(); j++) {
         const int64_t first = i * a.m + j * args.group;
-        speak(args, batch, g, first, voices.data(), (const T*)a.query, tree.dk);
+        speak(args, tree, batch, g, first, voices.data(), (const T*)a.query);
         std::vector<int32_t> leaves = chooser.open(first, voices.data(), heads);
         std::sort(leaves.begin(), leaves.end());
         opened[j].set(tree, leaves, args.leaf);

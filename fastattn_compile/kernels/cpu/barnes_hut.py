@@ -22,7 +22,7 @@ _MOST_LEVELS = 40
 class _Arguments(ctypes.Structure):
     _fields_ = (
         ("block", BlockArguments),
-        *((name, ctypes.c_int64) for name in ("leaf", "fanout", "group", "levels")),
+        *((name, ctypes.c_int64) for name in ("leaf", "fanout", "group", "levels", "cumulant")),
         ("keep", ctypes.c_int64 * _MOST_LEVELS),
     )
 
@@ -37,12 +37,10 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, poo
         pattern: The pattern.
         pool: Whether closed nodes are met pooled.
     """
-    if pattern.statistic != "mean" or pattern.samples or pattern.tolerance or pool:
-        return "it serves the choice by mean keys with a fixed number of leaves, what is closed left out"
+    if pattern.statistic == "bound" or pattern.samples or pattern.tolerance or pool:
+        return "it serves the choice by mean keys or cumulants with a fixed number of leaves, what is closed left out"
     if pattern.left is not None or (pattern.right is not None and not pattern.causal):
         return "it serves no windows"
-    if not pattern.share and query.shape[1] != key.shape[1]:
-        return "query heads that share a key head make one choice in it"
     return type_obstacle(query, key, value) or obstacle("barnes_hut")
 
 
@@ -61,6 +59,7 @@ def forward(
     Returns:
         Output and log-sum-exp; ``None`` when a key or value is not finite.
     """
+    key, value = _own_choices(query, key, value, pattern)
     tensors, log_sum_exp = forward_tensors(query, key, value)
     done = _call(tensors, log_sum_exp, scale, pattern, key_padding)
     return (tensors["out"], log_sum_exp) if done else None
@@ -71,11 +70,26 @@ def backward(
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, key_padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Gradients of query, key and value, as ``kernels.aten.barnes_hut.backward``; ``None`` as in ``forward``."""
+    kv_heads = key.shape[1]
+    key, value = _own_choices(query, key, value, pattern)
     tensors = backward_tensors(query, key, value, out, grad_out)
     if grad_log_sum_exp is not None:
         grad_log_sum_exp = grad_log_sum_exp.float().contiguous()
     done = _call(tensors, log_sum_exp.contiguous(), scale, pattern, key_padding, grad_log_sum_exp)
-    return (tensors["grad_query"], tensors["grad_key"], tensors["grad_value"]) if done else None
+    if not done:
+        return None
+    grads = tensors["grad_key"], tensors["grad_value"]
+    if key.shape[1] != kv_heads:
+        grads = grads[0].unflatten(1, (kv_heads, -1)).sum(2), grads[1].unflatten(1, (kv_heads, -1)).sum(2)
+    return tensors["grad_query"], *grads
+
+
+def _own_choices(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern) -> tuple[Tensor, Tensor]:
+    """Keys and values of every query head by itself where each makes a choice of its own."""
+    group = query.shape[1] // key.shape[1]
+    if pattern.share or group == 1:
+        return key, value
+    return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
 
 
 def _call(
@@ -89,6 +103,7 @@ def _call(
     )
     arguments.block.grad_lse = None if grad_log_sum_exp is None else grad_log_sum_exp.data_ptr()
     arguments.leaf, arguments.fanout, arguments.group = pattern.leaf, pattern.fanout, pattern.group
+    arguments.cumulant = pattern.statistic == "cumulant"
     arguments.levels = pattern.levels(tensors["key"].shape[2])
     arguments.keep[: arguments.levels] = [pattern.keep(level) for level in range(arguments.levels)]
     return bool(library("barnes_hut").barnes_hut_run(ctypes.byref(arguments)) == 0)

@@ -6,13 +6,15 @@ extern "C" {
 struct BarnesHutArgs {
   BlockArgs block;
   int64_t leaf, fanout, group, levels;
+  int64_t cumulant;  // whether nodes are estimated by the variance of their keys beside the mean
   int64_t keep[40];  // candidates of each level that are expanded; of level 0 that are opened
 };
 }
 
 namespace {
 
-// The nodes of one level: mean keys, filled up to whole vectors, and the base-2 logarithm of how many tokens a node holds.
+// The nodes of one level: features, mean keys filled up to whole vectors and perhaps variances as long, and the base-2
+// logarithm of how many tokens a node holds.
 struct Nodes {
   int64_t count, width;
   Floats key, log_count;
@@ -20,6 +22,7 @@ struct Nodes {
 
 struct Tree {
   int64_t dk, dv;
+  int64_t df;         // features of a node: dk, or twice that
   Floats key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
   Floats fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
   Floats bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
@@ -37,7 +40,7 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
   const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
   const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
   choose_sinks(a, batch, tree.head);
-  const int64_t dk = tree.dk = round_up(a.d, W), dv = tree.dv = round_up(a.e, W), tokens = round_up(round_up(a.n, args.leaf), 4) + 4;
+  const int64_t dk = tree.dk = round_up(a.d, W), df = tree.df = args.cumulant ? 2 * dk : dk, dv = tree.dv = round_up(a.e, W), tokens = round_up(round_up(a.n, args.leaf), 4) + 4;
   tree.key.assign(tokens * dk, 0.f);
   tree.value.assign(tokens * dv, 0.f);
   tree.bias.assign(tokens, NEG_INF);
@@ -64,18 +67,19 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
     Nodes& nodes = tree.levels[l];
     nodes.width = width;
     nodes.count = l ? (tree.levels[l - 1].count + args.fanout - 1) / args.fanout : (a.n + args.leaf - 1) / args.leaf;
-    nodes.key.assign((nodes.count + 4) * dk, 0.f);
+    nodes.key.assign((nodes.count + 4) * df, 0.f);
     counts.assign(nodes.count, 0.f);
-    // Sums first: of tokens, or of the sums that stand in the level below until it is done.
+    // Sums first: of tokens and their squares, or of the sums that stand in the level below until it is done.
     const int64_t members = l ? tree.levels[l - 1].count : a.n, per = l ? args.fanout : args.leaf;
     const float* from = l ? tree.levels[l - 1].key.data() : tree.key.data();
     for (int64_t i = 0; i < members; i++) {
       if (!l && !tree.head.pooled[i]) continue;
       counts[i / per] += l ? below_counts[i] : 1.f;
-      for (int64_t c = 0; c < dk; c += W) {
-        float* to = &nodes.key[i / per * dk + c];
-        store(to, load(to) + load(from + i * dk + c));
-      }
+      float* to = &nodes.key[i / per * df];
+      const float* row = from + i * (l ? df : dk);
+      for (int64_t c = 0; c < (l ? df : dk); c += W) store(to + c, load(to + c) + load(row + c));
+      if (!l && args.cumulant)
+        for (int64_t c = 0; c < dk; c += W) store(to + dk + c, load(to + dk + c) + load(row + c) * load(row + c));
     }
     below_counts = counts;
     nodes.log_count.resize(nodes.count + 4, NEG_INF);
@@ -85,7 +89,9 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
     for (int64_t i = 0; i < nodes.count; i++) {
       if (nodes.log_count[i] == NEG_INF) continue;
       const float by = std::exp2(-nodes.log_count[i]);
-      for (int64_t c = 0; c < dk; c += W) store(&nodes.key[i * dk + c], load(&nodes.key[i * dk + c]) * by);
+      float* feature = &nodes.key[i * df];
+      for (int64_t c = 0; c < df; c += W) store(feature + c, load(feature + c) * by);
+      for (int64_t c = dk; c < df; c += W) store(feature + c, load(feature + c) - load(feature + c - dk) * load(feature + c - dk));
     }
   return true;
 }
@@ -178,7 +184,7 @@ class Chooser {
  public:
   Chooser(const BarnesHutArgs& args, const Tree& tree) : args(args), a(args.block), tree(tree) {}
 
-  // The leaves that the queries from `first` on open. `voices` are (heads, dk), scaled to base-2 scores.
+  // The leaves that the queries from `first` on open. `voices` are (heads, df), scaled to base-2 scores.
   const std::vector<int32_t>& open(int64_t first, const float* voices, int64_t heads) {
     const int64_t block = first / a.m;
     stretches.clear();
@@ -217,11 +223,11 @@ class Chooser {
     for (int64_t i = 0; i < count;) {  // children of a node follow each other
       int64_t run = 1;
       while (run < 4 && i + run < count && listed[i + run] == listed[i] + run) run++;
-      if (i + 8 < count) fetch(&nodes.key[listed[i + 8] * tree.dk], 4 * tree.dk);
+      if (i + 8 < count) fetch(&nodes.key[listed[i + 8] * tree.df], 4 * tree.df);
       for (int64_t h = 0; h < heads; h++) {
         four s;
-        const float* voice = voices + h * tree.dk;
-        dot4<1>(&voice, &nodes.key[listed[i] * tree.dk], tree.dk, tree.dk, &s);
+        const float* voice = voices + h * tree.df;
+        dot4<1>(&voice, &nodes.key[listed[i] * tree.df], tree.df, tree.df, &s);
         for (int64_t r = 0; r < run; r++) {
           const int64_t node = listed[i + r];
           scores[h * count + i + r] = ((node < before) | (node >= after)) ? s[r] + nodes.log_count[node] : NEG_INF;
