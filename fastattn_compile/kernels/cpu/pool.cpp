@@ -27,7 +27,7 @@ namespace {
 
 constexpr int64_t TOGETHER = 8;  // heads that a task pools while a block's weights are near
 
-// Some channels of a block's tokens, (head, channel, token), 0 where a token takes no part.
+// Some channels of a block's tokens, (channel, head, token), 0 where a token takes no part: what one row of weights meets lies together.
 template <typename T>
 class Turned {
  public:
@@ -37,7 +37,7 @@ class Turned {
   Turned(const PoolArgs& a, int64_t from, int64_t to, int64_t first, int64_t channels)
       : wide(round_up(a.m, W)), x((to - from) * channels * round_up(a.m, W)), a(a), from(from), to(to), first(first), channels(channels), rows(4 * channels) {}
 
-  const float* operator()(int64_t u, int64_t channel) const { return &x[((u - from) * channels + channel) * wide]; }
+  const float* operator()(int64_t u, int64_t channel) const { return &x[(channel * (to - from) + u - from) * wide]; }
 
   void take(int64_t block) {
     for (int64_t u = from; u < to; u++) {
@@ -46,10 +46,11 @@ class Turned {
       for (int64_t t = 0; t < wide; t += 4) {
         for (int64_t r = 0; r < 4; r++) {
           const int64_t token = block * a.m + t + r;
+          __builtin_prefetch(base + std::min(a.n - 1, token + a.m) * a.strides[2]);
           if (t + r < a.m && token < a.n && pooled[token]) widen_row(base + token * a.strides[2], channels, &rows[r * channels]);
           else std::fill_n(&rows[r * channels], channels, 0.f);
         }
-        transpose_rows(rows.data(), channels, channels, &x[(u - from) * channels * wide + t], wide);
+        transpose_rows(rows.data(), channels, channels, &x[(u - from) * wide + t], (to - from) * wide);
       }
     }
   }
@@ -75,6 +76,13 @@ four combine(const float* x, const float* weight, int64_t stride, int64_t count)
   return total;
 }
 
+// Asks for the weights of a channel from `offset` of its groups on: rows of a block's length that lie far apart, which a processor
+// does not foresee.
+void ahead(const PoolArgs& a, int64_t l, int64_t channel, int64_t offset) {
+  for (int64_t r = 0; r < a.p; r++)
+    for (int64_t t = 0; t < a.m; t += 16) __builtin_prefetch(a.weight[l] + (channel * a.p + r) * (a.m << l) + offset + t);
+}
+
 // The combinations of channels [first, first + channels) of heads [from, to).
 template <typename T>
 void pool(const PoolArgs& a, const Levels& levels, int64_t from, int64_t to, int64_t first, int64_t channels) {
@@ -87,7 +95,9 @@ void pool(const PoolArgs& a, const Levels& levels, int64_t from, int64_t to, int
       const int64_t group = i >> l, stride = a.m << l, offset = (i - (group << l)) * a.m;
       const bool last = i + 1 == levels.blocks || (i + 1) >> l != group;
       float* sum = &sums[l * (to - from) * channels * wide];
-      for (int64_t c = 0; c < channels; c++)
+      for (int64_t c = 0; c < channels; c++) {
+        if (c + 1 < channels) ahead(a, l, first + c + 1, offset);
+        else if (l + 1 < levels.count) ahead(a, l + 1, first, (i - (i >> (l + 1) << (l + 1))) * a.m);
         for (int64_t u = from; u < to; u++) {
           const float *x = tokens(u, c), *weight = a.weight[l] + (first + c) * a.p * stride + offset;
           float *to_sum = sum + ((u - from) * channels + c) * wide, *row = a.rows + (u * levels.rows + levels.start[l] + group * a.p) * a.c + first + c;
@@ -104,6 +114,7 @@ void pool(const PoolArgs& a, const Levels& levels, int64_t from, int64_t to, int
           if (!last) continue;
           for (int64_t r = 0; r < a.p; r++) row[r * a.c] = to_sum[r], to_sum[r] = 0.f;
         }
+      }
     }
   }
 }
@@ -121,8 +132,9 @@ void pool_backward(const PoolArgs& a, const Levels& levels, int64_t first, int64
     };
     const auto at = [&](int64_t l, int64_t c, int64_t r) { return ((first + c) * a.p + r) * (a.m << l) + (i - (i >> l << l)) * a.m; };
     for (int64_t c = 0; c < channels; c++) {
+      for (int64_t l = 0; l < levels.count && c + 1 < channels; l++) ahead(a, l, first + c + 1, (i - (i >> l << l)) * a.m);
       for (int64_t u = 0; u < heads; u++) {
-        float* to = &grads[(u * channels + c) * tokens.wide];
+        float* to = &grads[(c * heads + u) * tokens.wide];
         for (int64_t l = 0; l < levels.count; l++)
           for (int64_t r = 0; r < a.p; r++) of_rows[l * a.p + r] = gradient(l, u, c, r);
         constexpr int WIDE = 8;
@@ -157,7 +169,7 @@ void pool_backward(const PoolArgs& a, const Levels& levels, int64_t first, int64
       for (int64_t t = 0; t < a.m && i * a.m + t < a.n; t++) {
         const int64_t token = i * a.m + t;
         float* to = a.grad_x + (u * a.n + token) * a.c + first;
-        for (int64_t c = 0; c < channels && pooled[token]; c++) to[c] += grads[(u * channels + c) * tokens.wide + t];
+        for (int64_t c = 0; c < channels && pooled[token]; c++) to[c] += grads[(c * heads + u) * tokens.wide + t];
       }
     }
   }
