@@ -26,7 +26,7 @@ from fastattn_compile.passes.choose import (
     is_decoding,
 )
 from fastattn_compile.passes.learned import take_parameters
-from fastattn_compile.passes.mask_check import MaskCheck
+from fastattn_compile.passes.mask_guard import MaskCheck, MaskHistory
 from fastattn_compile.passes.names import module_ids
 from fastattn_compile.passes.regions import copied
 from fastattn_compile.passes.rewrite import Replacement, rewrite
@@ -34,6 +34,10 @@ from fastattn_compile.passes.site import NOT_ATTENTION, Site, Softmax
 from fastattn_compile.surfacing import surfacing
 
 _KEPT_RECORDS = 256
+# Batches with other masks after which a graph is compiled anew: with ones there is a word for, and, beyond those batches
+# whose masks were as on the first, with ones there is none for.
+_PATIENCE = 2
+_PATIENCE_UNKNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class CompiledGraph:
         decisions: One for each softmax.
         monitor: Errors sampled at run time.
         planned: Names that the plan serves by an operator, of this graph's sites or others'.
-        guard: What is asked before every call, for masks whose structure was read from their values.
+        guard: What is asked before every call, for masks that were read from values.
     """
 
     modules: set[int]
@@ -94,8 +98,15 @@ class MaskGuard:
 
     def __init__(self, check: MaskCheck, original: torch.fx.GraphModule) -> None:
         self.check, self.original = check, original
-        self.calls = 0
+        self.calls = self.failures = 0
         self.broken: Counter[str] = Counter()
+        self.history = MaskHistory()
+
+    def lasts(self) -> bool:
+        """Whether to go on with the graph, or to compile it anew with what was learned of the masks that broke."""
+        learned = self.history.met or self.history.buffers
+        kept = self.calls - self.failures
+        return self.failures < (_PATIENCE if learned else kept + _PATIENCE_UNKNOWN)
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The function to call in place of ``compiled``."""
@@ -105,14 +116,17 @@ class MaskGuard:
             broken = self.check.broken(inputs)
             if not broken:
                 return compiled(*inputs)
-            if not self.broken:
+            if not self.failures:
                 warnings.warn(
-                    f"fastattn: the mask of {broken[0]} is no longer {self.check.structure(broken[0])}, which it was on the "
-                    "first batch; with such masks this graph runs exact and uncompiled, and options={'check_masks': False} "
-                    "keeps sites with masks of this kind exact from the start",
+                    f"fastattn: {broken[0].failure}; such batches run exact and uncompiled, and where they keep coming "
+                    "the graph is compiled anew; options={'check_masks': False} keeps sites with such masks exact from the "
+                    "start",
                     stacklevel=2,
                 )
-            self.broken.update(broken)
+            if self.lasts():
+                self.check.learn(inputs, broken, self.history)
+            self.failures += 1
+            self.broken.update({name for claim in broken for name in claim.names})
             return self.original.forward(*inputs)
 
         return run
@@ -153,7 +167,8 @@ def fastattn(
 def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Options) -> CompiledGraph:
     """Replaces what is to be replaced, in place."""
     modules = module_ids(gm)
-    analyses = analyse(gm, parsed.within, example_inputs if parsed.check_masks else None)
+    history = _history(modules)
+    analyses = analyse(gm, parsed.within, example_inputs if parsed.check_masks else None, history)
     # Learned parameters are marked in the graph by calls, which must go whether or not they are used.
     learned = {name: nodes for analysis in analyses for name, nodes in take_parameters(analysis.gm).items()}
     lines = [line for a in analyses for line in a.softmaxes]
@@ -163,7 +178,7 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
         # What was measured on one model says nothing of another of the same class.
         frame.bind()
     shared = frame.aliases if frame is not None and frame.inside else None
-    choices = _choose(gm, example_inputs, lines, parsed, learned, shared)
+    choices = _choose(gm, example_inputs, lines, parsed, learned, shared, history)
     if parsed.exact_fuse:
         choices = {name: fused(choice) for name, choice in choices.items()}
     rewritten = {name for name, choice in choices.items() if choice.operator is not None or choice.fuse}
@@ -171,6 +186,8 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
     check = analyses[0].check
     if check is not None and (check := check.of(rewritten)) is not None:
         guard = MaskGuard(check, copied(gm))
+        if frame is not None:
+            frame.use_while(guard.lasts, "fastattn: the masks are what they were")
     for analysis in analyses:
         _apply(analysis, choices, learned)
     made = [_decision(c) for c in choices.values()]
@@ -182,6 +199,15 @@ def _rewrite(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], parsed: Op
         record.watch(parsed.monitor, replaced)
     remember(record)
     return record
+
+
+def _history(modules: set[int]) -> MaskHistory:
+    """What is known of the masks of a model, or of functions without modules, from graphs that were compiled before."""
+    history = MaskHistory()
+    for record in _compiled:
+        if record.guard is not None and (record.modules & modules or record.modules == modules):
+            history.add(record.guard.history)
+    return history
 
 
 def _planned(options: Options) -> frozenset[str]:
@@ -265,6 +291,7 @@ def _choose(
     options: Options,
     learned: Collection[str],
     shared: Callable[[str], Collection[str]] | None,
+    history: MaskHistory,
 ) -> dict[str, Choice]:
     operator = options.build_operator()
     if operator is not None:
@@ -275,7 +302,7 @@ def _choose(
     else:
 
         def errors(sites: Sequence[Site], candidate: Operator) -> Mapping[str, float]:
-            return measure.measure_graph(gm, example_inputs, sites, candidate)
+            return measure.measure_graph(gm, example_inputs, sites, candidate, history)
 
         real = errors if measure.is_real(example_inputs) else None
         made = choose_measured(softmaxes, make_operator("fma"), options.tolerance, real)

@@ -16,6 +16,7 @@ from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Op
 from fastattn_compile.operators.observe import add_observer, observing
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.passes.analyse import analyse
+from fastattn_compile.passes.mask_guard import MaskHistory
 from fastattn_compile.passes.regions import copied
 from fastattn_compile.passes.rewrite import Replacement, rewrite
 from fastattn_compile.passes.site import Site
@@ -39,7 +40,11 @@ def own_error(operator: Operator, inputs: AttentionInputs, parameters: tuple[Ten
 
 
 def measure_graph(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], sites: Sequence[Site], candidate: Operator
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    sites: Sequence[Site],
+    candidate: Operator,
+    history: MaskHistory | None = None,
 ) -> Mapping[str, float]:
     """Runs a copy of a graph with exact attention on its example inputs and measures a candidate at some sites.
 
@@ -50,6 +55,7 @@ def measure_graph(
         example_inputs: Its real inputs.
         sites: Sites of the graph.
         candidate: The operator to measure.
+        history: As for ``analyse``.
 
     Returns:
         Name of each site to its error.
@@ -63,7 +69,7 @@ def measure_graph(
             errors[name] = own_error(candidate, inputs)
 
     exact = make_operator("exact")
-    for analysis in analyse(twin, inputs=example_inputs):
+    for analysis in analyse(twin, inputs=example_inputs, history=history):
         found = [line.site for line in analysis.softmaxes if line.site is not None and line.name in wanted]
         rewrite(analysis.gm, [Replacement(site, exact) for site in found if exact.supports(site.spec)])
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]), observing(observe):

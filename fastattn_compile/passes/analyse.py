@@ -15,7 +15,9 @@ from fastattn_compile.passes.frame import Frame, current_frame, place
 from fastattn_compile.passes.functionalize import functionalize
 from fastattn_compile.passes.fx_view import view
 from fastattn_compile.passes.graph import GraphView
-from fastattn_compile.passes.mask_check import MaskCheck, check_masks
+from fastattn_compile.passes.lift_values import WRITTEN
+from fastattn_compile.passes.mask_check import check_masks
+from fastattn_compile.passes.mask_guard import MaskCheck, MaskHistory
 from fastattn_compile.passes.names import unique_names
 from fastattn_compile.passes.regions import unshare
 from fastattn_compile.passes.site import Softmax
@@ -30,7 +32,7 @@ class Analysis:
         view: Its normalised view.
         softmaxes: One for each softmax, in execution order.
         frame: What it was captured from; ``None`` when not by Dynamo.
-        check: What must hold of the inputs for masks whose structure was read from their values.
+        check: What must hold of the inputs for masks that were read from values.
     """
 
     gm: torch.fx.GraphModule
@@ -48,7 +50,10 @@ def bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
 
 
 def analyse(
-    gm: torch.fx.GraphModule, within: str = "", inputs: Sequence[Any] | None = None
+    gm: torch.fx.GraphModule,
+    within: str = "",
+    inputs: Sequence[Any] | None = None,
+    history: MaskHistory | None = None,
 ) -> list[Analysis]:
     """Finds every softmax in a graph and the graphs inside it.
 
@@ -57,7 +62,12 @@ def analyse(
             opaque attention calls are expanded, in place; what the graph computes does not change.
         within: Path, inside the whole model, of the module that was captured; sites are named from the model's root.
         inputs: Real inputs of the graph: masks that are data to it are understood from their values (``mask_check``).
+        history: What earlier batches taught of these masks.
     """
+    history = history or MaskHistory()
+    for node in gm.graph.nodes if history.buffers else ():
+        if str(node.target) in history.buffers:
+            node.meta[WRITTEN] = True
     frame = current_frame(within)
     place(gm, frame, within)
     found = _found(gm)
@@ -71,8 +81,8 @@ def analyse(
     analyses = []
     for body, normalised, lines in found:
         named, check = [_named(line, next(names)) for line in lines], None
-        if body is gm and inputs is not None:
-            named, check = check_masks(gm, named, inputs)
+        if body is gm:
+            named, check = check_masks(gm, normalised, named, inputs, history)
         analyses.append(Analysis(body, normalised, named, frame, check))
     return analyses
 

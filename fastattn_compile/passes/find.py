@@ -300,7 +300,8 @@ def _site(
         dropout=dropout,
         weights_used=weights_used,
     )
-    return Site(name, node, query, key, value, groups, scores.scale, mask, out, out_axes, spec, factors)
+    held = lifter_of(view).held_behind(term.node for term in (*scores.terms, *tensors))
+    return Site(name, node, query, key, value, groups, scores.scale, mask, out, out_axes, spec, factors, held)
 
 
 def _bias_kind(mask: MaskAnalysis, sizes: Mapping[str, Size]) -> str:

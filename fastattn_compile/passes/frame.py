@@ -9,7 +9,7 @@ which is the model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -93,6 +93,24 @@ class Frame:
             if spelling.endswith("[0]"):
                 source = GetItemSource(source, 0)
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+    def use_while(self, holds: Callable[[], bool], reason: str) -> None:
+        """Makes Dynamo use the graph as long as a condition holds, and then compile the frame again.
+
+        Args:
+            holds: The condition, asked before every call.
+            reason: What ``TORCH_LOGS=recompiles`` says where it does not.
+        """
+        from torch._dynamo.guards import install_guard
+        from torch._dynamo.source import GlobalStateSource
+        from torch._guards import Guard
+
+        def create(builder: Any, guard: Guard) -> None:
+            builder.add_python_lambda_leaf_guard_to_root(
+                ["holds()"], [reason], closure_vars={"holds": holds}, is_epilogue=False
+            )
+
+        install_guard(Guard(GlobalStateSource(), create))
 
 
 def current_frame(within: str = "") -> Frame | None:

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 # Constants with more elements than this are not read.
 _READABLE = 1 << 24
 
+# Key of the metadata of an FX node: the buffer it stands for is written to between calls.
+WRITTEN = "fastattn_written"
+
 Rule: TypeAlias = "Callable[[Lifter, Node], Expression | None]"
 RULES: dict[str, Rule] = {}
 
@@ -120,19 +123,24 @@ def _constant(lifter: Lifter, node: Node) -> Expression | None:
     if isinstance(value, (list, tuple)):
         value = torch.tensor(value, dtype=node.dtype)
     if isinstance(value, Tensor):
-        return _pattern(value, node)
+        found = pattern_of(value, node)
+        if found is not None:
+            lifter.held[node] = found
+        return found
     return typed(constant(value), node.dtype) if isinstance(value, (bool, int, float)) else None
 
 
 def known_value(node: Node) -> Any:
     """The value of a constant of the model: what the view says, else what Dynamo traced the graph with.
 
-    A buffer is read while the graph is compiled. One that is overwritten between calls, outside the graph,
-    needs a new compilation.
+    A buffer is read while the graph is compiled, and must be looked at before every call (``Lifter.held``). One that is
+    known to be written to between calls (``WRITTEN``) has no value.
     """
-    value = node.attributes.get("value")
+    value, meta = node.attributes.get("value"), getattr(node.origin, "meta", {})
+    if meta.get(WRITTEN):
+        return None
     if value is None:
-        traced = getattr(node.origin, "meta", {}).get("grapharg")
+        traced = meta.get("grapharg")
         try:
             value = getattr(traced, "example", None)
         except AssertionError:  # the tensor is gone
@@ -140,8 +148,13 @@ def known_value(node: Node) -> Any:
     return value
 
 
-def _pattern(value: Tensor, node: Node) -> Expression | None:
-    """The formula of a uniform constant, or of one of two values that form a band. Every entry is checked."""
+def pattern_of(value: Tensor, node: Node) -> Expression | None:
+    """The formula of a uniform constant, or of one of two values that form a band. Every entry is checked.
+
+    Args:
+        value: What it holds.
+        node: The constant.
+    """
     if isinstance(value, FakeTensor) or value.is_meta or value.layout != torch.strided:
         return None
     if not 0 < value.numel() <= _READABLE or tuple(value.shape) != node.shape or value.is_complex():

@@ -7,7 +7,7 @@ of a formula exactly, the rounded tensor is read instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,6 +47,7 @@ class Lifter:
     def __init__(self, view: GraphView) -> None:
         self.order = view.order
         self.cache: dict[Any, Any] = {}  # of what is derived from the formulas
+        self.held: dict[Node, Expression] = {}  # tensors whose values are formulas
         self._lifted: dict[Node, Expression] = {}
 
     def lift(self, node: Node) -> Expression:
@@ -81,6 +82,17 @@ class Lifter:
                 return Unknown(node, "of unknown shape")
             return Load(node, tuple(dim(i, size) for i, size in enumerate(node.shape)))
         return lifted
+
+    def held_behind(self, nodes: Iterable[Node]) -> tuple[Node, ...]:
+        """The tensors whose values are part of the formulas of some nodes."""
+        seen = dict.fromkeys(nodes)
+        work = list(seen)
+        while work:
+            node = work.pop()
+            new = [x for x in dependencies(node) if x not in seen] if _descends(node) else []
+            seen.update(dict.fromkeys(new))
+            work.extend(new)
+        return tuple(node for node in seen if node in self.held)
 
     # What rules ask for. Operands are lifted before a rule runs.
 

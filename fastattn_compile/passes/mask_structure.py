@@ -100,8 +100,10 @@ class MaskAnalysis:
 
     Args:
         structure: The mask. With ``opaque`` set the other fields say nothing.
-        key_padding: Truth value of batch and key, true for a real token; set when ``structure.key_padding``.
-        segments: Integer formula of batch and key, the document of a token; set when ``structure.segments``.
+        key_padding: Truth value of batch and key, true for a real token; set when ``structure.key_padding``. One of query,
+            too, is the whole mask: a key is real when any query sees it.
+        segments: Integer formula of batch and key, the document of a token; set when ``structure.segments``. A truth value
+            of query, too, is the whole mask: documents are what it does not join (``mask_values.documents_of``).
         bias: ``"none"``; ``"alibi"``: ``-slope * |key - query|`` for visible keys; ``"bucketed"``: a function of
             head and ``key - query``; both up to a constant of each row; ``"dense"``: anything else, data that may
             hide keys included.

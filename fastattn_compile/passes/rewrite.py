@@ -16,8 +16,9 @@ from fastattn_compile.passes.axes import Axes, leaves
 from fastattn_compile.passes.bias_tensor import bias_node
 from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.emission import emit_fx
-from fastattn_compile.passes.expression import axes_of
+from fastattn_compile.passes.expression import Expression, axes_of
 from fastattn_compile.passes.functionalize import erase_dead
+from fastattn_compile.passes.mask_values import any_along, documents_of
 from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
 from fastattn_compile.passes.temperature import scaled
@@ -136,8 +137,26 @@ def _fact(
         if "query" in axes_of(expression):
             # What was read from the values of a mask: a key is real when any query sees it.
             whole = (sizes[0], layout.product(leaves(site.groups.query)), sizes[1])
-            seen = emit_fx(graph, expression, ("batch", "query", "key"), whole, site.spec.device)
-            facts[identity] = graph.call_function(torch.any, (seen, 1))
+            facts[identity] = _from_mask(graph, expression, whole, site.spec.device, name, facts)
         else:
             facts[identity] = emit_fx(graph, expression, ("batch", "key"), sizes, site.spec.device)
     return facts[identity]
+
+
+def _from_mask(
+    graph: torch.fx.Graph, visible: Expression, sizes: tuple[Any, Any, Any], device: str, name: str,
+    facts: dict[Any, torch.fx.Node],
+) -> torch.fx.Node:  # fmt: skip
+    """Which keys are real, or the documents of the tokens, from a mask: once for all sequences where they share it."""
+    shared = "batch" not in axes_of(visible)
+    identity = ("visible", visible, sizes)
+    if identity not in facts:
+        whole = (1, *sizes[1:]) if shared else sizes
+        facts[identity] = emit_fx(graph, visible, ("batch", "query", "key"), whole, device)
+    seen = facts[identity]
+    fact = (
+        graph.call_function(documents_of, (seen,))
+        if name == "segments"
+        else graph.call_function(any_along, (seen, 1))
+    )
+    return graph.call_function(torch.broadcast_to, (fact, [sizes[0], sizes[2]])) if shared else fact

@@ -69,6 +69,7 @@ class Site:
         out_axes: Axes of ``out``.
         spec: The site as operators see it.
         factors: Further factors on the scores, tensors.
+        held: Constants whose values are part of what was read of the mask and the factors.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Site:
     out_axes: Axes
     spec: SiteSpec
     factors: tuple[Factor, ...] = ()
+    held: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class SiteReport:
         attention_ms_exact: Time of exact attention on the same tensors.
         options: The operator's configuration.
         diagnostics: What the operator knows of its own loss or balance (``Operator.diagnostics``).
+        mask: Structure of the mask, as ``fa.scan`` prints it.
+        mask_checked: The structure was read from the mask's values on a first batch, and compared before every call.
+        mask_broken: Calls on which the mask was something else. They ran exact and uncompiled.
     """
 
     name: str
@@ -64,6 +67,9 @@ class SiteReport:
     attention_ms_exact: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    mask: str = ""
+    mask_checked: bool = False
+    mask_broken: int = 0
 
     @property
     def replaced(self) -> bool:

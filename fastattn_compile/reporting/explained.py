@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from fastattn_compile.files import write_text
-from fastattn_compile.reporting.terminal import WIDTH, console, new_table, pairs_table, print_scan
+from fastattn_compile.reporting.terminal import WIDTH, console, mask_text, new_table, pairs_table, print_scan
 
 if TYPE_CHECKING:
     from fastattn_compile.scanning import Explanation, Scan
@@ -41,7 +41,7 @@ def print_explanation(explanation: Explanation, file: IO[str] | None = None) -> 
         tensors = len(softmax.site.factors)
         scale = f"{softmax.site.scale:.6g}" + (f" and {tensors} factors that are tensors" if tensors else "")
         known = {
-            "mask": str(spec.mask), "bias": spec.bias, "scale": scale, "kind": spec.kind,
+            "mask": mask_text(softmax), "bias": spec.bias, "scale": scale, "kind": spec.kind,
             "query heads": str(spec.heads), "key heads": str(spec.kv_heads),
             "channels": f"{spec.head_dim}, values {spec.value_dim}", "dropout": f"{spec.dropout:g}",
             "soft cap": f"{spec.softcap:g}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from fastattn_compile.reporting.provenance import versions
 def report(model: torch.nn.Module | None = None) -> Report:
     """What serves each attention of a compiled model, why, and what error was measured.
 
-    It costs nothing: it collects what is known from compilation and, under ``monitor``, from the calls
-    since. For the delta end to end use ``fa.evaluate``.
+    It costs nothing: it collects what is known from compilation and from the calls since: masks that were not what they
+    were on the first batch and, under ``monitor``, errors. For the delta end to end use ``fa.evaluate``.
 
     Args:
         model: A compiled model, or the model inside; every model compiled so far when ``None``.
@@ -34,8 +35,9 @@ def report(model: torch.nn.Module | None = None) -> Report:
     watched: dict[str, list[float]] = {}
     for record in found:
         watched.update(record.monitor.errors if record.monitor is not None else {})
+    broken = sum((record.guard.broken for record in found if record.guard is not None), Counter[str]())
     sites = {
-        decision.name: _site(decision, watched.get(decision.name, []))
+        decision.name: _site(decision, watched.get(decision.name, []), broken[decision.name])
         for decision in decisions(model)
         if decision.softmax.status != "not_attention"
     }
@@ -52,9 +54,10 @@ def report(model: torch.nn.Module | None = None) -> Report:
     return Report(tuple(sites.values()), provenance=provenance)
 
 
-def _site(decision: Decision, watched: list[float]) -> SiteReport:
+def _site(decision: Decision, watched: list[float], broken: int) -> SiteReport:
     # Both are 95th percentiles over the sampled queries of a batch; the monitor's is the median over batches.
     error = statistics.median(watched) if watched else decision.error
     return SiteReport(
-        decision.name, decision.operator, decision.reason, own_error_p95=error, options=decision.options
-    )
+        decision.name, decision.operator, decision.reason, own_error_p95=error, options=decision.options,
+        mask=decision.softmax.mask, mask_checked=decision.softmax.checked, mask_broken=broken,
+    )  # fmt: skip

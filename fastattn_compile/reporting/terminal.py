@@ -16,6 +16,7 @@ from fastattn_compile.reporting.document import Report, SiteReport, SpanReport
 from fastattn_compile.reporting.verdict import change_text, ratio_text, verdict
 
 if TYPE_CHECKING:
+    from fastattn_compile.passes.site import Softmax
     from fastattn_compile.scanning import Scan
 
 WIDTH = 100
@@ -27,6 +28,7 @@ _LEGEND = (
     "far: own error of a local window of as many keys, of the plain mean, of the operator's near field and of "
     "its far field alone; keys: a query meets; speed: over exact"
 )
+_CHECKED = "checked: the mask is data to the graph; read from its values, and compared before every call"
 _SITE_COLUMNS: dict[str, Callable[[SiteReport], str]] = {
     "own": lambda site: number(site.own_error),
     "p95": lambda site: number(site.own_error_p95),
@@ -70,10 +72,12 @@ def print_scan(scan: Scan, file: IO[str] | None = None, *, full: bool = False) -
     for names, softmax in _alike(scan.softmaxes, full):
         sizes = [str(x) if x else "" for x in (softmax.heads, softmax.kv_heads, softmax.head_dim)]
         status = f"[{_STATUS.get(softmax.status, 'default')}]{softmax.status.replace('_', ' ')}[/]"
-        table.add_row(escape(names), status, softmax.kind, escape(softmax.mask), *sizes)
+        table.add_row(escape(names), status, softmax.kind, escape(mask_text(softmax)), *sizes)
         if softmax.reason:
             reasons.setdefault((softmax.status, softmax.reason), []).append(names)
     out.print(table)
+    if any(softmax.checked for softmax in scan.softmaxes):
+        out.print(_CHECKED, style="dim")
     _print_reasons(out, reasons)
     counts = scan.counts
     out.print(
@@ -115,12 +119,18 @@ def _alike(softmaxes: Sequence[Any], full: bool) -> Iterable[tuple[str, Any]]:
     """Neighbours that differ only in numbers inside their names, as one; each by itself when ``full``."""
 
     def looks(softmax: Any) -> tuple[Any, ...]:
-        same = (softmax.status, softmax.reason, softmax.kind, softmax.mask, softmax.heads, softmax.kv_heads)
-        return (softmax.name if full else re.sub(r"\d+", "#", softmax.name), *same, softmax.head_dim)
+        same = (softmax.status, softmax.reason, softmax.kind, softmax.mask, softmax.checked, softmax.heads)
+        name = softmax.name if full else re.sub(r"\d+", "#", softmax.name)
+        return (name, *same, softmax.kv_heads, softmax.head_dim)
 
     for _, group in groupby(softmaxes, key=looks):
         members = list(group)
         yield joined_names([member.name for member in members]), members[0]
+
+
+def mask_text(softmax: Softmax) -> str:
+    """The mask of a softmax, and whether it was read from values."""
+    return f"{softmax.mask} (checked)" if softmax.checked else softmax.mask
 
 
 def joined_names(names: Sequence[str]) -> str:
@@ -166,6 +176,19 @@ def _print_sites(out: Console, sites: Sequence[SiteReport], full: bool) -> None:
         out.print(_LEGEND, style="dim")
     _print_diagnostics(out, sites)
     _print_reasons(out, reasons)
+    _print_broken(out, sites)
+
+
+def _print_broken(out: Console, sites: Sequence[SiteReport]) -> None:
+    """Masks that were other than on the first batch."""
+    for calls, members in groupby(sites, key=lambda site: site.mask_broken):
+        if calls:
+            names = [site.name for site in members]
+            out.print(
+                escape(
+                    f"mask: {joined_names(names)}: other than read on {calls} calls, which ran exact and uncompiled"
+                )
+            )
 
 
 def _print_diagnostics(out: Console, sites: Sequence[SiteReport]) -> None:

@@ -61,7 +61,7 @@ def compiled(model: Any, **options: object) -> Any:
 
 
 PATTERNS = [
-    "none", "causal", "causal & window(9)", "left(5)", "right(7) & left(4)", "chunk(8)", "causal & chunk(8)",
+    "none", "causal", "causal & window(9)", "left(5)", "right(7) & left(4)",
     "causal & prefix(5)", "key_padding", "causal & key_padding", "causal & window(9) & key_padding",
 ]  # fmt: skip
 

@@ -103,6 +103,18 @@ class TestPromptIsReplacedAndStepsAreExact:
         assert {name for name, operator in served.items() if operator == "fma"} == set(OF_THE_PROMPT[kind])
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_attention_of_t5_is_in_the_report(cache: str) -> None:
+    """The decoder sees one token at a time: its sites are exact, and named with the reason."""
+    model = causal_lm("t5")
+    compile_for_generation(model, operator="fma", block=8)
+    generate(model, prompt("t5"), cache_implementation=cache)
+    sites = {site.name: site for site in fa.report(model).sites}
+    decoder = ["decoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"]
+    assert sorted(sites) == sorted(["encoder.block.0.layer.0.SelfAttention", *decoder])
+    assert all(sites[name].operator == "exact" and sites[name].reason for name in decoder)
+
+
 class TestStaticCache:
     def test_the_mask_of_a_static_cache_comes_from_outside_the_graph(self) -> None:
         model = causal_lm()

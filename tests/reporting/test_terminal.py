@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,22 @@ def test_scan_joins_layers_that_are_alike(scan):
     assert "model.layers.7.self_attn" not in text
     assert "model.cross[0]" in text
     assert "model.router" in text
+
+
+def test_scan_tells_masks_that_were_read_from_values():
+    layers = [softmax(f"layers.{i}.attn", checked=i < 2) for i in range(4)]
+    text = printed(print_scan, scan_of(*layers))
+    assert re.search(r"layers\.\{0\.\.1\}\.attn \(2\).* causal \(checked\)", text)
+    assert re.search(r"layers\.\{2\.\.3\}\.attn \(2\).* causal +9", text)
+    assert "compared before every call" in text
+    assert "checked" not in printed(print_scan, scan_of(*layers[2:]))
+
+
+def test_report_tells_masks_that_broke():
+    sites = [site(0, mask_broken=3), site(1, mask_broken=3), site(2)]
+    text = printed(print_report, report(sites)).replace("\n", " ")
+    assert "mask: model.layers.{0..1}.self_attn (2): other than read on 3 calls, which ran exact" in text
+    assert "other than read" not in printed(print_report, report(sites[2:]))
 
 
 def test_scan_of_nothing():
