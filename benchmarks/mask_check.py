@@ -1,7 +1,8 @@
 """What comparing a mask that is data with its structure costs before a call, beside the attention it stands before.
 
 A mask ``(batch, 1, n, n)`` of causal attention with padding is an argument of the model. Timed are the comparison of a new
-mask, that of one that was looked at before, exact attention with the mask as it is (SDPA), and ``fma``.
+mask, of a new one of packed documents, of one that was looked at before, exact attention with the mask as it is (SDPA), and
+``fma``.
 
     python benchmarks/mask_check.py
 """
@@ -43,28 +44,43 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
     return round(1e3 * statistics.median(times[1:]), 2)
 
 
+def guarded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Callable[..., Tensor], backend.MaskGuard]:
+    """SDPA compiled for a mask, and what is asked before every call."""
+    torch.compiler.reset()
+    backend.reset()
+    options = {"operator": "fma", "compiler": "eager", "quiet": True}
+    fast = torch.compile(Attention(), backend="fastattn", dynamic=False, options=options)
+    fast(q, k, v, mask)
+    (record,) = backend.records()
+    if record.guard is None or not record.decisions[0].softmax.checked:
+        raise RuntimeError(f"the mask was not read: {record.decisions}")
+    return fast, record.guard
+
+
 @torch.no_grad()
 def measure(n: int, repeats: int) -> dict[str, float]:
     """The times of a length."""
-    torch.compiler.reset()
-    backend.reset()
     q, k, v = torch.randn(3, 2, HEADS, n, CHANNELS)
     seen = torch.ones(n, n, dtype=torch.bool).tril() & (torch.arange(n) < n - 7)
-    mask = torch.zeros(2, 1, n, n).masked_fill(~seen, torch.finfo(torch.float32).min)
-    model = Attention()
-    options = {"operator": "fma", "compiler": "eager", "quiet": True}
-    fast = torch.compile(model, backend="fastattn", dynamic=False, options=options)
-    inputs = [q, k, v, mask]
+    document = torch.arange(n) // 700
+    packed = seen & (document == document[:, None])
+
+    def new(guard: backend.MaskGuard, mask: Tensor) -> float:
+        masks = itertools.cycle([mask.clone(), mask])  # neither is the one that was looked at last
+        return milliseconds(lambda: guard.check.broken([q, k, v, next(masks)]), repeats)
+
+    masks = [torch.zeros(2, 1, n, n).masked_fill(~x, torch.finfo(torch.float32).min) for x in (packed, seen)]
+    of_documents = new(guarded(q, k, v, masks[0])[1], masks[0])
+    inputs = [q, k, v, masks[1]]
+    fast, guard = guarded(*inputs)
+    times = {
+        "new_mask_ms": new(guard, masks[1]),
+        "new_packed_mask_ms": of_documents,
+    }
     fast(*inputs)
-    (record,) = backend.records()
-    guard = record.guard
-    if guard is None or not record.decisions[0].softmax.checked:
-        raise RuntimeError(f"the mask was not read: {record.decisions}")
-    masks = itertools.cycle([mask.clone(), mask])  # neither is the one that was looked at last
-    return {
-        "new_mask_ms": milliseconds(lambda: guard.check.broken([q, k, v, next(masks)]), repeats),
+    return times | {
         "same_mask_ms": milliseconds(lambda: guard.check.broken(inputs), repeats),
-        "exact_ms": milliseconds(lambda: model(*inputs), repeats),
+        "exact_ms": milliseconds(lambda: Attention()(*inputs), repeats),
         "fma_ms": milliseconds(lambda: fast(*inputs), repeats),
     }
 
