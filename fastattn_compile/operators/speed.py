@@ -28,6 +28,8 @@ SCHEMA = "fastattn.speed/1"
 VARIABLE = "FASTATTN_SPEED"
 _SHIPPED = Path(__file__).with_name("speed.json")
 _LONGEST = 1 << 24
+# Kernels that add a bias by distance; of the operators that are not named, only those on ATen do.
+_ADD_A_BIAS = {"fma": ("aten", "cpp")}
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,9 @@ def predicted_seconds(operator: Operator, spec: SiteSpec) -> float:
 
 
 def _predicted(operator: Operator, spec: SiteSpec) -> float:
-    known = known_speeds()
-    if spec.bias != "none" or operator.only_on_aten:
-        # Only kernels on ATen add a bias.
-        known = tuple(s for s in known if s.kernels == "aten")
+    serving = _ADD_A_BIAS.get(operator.name, ("aten",)) if spec.bias != "none" else ()
+    serving = ("aten",) if operator.only_on_aten else serving
+    known = tuple(s for s in known_speeds() if not serving or s.kernels in serving)
     speed = speed_of(operator.name, spec.device, spec.dtype, known)
     return speed.seconds_per_call + operator.cost(spec).flops / speed.flops_per_second
 

@@ -82,14 +82,22 @@ def test_exact_is_kept_where_it_is_predicted_faster(
     assert least <= crossover(make_operator("fma"), spec) <= most
 
 
-def test_a_bias_is_added_on_aten_only(own_file: Path) -> None:
-    """However fast the kernels are that know none."""
-    save_speeds(own_file, [made(device=HERE, rate=1e9), made(device=HERE, kernels="cpp", rate=1e13)])
+@pytest.mark.skipif(bool(speed.obstacle()), reason="without a compiler no row of C++ is read")
+def test_only_kernels_that_serve_the_site_predict_its_time(own_file: Path) -> None:
+    """However fast the others are."""
+    rows = [
+        made(name, HERE, kernels, rate=rate)
+        for name in ("fma", "window")
+        for kernels, rate in (("aten", 1e8), ("cpp", 1e13))
+    ]
+    save_speeds(own_file, rows)
     spec = SiteSpec(1, 4, 4, 4096, 4096, 64, 64, mask=CAUSAL)
-    operator = make_operator("fma")
-    assert speed.predicted_seconds(operator, replace(spec, bias="alibi")) > 0.5
-    assert speed.predicted_seconds(operator, spec) < 0.1
-    # Nor is any but ATen's kernel for grids, at whatever site.
+    biased = replace(spec, bias="alibi")
+    for name, slow in (("fma", False), ("window", True)):
+        operator = make_operator(name)
+        assert speed.predicted_seconds(operator, spec) < 0.1
+        assert (speed.predicted_seconds(operator, biased) > 0.5) is slow
+    # None but ATen's kernel serves grids, at whatever site.
     image = make_operator("fma", grid=(64, 64))
     assert speed.predicted_seconds(image, replace(spec, mask=NO_MASK)) > 0.5
 
