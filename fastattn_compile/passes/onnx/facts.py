@@ -41,6 +41,8 @@ class FactWriter:
     def type_of(self, value: ir.Value) -> ir.DataType:
         """The type of a value that was written here, or that the graph has."""
         found = self.types.get(value) or value.dtype
+        if found is None and value.producer() in self.w.nodes:
+            return _INT64  # what was written elsewhere without a type is a size
         if found is None:
             raise ValueError(f"the type of {value.name} is not known")
         return found

@@ -6,7 +6,6 @@ values of those tensors at hand the shapes behind them follow by plain rules; on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +16,15 @@ from fastattn_compile.passes.graph import Size, same_size
 from fastattn_compile.passes.onnx.sizes import SizeValues, attribute, axes_of, plain
 
 Shape = tuple[Size, ...]
-_GIVEN_UP = re.compile(r"^(unk__|\?)|_o\d+__d\d+$")
 
 
 def is_known(shape: Shape | None) -> bool:
-    """Whether every size means something; inference names those it gave up ``unk__...`` or by node, output and dimension."""
+    """Whether every size means something; inference names those it gave up ``unk__...``."""
     return shape is not None and not any(
-        _GIVEN_UP.search(str(s)) for size in shape if isinstance(size, sympy.Expr) for s in size.free_symbols
+        str(s).startswith(("unk__", "?"))
+        for size in shape
+        if isinstance(size, sympy.Expr)
+        for s in size.free_symbols
     )
 
 
@@ -220,15 +221,6 @@ def _squeeze(node: ir.Node, values: SizeValues) -> Shape | None:
     return tuple(size for d, size in enumerate(shape) if d not in gone)
 
 
-def _flatten(node: ir.Node, values: SizeValues) -> Shape | None:
-    shape = _operand(node, values, 0)
-    if shape is None:
-        return None
-    axis = attribute(node, "axis", 1)
-    axis = axis + len(shape) if axis < 0 else axis
-    return plain(sympy.prod(shape[:axis])), plain(sympy.prod(shape[axis:]))
-
-
 def _concat(node: ir.Node, values: SizeValues) -> Shape | None:
     shapes = [_operand(node, values, at) for at in range(len(node.inputs))]
     known = [s for s in shapes if s is not None]
@@ -295,8 +287,8 @@ def _range(node: ir.Node, values: SizeValues) -> Shape | None:
 
 _RULES: Mapping[str, Callable[[ir.Node, SizeValues], Shape | None]] = {
     "MatMul": _matmul, "MatMulInteger": _matmul, "Transpose": _transpose, "Reshape": _reshape, "Expand": _expand,
-    "ConstantOfShape": _full, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Flatten": _flatten, "Concat": _concat,
-    "Gather": _gather, "GatherND": _gather_nd, "Range": _range, "QLinearMatMul": _quantised_product, "Gemm": _gemm,
+    "ConstantOfShape": _full, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Concat": _concat, "Gather": _gather,
+    "GatherND": _gather_nd, "Range": _range, "QLinearMatMul": _quantised_product, "Gemm": _gemm,
 }  # fmt: skip
 _MICROSOFT: Mapping[str, Callable[[ir.Node, SizeValues], Shape | None]] = {
     "QGemm": _quantised_projection, "FusedMatMul": _fused_matmul,
