@@ -38,6 +38,7 @@ LADDERS: Mapping[str, Sequence[Options]] = {
         {"open": 32, "beam": 32, "share_group": False},
         {"open": 64, "beam": 48, "share_group": False},
         {"open": 128, "beam": 64, "share_group": False},
+        {"open": 256, "beam": 128, "share_group": False},
         {"open": 96, "beam": 96},
         # Queries that choose together pay an eighth for the choice: a beam that lets nearly every node through, and the
         # variance of a node's keys beside their mean, without which nodes of unlike keys are overlooked. On some sites that
