@@ -109,6 +109,13 @@ def test_refusals_name_the_part_and_its_heads():
     assert "window of key heads 0, 1" in make_operator("per_head", parts=[WINDOW]).supports(cross).reason
 
 
+def test_its_name_says_who_serves_what():
+    assert repr(make_operator("per_head", parts=[WINDOW, FMA], heads=[1, 0, 1])).startswith(
+        "per_head(key heads 1: window(width=9, sinks=2); key heads 0, 2: fma(block=8, rank=2"
+    )
+    assert repr(make_operator("per_head", parts=[WINDOW])) == "per_head(all heads: window(width=9, sinks=2))"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

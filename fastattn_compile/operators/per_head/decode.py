@@ -64,4 +64,4 @@ class PerHeadDecoder(Decoder):
     def stored_rows(self) -> int:
         """In the mean over key heads, rounded up."""
         rows = sum(decoder.stored_rows() * len(part.key_heads) for part, decoder in self._parts)
-        return -(-rows // sum(len(part.key_heads) for part, _ in self._parts))
+        return -(-rows // max(1, sum(len(part.key_heads) for part, _ in self._parts)))

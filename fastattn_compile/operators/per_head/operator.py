@@ -42,6 +42,16 @@ class PerHeadAttention(Operator[PerHeadConfig]):
             make_operator(part["operator"], **part.get("options", {})) for part in self.config.parts
         )
 
+    def __repr__(self) -> str:
+        heads = self.config.heads
+        if not heads:
+            return f"per_head(all heads: {self.operators[0]})"
+        named = [
+            f"key heads {_listed([h for h, of in enumerate(heads) if of == n])}: {self.operators[n]}"
+            for n in sorted(set(heads))
+        ]
+        return f"per_head({'; '.join(named)})"
+
     def served(self, heads: int, kv_heads: int) -> list[Served]:
         """The parts that serve any head of a site."""
         group = heads // kv_heads
