@@ -158,6 +158,7 @@ def test_barnes_hut(length: int, mask: str) -> None:
         {"group": 4},
         {"group": 8, "select": "cumulant"},
         {"select": "cumulant"},
+        {"share_group": False},
         {"sinks": 0, "fanout": 4, "leaf": 4},
     ],
     ids=str,

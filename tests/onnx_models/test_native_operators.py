@@ -78,7 +78,7 @@ def test_windows(mask: str, options: dict[str, object], dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     "options",
     [{"group": 4}, {"group": 8, "select": "cumulant"}, {"select": "cumulant"}, {"sinks": 0, "fanout": 4, "leaf": 4},
-     {"block": 16, "group": 16, "open": 6}],
+     {"share_group": False}, {"block": 16, "group": 16, "open": 6}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("mask", ["none", "causal & key_padding"])

@@ -7,6 +7,7 @@ the rows of one block, so that memory grows with the sequence and not with what 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,6 @@ def _supports(operator: Operator, spec: BodySpec) -> Support:
         return no("its ONNX body opens a number of leaves and leaves the rest out: rest='drop', tolerance=0")
     if not config.open:
         return no("its ONNX body opens at least one leaf; for the near field alone use window")
-    if not config.share_group and spec.group > 1:
-        return no("its ONNX body makes one choice for all query heads of a key head: share_group=True")
     if spec.mask.left is not None or spec.mask.right not in (None, 0):
         return no(
             f"its ONNX body serves causal and bidirectional attention without a window, not {spec.mask}"
@@ -44,11 +43,17 @@ def _attributes(operator: Operator, spec: BodySpec) -> Mapping[str, Any]:
     return {
         "block": config.block, "sinks": config.sinks, "leaf": config.leaf, "fanout": config.fanout,
         "group": config.group, "open": config.open, "beam": config.beam, "select": config.select,
-        "longest": spec.longest,
+        "share_group": config.share_group, "longest": spec.longest,
     }  # fmt: skip
 
 
 def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs) -> ir.Value:
+    if not operator.config.share_group and spec.group > 1:
+        # Every query head chooses for itself: as if each had keys of its own.
+        heads = w.constant([head // spec.group for head in range(spec.heads)])
+        key, value = (w.op("Gather", x, heads, axis=1) for x in (given.key, given.value))
+        given = dataclasses.replace(given, key=key, value=value)
+        spec = dataclasses.replace(spec, kv_heads=spec.heads)
     return _Writing(w, operator, spec, given).write()
 
 
@@ -357,4 +362,4 @@ class _Writing(Blocks):
         return w.op("Reshape", child, [0, 0, 0, -1]), w.op("Reshape", known, [0, 0, 0, -1])
 
 
-BODY = Body("BarnesHut", 1, _supports, _write, _attributes)
+BODY = Body("BarnesHut", 2, _supports, _write, _attributes)

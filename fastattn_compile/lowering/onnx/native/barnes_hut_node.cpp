@@ -8,13 +8,13 @@ namespace {
 class BarnesHut {
  public:
   static constexpr const char* NAME = "BarnesHut";
-  static constexpr int64_t BODY = 1;
+  static constexpr int64_t BODY = 2;
   static constexpr size_t PARAMETERS = 0;
 
   BarnesHut(const Attributes& given, const Mask& mask)
       : scale(given.scale()), block(given.positive("block")), sinks(given.integer("sinks")), leaf(given.positive("leaf")),
         fanout(given.positive("fanout")), group(given.positive("group")), opened(given.positive("open")), beam(given.positive("beam")),
-        causal(mask.causal) {
+        causal(mask.causal), shared(given.integer("share_group")) {
     mask.refuse_windows();
     const std::string select = given.text("select");
     if (select != "mean" && select != "cumulant") throw std::runtime_error("the library does not choose by '" + select + "'");
@@ -26,18 +26,23 @@ class BarnesHut {
   void run(Call& call) const {
     call.refuse_other_lengths();
     if (call.empty()) return;
+    std::vector<char> keys, values;
+    if (!shared && call.h != call.g) {  // every query head chooses for itself: as if each had keys of its own
+      call.key = repeated(call, call.key, call.d, keys), call.value = repeated(call, call.value, call.e, values);
+      call.g = call.h;
+    }
     BarnesHutArgs args{};
     BlockArgs& a = args.block = call.arguments<BlockArgs>(scale);
     a.out = call.out, a.real = call.real;
     a.out_strides[0] = a.h * a.n * a.e, a.out_strides[1] = a.n * a.e, a.out_strides[2] = a.e;
     a.m = block, a.sinks = sinks, a.causal = causal;
-    args.leaf = leaf, args.fanout = fanout, args.group = group;
+    args.leaf = leaf, args.fanout = fanout, args.group = group, args.cumulant = cumulant;
     // Levels whose nodes would all be kept decide nothing and are left out.
     for (int64_t width = leaf; (a.n + width - 1) / width > keep(args.levels) || !args.levels; width *= fanout) {
       if (args.levels == MOST_LEVELS) throw std::runtime_error("the tree has too many levels");
       args.keep[args.levels] = keep(args.levels), args.levels++;
     }
-    if (call.type != ort::DOUBLE && !cumulant) {
+    if (call.type != ort::DOUBLE) {
       Floats log_sum_exp(a.b * a.h * a.n);
       a.log_sum_exp = log_sum_exp.data();
       if (barnes_hut_run(&args) == 0) return;
@@ -51,7 +56,15 @@ class BarnesHut {
   static constexpr int64_t MOST_LEVELS = sizeof(BarnesHutArgs::keep) / sizeof(int64_t), LEAST_BEAM = 8;
   double scale;
   int64_t block, sinks, leaf, fanout, group, opened, beam;
-  bool causal, cumulant;
+  bool causal, shared, cumulant;
+
+  // Rows of every key head as often as query heads read them.
+  static const void* repeated(const Call& call, const void* from, int64_t channels, std::vector<char>& to) {
+    const int64_t size = call.m * channels * (call.type == ort::DOUBLE ? 8 : call.type == ort::FLOAT ? 4 : 2);
+    to.resize(call.b * call.h * size);
+    for (int64_t i = 0; i < call.b * call.h; i++) std::memcpy(&to[i * size], (const char*)from + i / (call.h / call.g) * size, size);
+    return to.data();
+  }
 
   // Nodes of a level that are expanded, leaves that are opened.
   int64_t keep(int64_t level) const {
