@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import shutil
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import make_inputs, run
 
-from fastattn_compile.kernels.cpu import build
+from fastattn_compile.kernels.cpu import barnes_hut, build
 from fastattn_compile.kernels.cpu.arguments import fresh
+from fastattn_compile.operators.registry import make_operator
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 KNOWN = ("g++", "clang++", *(f"clang++-{version}" for version in range(15, 23)))
@@ -40,6 +43,35 @@ def test_sources_compile(compiler: str, name: str, level: str, tmp_path: Path) -
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs GCC for x86-64")
+def test_what_comes_later_changes_no_bit_on_zen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later queries decide who is served together; tuned for Zen, GCC would fuse in some widths of a loop only."""
+    source, built = tmp_path / "barnes_hut.cpp", tmp_path / "barnes_hut.so"
+    source.write_text(build.source("barnes_hut"), encoding="utf-8")
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O3",
+        "-shared",
+        "-fPIC",
+        *build.FLAGS,
+        "-march=x86-64-v3",
+        "-mtune=znver3",
+    ]
+    subprocess.run([*command, str(source), "-o", str(built)], check=True)
+    monkeypatch.setattr(barnes_hut, "library", lambda name: ctypes.CDLL(str(built)))
+    operator = make_operator(
+        "barnes_hut", block=8, leaf=2, fanout=2, open=5, beam=4, sinks=3, share_group=False
+    )
+    inputs, now, found = make_inputs("causal", length=131, dtype=torch.float32), 97, []
+    for _ in range(2):
+        found.append(run(operator, inputs).out[:, :, :now])
+        for x in (inputs.query, inputs.key, inputs.value):
+            x[:, :, now:] = 50 * torch.randn_like(x[:, :, now:])
+    assert torch.equal(*found)
 
 
 def flags_of(address: int) -> list[str]:

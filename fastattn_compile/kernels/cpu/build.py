@@ -12,6 +12,13 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 # Those that include others first.
 _HEADERS = ("opened.h", "tree.h", "gradients.h", "blocks.h", "ranges.h", "trees.h", "simd.h", "threads.h")
+# Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here. For some
+# processors GCC would not fuse where sums wait for each other, so in one width of a loop and not in another: a query would
+# get other bits beside other queries. Other compilers do not know that switch, and need not say so.
+FLAGS = (
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "--param=avoid-fma-max-bits=0", "-Wno-psabi",
+    "-Wno-unused-command-line-argument", "-march=native",
+)  # fmt: skip
 _lock = threading.Lock()
 _failed: dict[str, str] = {}
 
@@ -86,10 +93,8 @@ def _compiled(code: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    # Fused multiply-adds and vectors of the machine at hand; no -ffast-math: infinities and NaN mean something here.
-    flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-march=native")
     built: ctypes.CDLL = CppCodeCache.load(
-        f"// {pick_vec_isa()} {_processor()}\n{code}", "cpu", extra_flags=flags
+        f"// {pick_vec_isa()} {_processor()}\n{code}", "cpu", extra_flags=FLAGS
     )
     return built
 

@@ -30,10 +30,12 @@ _LEVELS = {
     "x86-64-v3": _V3,
     "x86-64-v2": _V2,
 }
-# Fused multiply-adds; no -ffast-math: infinities and NaN mean something here. The C++ library goes in, so that a shipped
-# file asks for nothing but the C library.
-_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-          "-ffp-contract=fast", "-Wno-psabi")  # fmt: skip
+# Fused multiply-adds everywhere; no -ffast-math: infinities and NaN mean something here (kernels/cpu/build.py). The C++
+# library goes in, so that a shipped file asks for nothing but the C library.
+_FLAGS = (
+    "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "--param=avoid-fma-max-bits=0", "-Wno-psabi", "-Wno-unused-command-line-argument",
+)  # fmt: skip
 _STATIC = ("-static-libstdc++", "-static-libgcc")
 
 
