@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastattn_compile as fa
 from fastattn_compile import backend
 from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.passes.mask_values import documents_of, has_structure, structure_of
+from fastattn_compile.passes.mask_values import any_along, documents_of, has_structure, structure_of
 
 LENGTHS = [[7, 25, 1, 15], [30, 18]]
 OTHERS = [[20, 20, 8], [3, 5, 40]]
@@ -174,6 +174,26 @@ def test_documents_that_are_mixed_run_exact() -> None:
     mixed[1, 0, 40, 4] = True  # one token looks into another document
     with pytest.warns(UserWarning, match="no longer causal & key_padding & segments"):
         assert torch.equal(fast(x, mixed), model(x, mixed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [128, 256, 512])
+def test_inductor_counts_the_same_documents(bits: int, dtype: torch.dtype) -> None:
+    """For every width of vectors; wider ones than the machine has are as narrow as it has."""
+
+    def numbered(mask: Tensor) -> tuple[Tensor, Tensor]:
+        seen = mask if dtype == torch.bool else mask > -1e4
+        return documents_of(seen), any_along(seen, 1)
+
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.simdlen": bits}):
+        fast = torch.compile(numbered, dynamic=True)
+        for lengths in ([[7, 33]], [[10, 20, 3]], [[100, 3, 9, 150]]):
+            mask = packed("causal", lengths, padding=5)[:, 0]
+            mask = mask if dtype == torch.bool else added(mask).to(dtype)
+            for ours, wanted in zip(fast(mask), numbered(mask)):
+                assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
