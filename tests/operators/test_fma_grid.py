@@ -684,14 +684,15 @@ class TestVisionModels:
         # Pooled rows represent untrained attention well; and this is not exact attention.
         assert 1e-5 < relative_error(got, exact) < 0.3
 
-    def test_onnx_says_that_it_has_no_body(self) -> None:
+    def test_onnx_says_what_it_has_no_body_for(self) -> None:
         ir = pytest.importorskip("onnx_ir")
         from fastattn_compile.lowering.onnx.body import BodySpec
         from fastattn_compile.lowering.onnx.registry import supported
 
-        operator = make_operator("fma", grid=(8, 8), block=4)
         spec = BodySpec(2, 2, 8, 8, 0.3, MaskStructure(), ir.DataType.FLOAT, 18, 64)
-        assert "none of the further options of fma" in supported(operator, spec).reason
+        assert supported(make_operator("fma", grid=(8, 8), block=4), spec)
+        learned = make_operator("fma", grid=(8, 8), block=4, basis="depthwise")
+        assert "mean basis only, not 'depthwise'" in supported(learned, spec).reason
 
     def test_learned_rows_are_trained(self) -> None:
         """The parameters of a depthwise basis, in the module tree, get gradients through a compiled model."""
