@@ -136,33 +136,30 @@ def main() -> None:
         model, given.inputs, seed=0, context={"benchmark": "plan_smollm2", "text": given.source}
     )
     document = Rows(args.json, SCHEMA, KEY, {"provenance": origin})
-    if args.times:
+    budget = args.solve or args.max_drop
+    if args.times or args.solve:
         found = Plan.load(args.folder / "plan.json")
-        for row in [
-            r
-            for r in document.all
-            if r["n"] == args.length and r["max_drop"] == (args.solve or args.max_drop)
-        ]:
-            solved = found.solve(max_drop=args.solve) if args.solve else found
-            document.put(
-                {**row, "seconds": time_share(solved, site(model, args.length)), "threads": args.threads}
-            )
-            print(row["text"], document.find(row)["seconds"], flush=True)
-        return
-    found = Plan.load(args.folder / "plan.json").solve(max_drop=args.solve) if args.solve else plan(
-        model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
-        max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
-        prior=Plan.load(args.prior) if args.prior else None, show_controls=not args.no_controls,
-        memory=args.memory << 20, context={"text": "calibration modules"},
-    )  # fmt: skip
-    if not args.solve:
+        found = found.solve(max_drop=args.solve) if args.solve else found
+    else:
+        found = plan(
+            model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
+            max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
+            prior=Plan.load(args.prior) if args.prior else None, show_controls=not args.no_controls,
+            memory=args.memory << 20, context={"text": "calibration modules"},
+        )  # fmt: skip
         found.save(args.folder / "plan.json")
+    if args.times:
+        seconds = time_share(found, site(model, args.length))
+        for row in [r for r in document.all if (r["n"], r["max_drop"]) == (args.length, budget)]:
+            document.put({**row, "seconds": seconds, "threads": args.threads})
+            print(row["text"], seconds, flush=True)
+        return
     print(json.dumps(found.provenance["search"], indent=1), flush=True)
     ids = given.inputs["input_ids"] if args.text == "evaluation" else text_ids(args.length, UNSEEN)
     rows = held_out(model, ids, args.every, found, args.solve is None)
     document.put(
         {
-            "n": args.length, "max_drop": args.solve or args.max_drop, "text": args.text, "held_out": rows,
+            "n": args.length, "max_drop": budget, "text": args.text, "held_out": rows,
             "search": found.provenance["search"],
             "curve": found.frontier.to_json()["curve"] if found.frontier else [],
             "sites": {name: str(site.build()) for name, site in found.sites.items()},

@@ -41,13 +41,18 @@ def expose(model: ir.Model, values: Sequence[ir.Value], prefix: str) -> list[str
 
 def hidden_in(model: ir.Model, value: ir.Value) -> str:
     """Why a value cannot be made an output of the model; empty where it can."""
-    around: Mapping[ir.Graph, ir.Node] = owners(model)
+    around: Mapping[ir.Graph, ir.Node] | None = None
     while (graph := _graph_of(value)) is not model.graph:
+        around = around or owners(model)  # few values stand in a body
         owner = around[graph]
-        if owner.op_type not in _CARRIED or owner.domain not in ("", "ai.onnx"):
+        if not _carries(owner):
             return f"it stands in the body of a node {owner.op_type}, out of which nothing can be measured"
         value = owner.outputs[0]
     return ""
+
+
+def _carries(owner: ir.Node) -> bool:
+    return owner.op_type in _CARRIED and owner.domain in ("", "ai.onnx")
 
 
 def _graph_of(value: ir.Value) -> ir.Graph:
@@ -72,7 +77,7 @@ def _renamed(value: ir.Value, name: str) -> ir.Node:
 
 def _carried(value: ir.Value, owner: ir.Node, body: ir.Graph, name: str) -> ir.Value:
     """A new output of the node in whose body a value stands."""
-    if owner.op_type not in _CARRIED:
+    if not _carries(owner):
         raise ConversionError(
             f"{value.name} stands in the body of a node {owner.op_type}; nothing was written"
         )

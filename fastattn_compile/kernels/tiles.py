@@ -60,6 +60,16 @@ def poison(out: Tensor, log_sum_exp: Tensor, visible: Tensor, key: Tensor, value
     out.masked_fill_(sees_key | sees_value, torch.nan)
 
 
+def of_key_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """Where every query head was given keys of its own: their gradients, handed back to the heads they stand for.
+
+    Args:
+        grad: ``(b, g or h, n, c)``.
+        kv_heads: ``g``.
+    """
+    return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).sum(2)
+
+
 def probabilities_(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
     """Turns scores into attention weights in place, given the saved log-sum-exp; queries without keys get 0.
 

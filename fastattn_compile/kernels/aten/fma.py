@@ -24,6 +24,7 @@ from fastattn_compile.kernels.aten.fma_tiles import Blocks, Part, Tile, Tiling, 
 from fastattn_compile.kernels.parallel import run_parts
 from fastattn_compile.kernels.tiles import (
     normalise,
+    of_key_heads,
     poison,
     probabilities_,
     statistics_dtype,
@@ -204,9 +205,7 @@ def backward(
         grad_bias = level_tables_backward(tiling.tables, of_tables, row_cover(pattern), tiling.plan.levels)
         grad_bias = grad_bias.to(bias.dtype)
     grad_key, grad_value = (
-        # Heads that were given keys of their own hand their gradients back to the ones they share.
-        grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype)
-        for grad, x in zip((grad_key, grad_value), given)
+        of_key_heads(grad, x.shape[1]).to(x.dtype) for grad, x in zip((grad_key, grad_value), given)
     )
     grads = tuple(g.to(w.dtype) for g, w in zip(grad_weights, weights))
     return grad_query, grad_key, grad_value, grads, grad_bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,8 +76,14 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     begin, end = -(-begin // _LARGE_PAGE) * _LARGE_PAGE, end // _LARGE_PAGE * _LARGE_PAGE
     if sys.platform == "linux" and end > begin:
         # Where it is refused the pages stay small.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+        _process().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
     return made
+
+
+@cache
+def _process() -> ctypes.CDLL:
+    """What is loaded already; looked up once, not every call."""
+    return ctypes.CDLL(None)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastattn_compile.kernels.cpu.arguments import (
     type_obstacle,
 )
 from fastattn_compile.kernels.cpu.build import library, obstacle
+from fastattn_compile.kernels.tiles import of_key_heads
 
 _MOST_LEVELS = 40
 
@@ -78,10 +79,8 @@ def backward(
     done = _call(tensors, log_sum_exp.contiguous(), scale, pattern, key_padding, grad_log_sum_exp)
     if not done:
         return None
-    grads = tensors["grad_key"], tensors["grad_value"]
-    if key.shape[1] != kv_heads:
-        grads = grads[0].unflatten(1, (kv_heads, -1)).sum(2), grads[1].unflatten(1, (kv_heads, -1)).sum(2)
-    return tensors["grad_query"], *grads
+    grad_key, grad_value = (of_key_heads(tensors[f"grad_{name}"], kv_heads) for name in ("key", "value"))
+    return tensors["grad_query"], grad_key, grad_value
 
 
 def _own_choices(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern) -> tuple[Tensor, Tensor]:

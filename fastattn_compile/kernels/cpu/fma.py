@@ -20,6 +20,7 @@ from fastattn_compile.kernels.cpu.arguments import (
 )
 from fastattn_compile.kernels.cpu.build import library, obstacle
 from fastattn_compile.kernels.cpu.fma_rows import PooledRows, lists_of
+from fastattn_compile.kernels.tiles import of_key_heads
 
 _LOG2E = 1 / math.log(2)
 _PAST = 32  # numbers of a table that the last tile of queries reads beyond its end, at most
@@ -74,9 +75,7 @@ def backward(
     grads = [tensors[f"grad_{name}"] for name in ("query", "key", "value")]
     grad_weights = call.spread(*grads[1:])
     grad_query, grad_key, grad_value = (
-        # Heads that were given keys of their own hand their gradients back to the ones they share.
-        (grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)).to(x.dtype)
-        for grad, x in zip(grads, given)
+        of_key_heads(grad, x.shape[1]).to(x.dtype) for grad, x in zip(grads, given)
     )
     learned = tuple(grad.to(w.dtype) for grad, w in zip(grad_weights, weights))
     return grad_query, grad_key, grad_value, learned, call.bias_gradient()

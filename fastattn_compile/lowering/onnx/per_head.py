@@ -60,8 +60,10 @@ def _write(w: OnnxWriter, operator: Operator, spec: BodySpec, given: BodyInputs)
         outputs.append(body.write(w, part.operator, own, inputs))
         order += part.query_heads
     out: ir.Value = outputs[0] if len(outputs) == 1 else w.op("Concat", *outputs, axis=1)
+    if order == sorted(order):
+        return out
     back = sorted(range(len(order)), key=order.__getitem__)
-    return out if back == order == sorted(order) else w.op("Gather", out, w.constant(back), axis=1)
+    return w.op("Gather", out, w.constant(back), axis=1)
 
 
 BODY = Body("PerHead", 1, _supports, _write, _attributes)

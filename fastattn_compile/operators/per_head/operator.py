@@ -53,23 +53,20 @@ class PerHeadAttention(Operator[PerHeadConfig]):
         return f"per_head({'; '.join(named)})"
 
     def served(self, heads: int, kv_heads: int) -> list[Served]:
-        """The parts that serve any head of a site."""
+        """The parts that serve any head of a site, whose numbers of heads may be symbolic."""
+        heads, kv_heads = int(heads), int(kv_heads)
         group = heads // kv_heads
         return [
             Served(self.operators[part], part, mine, [h * group + i for h in mine for i in range(group)])
             for part, mine in self.config.served(kv_heads)
         ]
 
-    def of(self, inputs: AttentionInputs) -> list[Served]:
-        """The parts that serve these tensors."""
-        return self.served(inputs.query.shape[1], inputs.key.shape[1])
-
     def supports(self, spec: SiteSpec) -> Support:
         """Every part must serve its heads."""
         named = len(self.config.heads)
         if named and named != spec.kv_heads:
             return no(f"heads names {named} key heads, the site has {spec.kv_heads}")
-        for part in self.served(int(spec.heads), int(spec.kv_heads)):
+        for part in self.served(spec.heads, spec.kv_heads):
             support = part.operator.supports(part.spec(spec))
             if not support:
                 return no(f"{part.operator.name} of key heads {_listed(part.key_heads)}: {support.reason}")
@@ -143,7 +140,7 @@ class PerHeadAttention(Operator[PerHeadConfig]):
 
     def pieces(self, spec: SiteSpec) -> list[tuple[Operator, SiteSpec]]:
         """The parts at their heads."""
-        return [(part.operator, part.spec(spec)) for part in self.served(int(spec.heads), int(spec.kv_heads))]
+        return [(part.operator, part.spec(spec)) for part in self.served(spec.heads, spec.kv_heads)]
 
     def on_first_tokens(self, longest: int) -> tuple[Operator, int]:
         """Every part on as many tokens as all of them can be shortened to."""
@@ -189,7 +186,7 @@ class PerHeadAttention(Operator[PerHeadConfig]):
         """Those of the parts, named by their numbers."""
         return {
             f"part{part.number}_{name}": shape
-            for part in self.served(int(spec.heads), int(spec.kv_heads))
+            for part in self.served(spec.heads, spec.kv_heads)
             for name, shape in part.operator.parameter_shapes(part.spec(spec)).items()
         }
 
@@ -197,7 +194,7 @@ class PerHeadAttention(Operator[PerHeadConfig]):
         """Those of the parts, each from its heads of the sample."""
         return {
             f"part{part.number}_{name}": values
-            for part in self.served(int(spec.heads), int(spec.kv_heads))
+            for part in self.served(spec.heads, spec.kv_heads)
             for name, values in part.operator.initial_parameters(
                 part.spec(spec), None if sample is None else part.inputs(sample)
             ).items()
@@ -211,7 +208,7 @@ class PerHeadAttention(Operator[PerHeadConfig]):
         Raises:
             ValueError: The parameters are not as many as the parts have at any length of the sequence.
         """
-        parts = self.of(inputs)
+        parts = self.served(inputs.query.shape[1], inputs.key.shape[1])
         given = [part.inputs(inputs) for part in parts]
         found, begin = [], 0
         for part, tensors, count in zip(parts, given, self._counts(parts, inputs.spec(), len(parameters))):
