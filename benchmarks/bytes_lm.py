@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "bytes_lm.json"
 
 
 def trials(sizes: Sizes) -> list[Trial]:
-    fma = {"block": 32, "rank": 4, "sinks": 4}
+    fma = {"block": 32, "rank": 4, "sinks": 4, "rotary_base": sizes.rotary_base}
     plain = Trial("fma", "fma", fma)
     return [
         Trial("exact", "exact", {}),
@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument(
+        "--rotary-base", type=float, default=0.0, help="of a rotary embedding; 0, learned positions"
+    )
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequences", type=int, default=48, help="sequences evaluated")
@@ -135,9 +138,9 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what the document holds")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = Sizes(256, args.length, args.width, args.layers, args.heads)
+    sizes = Sizes(256, args.length, args.width, args.layers, args.heads, args.rotary_base)
     text, held_out = as_bytes(training_text()), as_bytes(stdlib_text(10_000_000))
-    setup = {name: getattr(args, name) for name in ("batch", "length", "width", "layers", "heads", "rate")}
+    setup = {name: getattr(args, name) for name in ("batch", "length", "width", "layers", "heads", "rotary_base", "rate")}
     setup |= {"training_bytes": len(text), "evaluation_bytes": len(held_out)}
     rows = Rows(
         args.json, "fastattn.bytes_lm/1", ("name", "config", "steps", "seed"),

@@ -111,6 +111,7 @@ def main() -> None:
         "--every", type=int, default=4, help="positions between predictions that are compared"
     )
     parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--sequences", type=int, default=1, help="of calibration text to choose by")
     parser.add_argument("--prior", type=Path)
     parser.add_argument("--operators", type=json.loads, help="JSON: name to a list of options")
     parser.add_argument("--no-controls", action="store_true", help="no controls on the text it is chosen on")
@@ -141,8 +142,9 @@ def main() -> None:
         found = Plan.load(args.folder / "plan.json")
         found = found.solve(max_drop=args.solve) if args.solve else found
     else:
+        calibration = calibration_ids(args.sequences * args.length).view(args.sequences, 1, -1)
         found = plan(
-            model, [batch(calibration_ids(args.length), args.every)], max_drop=args.max_drop,
+            model, [batch(ids, args.every) for ids in calibration], max_drop=args.max_drop,
             max_minutes=args.minutes, unit="flops", operators=args.operators, folder=args.folder, progress=progress,
             prior=Plan.load(args.prior) if args.prior else None, show_controls=not args.no_controls,
             memory=args.memory << 20, context={"text": "calibration modules"},

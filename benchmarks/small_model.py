@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastattn_compile.kernels.rotary import Rotary
 from fastattn_compile.operators.base import AttentionInputs, Operator, SiteSpec
 from fastattn_compile.operators.library import attend
 from fastattn_compile.operators.mask import CAUSAL
@@ -20,13 +21,23 @@ from fastattn_compile.operators.window.cost import equal_window
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model; positions are learned, so that pooled keys carry no rotation."""
+    """Sizes of the model.
+
+    Args:
+        vocabulary: Tokens there are.
+        length: Tokens of a sequence.
+        width: Channels.
+        layers: Blocks.
+        heads: Of an attention.
+        rotary_base: Of a rotary embedding of queries and keys; 0, a learned vector for every position.
+    """
 
     vocabulary: int
     length: int
     width: int
     layers: int
     heads: int
+    rotary_base: float = 0.0
 
     @property
     def site(self) -> SiteSpec:
@@ -46,7 +57,11 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         shape = *x.shape[:2], 3, self.sizes.heads, -1
-        return tuple(t.contiguous() for t in self.qkv(x).view(shape).permute(2, 0, 3, 1, 4))
+        q, k, v = (t.contiguous() for t in self.qkv(x).view(shape).permute(2, 0, 3, 1, 4))
+        if self.sizes.rotary_base:
+            turn = Rotary(self.sizes.rotary_base, q.shape[-1]).at(torch.arange(x.shape[1]), x.dtype)
+            q, k = turn.redo(q), turn.redo(k)
+        return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -81,7 +96,9 @@ class Decoder(nn.Module):
     def __init__(self, sizes: Sizes, operator: Operator) -> None:
         super().__init__()
         self.tokens = nn.Embedding(sizes.vocabulary, sizes.width)
-        self.places = nn.Parameter(0.02 * torch.randn(sizes.length, sizes.width))
+        self.places = nn.Parameter(0.02 * torch.randn(sizes.length, sizes.width), not sizes.rotary_base)
+        if sizes.rotary_base:
+            nn.init.zeros_(self.places)
         self.blocks = nn.ModuleList(Block(sizes, operator) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.width)
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
