@@ -140,7 +140,10 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = Sizes(256, args.length, args.width, args.layers, args.heads, args.rotary_base)
     text, held_out = as_bytes(training_text()), as_bytes(stdlib_text(10_000_000))
-    setup = {name: getattr(args, name) for name in ("batch", "length", "width", "layers", "heads", "rotary_base", "rate")}
+    setup = {
+        name: getattr(args, name)
+        for name in ("batch", "length", "width", "layers", "heads", "rotary_base", "rate")
+    }
     setup |= {"training_bytes": len(text), "evaluation_bytes": len(held_out)}
     rows = Rows(
         args.json, "fastattn.bytes_lm/1", ("name", "config", "steps", "seed"),

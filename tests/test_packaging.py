@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "onnx", "triton", "transformers", "matplotlib", "networkx", "typer", "rich", "numpy")
@@ -50,10 +51,16 @@ def test_every_public_name_resolves() -> None:
         fa.nothing
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out))
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Built once for all processes of a run: three libraries are compiled for it."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base if worker_id == "master" else base.parent) / "wheel"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            made = tmp_path_factory.mktemp("wheel")
+            run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(made))
+            made.rename(out)
     (built,) = out.glob("*.whl")
     return built
 

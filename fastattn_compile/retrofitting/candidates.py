@@ -35,18 +35,20 @@ LADDERS: Mapping[str, Sequence[Options]] = {
         {"open": 64},
         # On long sequences what the beam drops is lost before leaves are opened: it grows with them. Where heads look at
         # places of their own, a choice for each query head costs no more arithmetic and has half the error.
-        {"open": 32, "beam": 32, "share_group": False},
+        {"block": 32, "open": 16, "beam": 16, "share_group": False},
+        {"block": 32, "open": 32, "beam": 32, "share_group": False},
         {"open": 64, "beam": 48, "share_group": False},
         {"open": 128, "beam": 64, "share_group": False},
         {"open": 256, "beam": 128, "share_group": False},
-        {"open": 96, "beam": 96},
-        # Queries that choose together pay an eighth for the choice: a beam that lets nearly every node through, and the
+        # Queries that choose together share the price of the choice: a beam that lets nearly every node through, and the
         # variance of a node's keys beside their mean, without which nodes of unlike keys are overlooked. On some sites that
         # has a tenth of the error; where neighbours look at places of their own, twice that of a choice for each.
         {"open": 32, "beam": 64, "group": 8, "select": "cumulant"},
         {"open": 80, "beam": 128, "group": 8, "select": "cumulant"},
-        {"open": 160, "beam": 128, "group": 8, "select": "cumulant"},
-        {"open": 96, "beam": 48, "group": 8},
+        {"block": 32, "open": 48, "beam": 256, "group": 32, "select": "cumulant"},
+        {"block": 32, "open": 96, "beam": 320, "group": 32, "select": "cumulant"},
+        {"block": 32, "open": 192, "beam": 512, "group": 32, "select": "cumulant"},
+        {"block": 32, "open": 128, "beam": 128, "group": 8, "select": "cumulant", "share_group": False},
     ),
     "window": ({"width": 64}, {"width": 128}, {"width": 256}, {"width": 512}, {"width": 1024}),
     "fma": ({"block": 32}, {"block": 64, "rank": 16}, {"block": 128}),

@@ -177,8 +177,8 @@ def test_documents_that_are_mixed_run_exact() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [128, 256, 512])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [256, 512])
 def test_inductor_counts_the_same_documents(bits: int, dtype: torch.dtype) -> None:
     """For every width of vectors; wider ones than the machine has are as narrow as it has."""
 
