@@ -357,6 +357,8 @@ def _fused_product(call: Call, at: int) -> Meaning | None:
     a, b = call.tensor(0), call.tensor(1)
     if a is None or b is None or call.get("transBatchA", 0) or call.get("transBatchB", 0):
         return None
+    if any(x.shape is None and call.get(f"trans{side}", 0) for x, side in zip((a, b), "AB")):
+        return None  # which dimensions are the last two is not known
     left = _transposed(a) if call.get("transA", 0) else a
     right = _transposed(b) if call.get("transB", 0) else b
     product = Meaning("matmul", (left, right), {}, call.result(), a.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +21,7 @@ from fastattn_compile.passes.onnx.quantised import real_type
 from fastattn_compile.passes.onnx.rules import RULES, Call
 from fastattn_compile.passes.onnx.shapes import is_known, result_shape, split_shapes
 from fastattn_compile.passes.onnx.sizes import SizeValues, shapes_of
+from fastattn_compile.passes.onnx.symbolic import infer
 from fastattn_compile.passes.onnx.unfold import MEANS, STANDS_FOR, WHY_NOT
 
 # torch types by their ONNX names.
@@ -48,7 +47,7 @@ def infer_shapes(model: ir.Model) -> None:
     """
     if not _may_attend(model):
         return  # inference takes its time
-    _note(model.graph, _infer(skeleton(model)).graph)
+    _note(model.graph, infer(skeleton(model)).graph)
 
 
 def _note(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
@@ -107,24 +106,6 @@ def _without_weights(model: ir.Model) -> ir.Model:
             if value not in clone.graph.inputs:
                 clone.graph.inputs.append(value)
     return clone
-
-
-def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            # Its own loop, and not its entry point: that one writes files into the working directory when a shape is
-            # left open, and throws away what it found.
-            inference = SymbolicShapeInference((1 << 31) - 1, True, 0, 0)
-            inference._preprocess(proto)
-            while inference.run_:
-                inference._infer_impl()
-            inference._update_output_from_vi()
-            found: onnx.ModelProto = inference.out_mp_
-            return found
-    except Exception:  # it stops at operators it does not know, in many ways
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
 def view(model: ir.Model, graph: ir.Graph | None = None) -> GraphView:

@@ -1,0 +1,104 @@
+"""Symbolic shapes by ONNX Runtime's inference, which is told of fused operators that it does not know."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import sympy
+
+
+def infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A model with the shapes that can be inferred.
+
+    Args:
+        proto: The model; ONNX Runtime's inference changes it.
+
+    Returns:
+        ONNX Runtime's symbolic inference where it can be imported and knows all operators, ONNX's own otherwise.
+    """
+    try:
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            # Its own loop, and not its entry point: that one writes files into the working directory when a shape is
+            # left open, and throws away what it found.
+            inference = SymbolicShapeInference((1 << 31) - 1, True, 0, 0)
+            rules = {name: functools.partial(rule, inference) for name, rule in _RULES.items()}
+            inference.dispatcher_ = rules | inference.dispatcher_ | {"Split": rules["Split"]}
+            inference._preprocess(proto)
+            while inference.run_:
+                inference._infer_impl()
+            inference._update_output_from_vi()
+            found: onnx.ModelProto = inference.out_mp_
+            return found
+    except Exception:  # it stops at operators it does not know, in many ways
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), 0)
+
+
+def _fused_product(inference: Any, node: onnx.NodeProto) -> None:
+    """A product of matrices of which either may be read transposed, by its last two dimensions or its batch."""
+    shapes = [list(inference._get_shape(node, at)) for at in range(2)]
+    for shape, side in zip(shapes, "AB"):
+        if _attribute(node, f"transBatch{side}"):
+            shape[:-1] = [*shape[1:-1], shape[0]]
+        if _attribute(node, f"trans{side}"):
+            shape[-2:] = shape[:-3:-1]
+    left, right = shapes
+    batch = inference._broadcast_shapes(left[:-2], right[:-2])
+    dtype = inference.known_vi_[node.input[0]].type.tensor_type.elem_type
+    info = onnx.helper.make_tensor_value_info(node.output[0], dtype, [*batch, left[-2], right[-1]])
+    inference.known_vi_[node.output[0]].CopyFrom(info)
+
+
+def _split(inference: Any, node: onnx.NodeProto) -> None:
+    """Sizes that are taken apart stay known: the runtime makes of several ``Gather`` of a shape one ``Split``."""
+    inference._infer_Split(node)
+    values = inference._try_get_value(node, 0)
+    if not isinstance(values, list):
+        return
+    sizes = inference._try_get_value(node, 1) if len(node.input) > 1 else None
+    if sizes is None:  # of older operator sets, or parts of one size
+        equal = [-(-len(values) // len(node.output))] * len(node.output)
+        sizes = next((a.ints for a in node.attribute if a.name == "split"), equal)
+    ends = list(itertools.accumulate(int(size) for size in sizes))
+    for name, start, end in zip(node.output, [0, *ends], ends):
+        inference.sympy_data_[name] = values[start:end]
+
+
+def _flatten(inference: Any, node: onnx.NodeProto) -> None:
+    """Two dimensions, the products of those before an axis and of those from it on."""
+    shape = inference._get_sympy_shape(node, 0)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    axis += len(shape) if axis < 0 else 0
+    sizes = [sympy.prod(part) for part in (shape[:axis], shape[axis:])]
+    inference._update_computed_dims(sizes)
+    dtype = inference.known_vi_[node.input[0]].type.tensor_type.elem_type
+    dims = [int(size) if sympy.sympify(size).is_number else str(size) for size in sizes]
+    inference.known_vi_[node.output[0]].CopyFrom(
+        onnx.helper.make_tensor_value_info(node.output[0], dtype, dims)
+    )
+
+
+def _float_product(inference: Any, node: onnx.NodeProto) -> None:
+    inference._compute_matmul_shape(node, onnx.TensorProto.FLOAT)
+
+
+def _alike(inference: Any, node: onnx.NodeProto) -> None:
+    inference._propagate_shape_and_type(node)
+
+
+_RULES: dict[str, Callable[[Any, onnx.NodeProto], None]] = {
+    "FusedMatMul": _fused_product, "TransposeMatMul": _fused_product, "MatMulIntegerToFloat": _float_product,
+    "DynamicQuantizeMatMul": _float_product, "BiasSoftmax": _alike, "QLinearSoftmax": _alike,
+    "QLinearSigmoid": _alike, "QLinearLeakyRelu": _alike, "Split": _split, "Flatten": _flatten,
+}  # fmt: skip
