@@ -160,15 +160,19 @@ class Search:
     def _note(
         self, candidates: list[Candidate], choice: Mapping[str, int], site: str, index: int, change: float
     ) -> None:
-        """Corrects candidates of a site by a measured change of the loss between two of them."""
+        """Corrects candidates of a site by a measured change of the loss between two of them.
+
+        Such a change is small beside the loss that it is measured in, and other sites' errors may cancel it: a loss is
+        lowered to a tenth at the most, never to nothing.
+        """
         present = choice.get(site, -1)
         drop_of = {i: candidates[i].drop if i >= 0 else 0.0 for i in (present, index)}
         if index >= 0:
-            drop = max(drop_of[present] + change, LEAST_DROP)
+            drop = max(drop_of[present] + change, 0.1 * drop_of[index], LEAST_DROP)
             candidates[index] = dataclasses.replace(candidates[index], drop=drop, measured=True)
         if index < 0 or drop_of[index] < drop_of[present]:
             # Going back towards exact says what the present candidate costs in this context.
-            drop = max(drop_of[index] - change, LEAST_DROP)
+            drop = max(drop_of[index] - change, 0.1 * drop_of[present], LEAST_DROP)
             candidates[present] = dataclasses.replace(candidates[present], drop=drop, measured=True)
 
     def _moves(self, choice: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -249,11 +249,14 @@ def mixed(
 
 
 def gains_of(prior: Frontier) -> dict[str, float]:
-    """What a site loses for a unit of its squared error, from what another search measured."""
+    """What a site loses for a unit of its squared error, from what another search measured.
+
+    A candidate that seemed to lose nothing says nothing: its loss was less than the noise of what it was measured in.
+    """
     ratios: dict[str, list[float]] = {}
     for candidate in prior.candidates:
-        if candidate.measured and candidate.error > 0:
-            ratios.setdefault(candidate.site, []).append(max(candidate.drop, LEAST_DROP) / candidate.error)
+        if candidate.measured and candidate.error > 0 and candidate.drop > LEAST_DROP:
+            ratios.setdefault(candidate.site, []).append(candidate.drop / candidate.error)
     return {site: statistics.median(values) for site, values in ratios.items()}
 
 

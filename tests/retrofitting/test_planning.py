@@ -8,10 +8,13 @@ from torch import nn
 
 import fastattn_compile as fa
 from fastattn_compile.errors import CheckpointError, ModelLoadError, NumericError, OptionError, PlanError
+from fastattn_compile.frontier import LEAST_DROP, Candidate, Frontier
 from fastattn_compile.operators.registry import make_operator, operator_names
 from fastattn_compile.reporting.evaluate import evaluate
 from fastattn_compile.retrofitting.candidates import LADDERS, wanted_operators
 from fastattn_compile.retrofitting.replay import Replay, Server
+from fastattn_compile.retrofitting.search import Budget, Search
+from fastattn_compile.retrofitting.sensitivity import gains_of
 
 LADDER = {
     "window": [{"width": 8}, {"width": 24}, {"width": 64}],
@@ -399,3 +402,30 @@ def test_tied_weights_and_a_shared_layer(model):
     assert len(found.sites) == 3 and len(set(found.sites)) == 3
     report = evaluate(model, batches(2)[0], plan=found, compiler="eager", repeats=1)
     assert {line.name for line in report.sites} == set(found.sites)
+
+
+def test_a_loss_that_was_lost_in_noise_says_nothing_to_another_search():
+    """Else a site would be given up for nothing: what it seemed to lose was a difference of two large losses."""
+    lines = [
+        Candidate("a", "window", {"width": 8}, 1.0, 0.1, LEAST_DROP, measured=True),
+        Candidate("b", "window", {"width": 8}, 1.0, 0.1, LEAST_DROP, measured=True),
+        Candidate("b", "window", {"width": 16}, 2.0, 0.05, 0.02, measured=True),
+        Candidate("c", "window", {"width": 8}, 1.0, 0.1, 0.03),
+    ]
+    known = Frontier("kl", "flops", 64, dict.fromkeys("abc", 4.0), tuple(lines))
+    assert gains_of(known) == {"b": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize("change", [-5.0, 0.0, 0.4])
+def test_one_measurement_in_context_lowers_a_loss_to_a_tenth_at_most(change):
+    lines = (
+        Candidate("a", "window", {"width": 16}, 2.0, 0.05, 0.2),
+        Candidate("a", "window", {"width": 8}, 1.0, 0.1, 0.5),
+    )
+    search = Search(None, Frontier("kl", "flops", 64, {"a": 4.0}, lines), Budget(0.1, None), lambda: False)
+    candidates = list(lines)
+    search._note(candidates, {"a": 0}, "a", 1, change)
+    assert candidates[1].drop == pytest.approx(max(0.2 + change, 0.05)) and candidates[1].measured
+    candidates = list(lines)
+    search._note(candidates, {"a": 1}, "a", -1, change)
+    assert candidates[1].drop == pytest.approx(max(-change, 0.05))
