@@ -11,10 +11,12 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper
 
 from fastattn_compile.passes.onnx.symbolic import infer
+from fastattn_compile.passes.onnx.view import infer_shapes
 
 SIZES = {"b": 3, "n": 5}
 Dims = tuple[Any, ...]
@@ -89,6 +91,53 @@ def test_a_shape_that_was_split_expands(sizes: list[str]) -> None:
 )
 def test_flattened(axis: int, wanted: list[Any]) -> None:
     assert check({"x": ("b", "n", 4)}, helper.make_node("Flatten", ["x"], ["y"], axis=axis)) == wanted
+
+
+def quantised(name: str) -> list[onnx.NodeProto]:
+    """A value in 8 bits, with the scale and zero point of all."""
+    return [helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}8"])]
+
+
+def constants() -> list[onnx.NodeProto]:
+    scale = helper.make_node("Constant", [], ["scale"], value_float=0.5)
+    zero = helper.make_tensor("zero", TensorProto.UINT8, [], [3])
+    return [scale, helper.make_node("Constant", [], ["zero"], value=zero)]
+
+
+def test_a_quantised_concat() -> None:
+    parts = [part for name in ("x", "z") for part in (f"{name}8", "scale", "zero")]
+    nodes = (
+        *constants(), *quantised("x"), *quantised("z"),
+        helper.make_node("QLinearConcat", ["scale", "zero", *parts], ["w"], domain="com.microsoft", axis=-1),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"]),
+    )  # fmt: skip
+    assert check({"x": ("b", "n"), "z": ("b", 4)}, *nodes) == ["b", "n + 4"]
+
+
+@pytest.mark.parametrize("eight", [True, False])
+def test_a_quantised_projection(eight: bool) -> None:
+    end = ["", "scale", "zero"] if eight else []
+    nodes = [
+        *constants(), *quantised("x"), *quantised("z"),
+        helper.make_node(
+            "QGemm", ["x8", "scale", "zero", "z8", "scale", "zero", *end], ["w" if eight else "y"],
+            domain="com.microsoft", transB=1, alpha=1.0,
+        ),
+    ]  # fmt: skip
+    if eight:
+        nodes.append(helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"]))
+    assert check({"x": ("n", 4), "z": (6, 4)}, *nodes) == ["n", 6]
+
+
+def test_names_made_up_by_the_runtime_give_way_to_what_is_inferred() -> None:
+    node = helper.make_node("Flatten", ["x"], ["w"], axis=2)
+    model = of({"x": ("b", "n", 4)}, node, helper.make_node("Softmax", ["w"], ["y"]))
+    for made_up in ("unk__7", "Flatten_3_o0__d0"):
+        del model.graph.value_info[:]
+        model.graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [made_up, 4]))
+        read = ir.from_proto(model)
+        infer_shapes(read)
+        assert [str(d) for d in read.graph[0].outputs[0].shape] == ["b*n", "4"]
 
 
 def test_an_unknown_operator_leaves_its_shape_open() -> None:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import sympy
 
@@ -29,8 +30,11 @@ def infer(proto: onnx.ModelProto) -> onnx.ModelProto:
             # Its own loop, and not its entry point: that one writes files into the working directory when a shape is
             # left open, and throws away what it found.
             inference = SymbolicShapeInference((1 << 31) - 1, True, 0, 0)
-            rules = {name: functools.partial(rule, inference) for name, rule in _RULES.items()}
-            inference.dispatcher_ = rules | inference.dispatcher_ | {"Split": rules["Split"]}
+            ours, mended = (
+                {name: functools.partial(rule, inference) for name, rule in rules.items()}
+                for rules in (_RULES, _MENDED)
+            )
+            inference.dispatcher_ = ours | inference.dispatcher_ | mended
             inference._preprocess(proto)
             while inference.run_:
                 inference._infer_impl()
@@ -60,6 +64,21 @@ def _fused_product(inference: Any, node: onnx.NodeProto) -> None:
     inference.known_vi_[node.output[0]].CopyFrom(info)
 
 
+def _constant(inference: Any, node: onnx.NodeProto) -> None:
+    """A constant may be written as a number or numbers, of which the inference knows only tensors."""
+    (given,) = node.attribute
+    types = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+    if given.name in types:
+        value = np.asarray(onnx.helper.get_attribute_value(given), types[given.name])
+        node = onnx.helper.make_node("Constant", [], node.output, value=onnx.numpy_helper.from_array(value))
+    inference._infer_Constant(node)
+
+
 def _split(inference: Any, node: onnx.NodeProto) -> None:
     """Sizes that are taken apart stay known: the runtime makes of several ``Gather`` of a shape one ``Split``."""
     inference._infer_Split(node)
@@ -80,13 +99,33 @@ def _flatten(inference: Any, node: onnx.NodeProto) -> None:
     shape = inference._get_sympy_shape(node, 0)
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     axis += len(shape) if axis < 0 else 0
-    sizes = [sympy.prod(part) for part in (shape[:axis], shape[axis:])]
+    _put(inference, node, [sympy.prod(part) for part in (shape[:axis], shape[axis:])], 0)
+
+
+def _quantised_concat(inference: Any, node: onnx.NodeProto) -> None:
+    """Every part comes with a scale and a zero point; those of the result come first."""
+    shapes = [inference._get_sympy_shape(node, at) for at in range(2, len(node.input), 3)]
+    axis = _attribute(node, "axis") % len(shapes[0])
+    whole = list(shapes[0])
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    _put(inference, node, whole, 2)
+
+
+def _quantised_projection(inference: Any, node: onnx.NodeProto) -> None:
+    """``QGemm``: its second matrix is the fourth input; without a zero point the result is a number."""
+    a, b = inference._get_sympy_shape(node, 0), inference._get_sympy_shape(node, 3)
+    rows, columns = a[_attribute(node, "transA")], b[1 - _attribute(node, "transB")]
+    zero_point = node.input[8] if len(node.input) > 8 else ""
+    _put(inference, node, [rows, columns], 8 if zero_point else 1)
+
+
+def _put(inference: Any, node: onnx.NodeProto, sizes: list[Any], like: int) -> None:
+    """Notes the sizes of a node's result, which is of the type of one of its inputs."""
     inference._update_computed_dims(sizes)
-    dtype = inference.known_vi_[node.input[0]].type.tensor_type.elem_type
+    dtype = inference.known_vi_[node.input[like]].type.tensor_type.elem_type
     dims = [int(size) if sympy.sympify(size).is_number else str(size) for size in sizes]
-    inference.known_vi_[node.output[0]].CopyFrom(
-        onnx.helper.make_tensor_value_info(node.output[0], dtype, dims)
-    )
+    info = onnx.helper.make_tensor_value_info(node.output[0], dtype, dims)
+    inference.known_vi_[node.output[0]].CopyFrom(info)
 
 
 def _float_product(inference: Any, node: onnx.NodeProto) -> None:
@@ -100,5 +139,8 @@ def _alike(inference: Any, node: onnx.NodeProto) -> None:
 _RULES: dict[str, Callable[[Any, onnx.NodeProto], None]] = {
     "FusedMatMul": _fused_product, "TransposeMatMul": _fused_product, "MatMulIntegerToFloat": _float_product,
     "DynamicQuantizeMatMul": _float_product, "BiasSoftmax": _alike, "QLinearSoftmax": _alike,
-    "QLinearSigmoid": _alike, "QLinearLeakyRelu": _alike, "Split": _split, "Flatten": _flatten,
+    "QLinearSigmoid": _alike, "QLinearLeakyRelu": _alike, "Flatten": _flatten,
+    "QLinearConcat": _quantised_concat, "QGemm": _quantised_projection,
 }  # fmt: skip
+# Of those that it knows, for what it leaves out.
+_MENDED: dict[str, Callable[[Any, onnx.NodeProto], None]] = {"Constant": _constant, "Split": _split}

@@ -33,6 +33,8 @@ _TYPES = {
 }  # fmt: skip
 # A weight of more elements is a weight whatever it holds; smaller tensors may be masks and are read.
 _READABLE = 1 << 24
+# Names that ONNX Runtime's inference makes up for sizes that it cannot tell.
+_UNKNOWN = re.compile(r"unk__\d+$|.+_o\d+__d\d+$")
 _LEGACY_STEP = re.compile(r"[/.]")
 
 
@@ -83,7 +85,7 @@ def _may_attend(model: ir.Model) -> bool:
 
 
 def _settled(shape: ir.Shape) -> bool:
-    return all(isinstance(d, int) or d.value is not None for d in shape)
+    return all(isinstance(d, int) or (d.value is not None and not _UNKNOWN.match(d.value)) for d in shape)
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:
