@@ -91,7 +91,7 @@ def run(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"name": trial.name, "operator": trial.operator, "seed": args.seed, "reason": ""}
     operator = trial.make()
-    row |= {"config": operator.config.to_dict(), "steps": args.steps}
+    row |= {"config": operator.config.to_dict(), "steps": args.steps, "rotary_base": args.rotary_base}
     support = operator.supports(sizes.site)
     if not support:
         return row | {"reason": support.reason}
@@ -146,7 +146,7 @@ def main() -> None:
     }
     setup |= {"training_bytes": len(text), "evaluation_bytes": len(held_out)}
     rows = Rows(
-        args.json, "fastattn.bytes_lm/1", ("name", "config", "steps", "seed"),
+        args.json, "fastattn.bytes_lm/1", ("name", "config", "steps", "seed", "rotary_base"),
         {"setup": setup, "provenance": {"versions": versions()}},
     )  # fmt: skip
     for trial in trials(sizes):
@@ -157,6 +157,7 @@ def main() -> None:
             "config": trial.make().config.to_dict(),
             "steps": args.steps,
             "seed": args.seed,
+            "rotary_base": args.rotary_base,
         }
         row = None if args.fresh else rows.find(key)
         if row is None:

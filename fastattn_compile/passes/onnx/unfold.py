@@ -92,7 +92,7 @@ def unfold(graph: ir.Graph, opset: int) -> list[ir.Node]:
             writer = _Writer(node, len(added))
             result = writer.merged(_RULES[domain, node.op_type](node, writer))
         except _Not as reason:
-            node.meta[WHY_NOT] = f"an {node.op_type} node: {reason}"
+            node.meta[WHY_NOT] = f"{'an' if node.op_type[0] in 'AEIO' else 'a'} {node.op_type} node: {reason}"
             continue
         if result is None:  # read as it is
             continue
