@@ -72,14 +72,20 @@ def _cpp_compiler() -> str | None:
 
 
 def _kernels() -> dict[str, str]:
-    """Which implementation of the kernels runs on a CPU, and why the C++ ones cannot when they cannot."""
+    """Which implementation of the kernels runs on a CPU and on a GPU, and why others cannot when they cannot."""
+    import torch
+
     from fastattn_compile.kernels.cpu.build import obstacle
     from fastattn_compile.kernels.dispatch import chosen_kernels
 
     reason = obstacle()
     chosen = chosen_kernels()
     runs = "aten" if chosen == "aten" or (chosen == "auto" and reason) else "cpp"
-    return {"chosen": chosen, "cpu": runs, "cpp_obstacle": reason}
+    missing = "" if _version("triton") else "triton is not installed"
+    if not torch.cuda.is_available():
+        missing = "there is no GPU"
+    on_gpu = "aten" if chosen in ("aten", "cpp") or (chosen == "auto" and missing) else "triton"
+    return {"chosen": chosen, "cpu": runs, "cpp_obstacle": reason, "gpu": on_gpu, "triton_obstacle": missing}
 
 
 def _backends() -> list[str]:
@@ -90,11 +96,22 @@ def _backends() -> list[str]:
 
 
 def _described(kernels: dict[str, str]) -> str:
-    """The kernels in words."""
+    """The kernels of a CPU in words."""
     text = {"cpp": "C++, built at first use", "aten": "ATen"}[kernels["cpu"]]
     if kernels["chosen"] != "auto":
         text += f" (chosen: {kernels['chosen']})"
     return text + (f"; C++: {kernels['cpp_obstacle']}" if kernels["cpp_obstacle"] else "")
+
+
+def _described_gpu(kernels: dict[str, str]) -> str:
+    """The kernels of a GPU in words."""
+    if kernels["triton_obstacle"]:
+        return f"none run; Triton: {kernels['triton_obstacle']}"
+    if kernels["gpu"] == "aten":
+        return f"ATen (chosen: {kernels['chosen']})"
+    return (
+        "Triton, forward and backward, packed documents of fma where they stand; ATen where it has no kernel"
+    )
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -111,6 +128,7 @@ def _print(document: dict[str, Any]) -> None:
         ("C++ compiler", compilers["cpp"] or "none found: Inductor cannot lower for the CPU"),
         ("Triton", compilers["triton"] or "not installed"),
         ("CPU kernels", _described(document["kernels"])),
+        ("GPU kernels", _described_gpu(document["kernels"])),
         ("ONNX library", document["onnx_library"]),
         ("operators", ", ".join(document["operators"])),
         ("backends", ", ".join(document["backends"])),

@@ -68,15 +68,50 @@ def forward_packed(
         pattern: Who meets whom in a document.
         segments: ``(b, n)`` integer document numbers.
     """
-    if chosen_kernels() not in ("auto", "triton") or gpu_obstacle(query, key, value):
+    if not _in_place(query, key, value, pattern, segments):
         return None
     from fastattn_compile.kernels.gpu import fma_packed
 
-    # Where numbers rise, the tokens of a document stand side by side.
-    if fma_packed.obstacle(query, key, value, pattern) or bool((segments[:, 1:] < segments[:, :-1]).any()):
-        return None
     select("fma packed forward", {"triton": lambda: ""})
     return fma_packed.forward(query, key, value, scale, pattern, segments)
+
+
+def backward_packed(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, pattern: Pattern, segments: Tensor, out: Tensor,
+    log_sum_exp: Tensor, grad_out: Tensor, grad_log_sum_exp: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """Gradients of packed documents where they stand; ``None`` as for ``forward_packed``.
+
+    Args:
+        query: As in ``forward_packed``.
+        key: As in ``forward_packed``.
+        value: As in ``forward_packed``.
+        scale: As in ``forward_packed``.
+        pattern: As in ``forward_packed``.
+        segments: As in ``forward_packed``.
+        out: ``(b, h, n, e)`` output of the forward pass, by whichever implementation.
+        log_sum_exp: ``(b, h, n)`` its log-sum-exp.
+        grad_out: Gradient of the output.
+        grad_log_sum_exp: Gradient of the log-sum-exp; ``None`` is zero.
+    """
+    if not _in_place(query, key, value, pattern, segments):
+        return None
+    from fastattn_compile.kernels.gpu import fma_packed
+
+    select("fma packed backward", {"triton": lambda: ""})
+    saved = out, log_sum_exp, grad_out, grad_log_sum_exp
+    return fma_packed.backward(query, key, value, scale, pattern, segments, *saved)
+
+
+def _in_place(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, segments: Tensor) -> bool:
+    """Whether Triton serves packed documents where they stand."""
+    if chosen_kernels() not in ("auto", "triton") or gpu_obstacle(query, key, value):
+        return False
+    from fastattn_compile.kernels.gpu import fma_packed
+
+    # Where numbers rise, the tokens of a document stand side by side.
+    together = not bool((segments[:, 1:] < segments[:, :-1]).any())
+    return together and not fma_packed.obstacle(query, key, value, pattern)
 
 
 def backward(

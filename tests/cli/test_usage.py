@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fastattn_compile.cli import info
 from fastattn_compile.version import __version__
 
 
@@ -143,6 +144,15 @@ def test_info_for_people(fastattn):
     text = fastattn("info", "--threads", "1").stdout
     assert "1 of" in text
     assert "exact, fma" in text
+
+
+def test_info_tells_what_serves_on_a_gpu(fastattn, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert json.loads(fastattn("info", "--json").stdout)["kernels"]["triton_obstacle"] == "there is no GPU"
+    assert "Triton: there is no GPU" in fastattn("info").stdout
+    served = {"chosen": "auto", "cpu": "cpp", "cpp_obstacle": "", "gpu": "triton", "triton_obstacle": ""}
+    assert "packed documents" in info._described_gpu(served)
+    assert info._described_gpu({**served, "gpu": "aten", "chosen": "aten"}) == "ATen (chosen: aten)"
 
 
 def test_python_dash_m_starts_fast_and_without_torch():

@@ -96,29 +96,63 @@ PACKED = {
         {"block": 2, "rank": 1, "scale_attn": False},
         {"heads": 1, "length": 140},
     ),
+    "band-with-sinks": ("left(20) & right(9) & segments", {"block": 4}, {"heads": 3, "length": 60}),
+    "short": ("causal & segments", {"block": 32, "rank": 4}, {}),
 }
+
+
+def packed(case, device, monkeypatch):
+    """Operator and inputs of a case: documents from one token to eleven blocks, others in each sequence."""
+    mask, options, sizes = PACKED[case]
+    operator = make_operator("fma", **{**OPTIONS, **options})
+    inputs = moved(make_inputs(mask, **{**SMALL, "length": 85, "value_dim": 24, **sizes}), device)
+    length = inputs.query.shape[2]
+    edges = torch.tensor([[1, 4, 17, 61], [44, 53, 75, 84]], device=device)[: len(inputs.query)]
+    segments = (torch.arange(length, device=device) >= edges[:, :, None]).sum(1)
+    if device == "cpu":
+        monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
+    return operator, dataclasses.replace(inputs, segments=segments)
 
 
 @pytest.mark.parametrize("case", PACKED)
 def test_packed_documents(case, device, monkeypatch):
-    mask, options, sizes = PACKED[case]
-    operator = make_operator("fma", **{**OPTIONS, **options})
-    inputs = moved(make_inputs(mask, **{**SMALL, "length": 85, "value_dim": 24, **sizes}), device)
-    # From one token to eleven blocks; the documents of one sequence are not those of the next.
-    length = inputs.query.shape[2]
-    edges = torch.tensor([[1, 4, 17, 61], [44, 53, 75, 84]], device=device)[: len(inputs.query)]
-    segments = (torch.arange(length, device=device) >= edges[:, :, None]).sum(1)
-    inputs = dataclasses.replace(inputs, segments=segments)
-    if device == "cpu":
-        monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
+    operator, inputs = packed(case, device, monkeypatch)
+    # Sinks get their gradients in several stretches.
+    monkeypatch.setattr(fma, "_STRETCH", 16)
+    seeds = torch.randn_like(inputs.value[:, :1].expand(*inputs.query.shape[:2], -1, -1).contiguous())
+    seeds = seeds, torch.randn(inputs.query.shape[:3], device=device)
     with recorded_kernels() as ran:
-        got = operator.forward(inputs)
-    assert ran == {"fma packed forward": "triton"}
-    exact, formula = (
-        operator.reference(cast(inputs, dtype)) for dtype in (torch.float64, inputs.value.dtype)
+        made = operator.forward(inputs)
+        grads = operator.backward(inputs, (), made, *seeds)
+    assert ran == {"fma packed forward": "triton", "fma packed backward": "triton"}
+    got = made.out, made.log_sum_exp, grads.query, grads.key, grads.value
+    oracle, formula = (
+        judged(operator, inputs, (), seeds, dtype) for dtype in (torch.float64, inputs.value.dtype)
     )
-    assert_as_good_as(got.out, oracle=exact.out, formula=formula.out)
-    assert_as_good_as(got.log_sum_exp, oracle=exact.log_sum_exp, formula=formula.log_sum_exp)
+    for at, (x, exact, typical) in enumerate(zip(got, oracle, formula, strict=True)):
+        assert_as_good_as(x, oracle=exact, formula=typical, name=f"result {at}")
+    with use_kernels("aten"):
+        laid_out = operator.backward(inputs, (), made, *seeds)
+    for x, other, exact, typical in zip(
+        got[2:], (laid_out.query, laid_out.key, laid_out.value), oracle[2:], formula[2:], strict=True
+    ):
+        assert x.shape == other.shape and x.dtype == other.dtype
+        assert_as_good_as(other, oracle=exact, formula=typical, name="laid out")
+
+
+def test_packed_gradients_are_the_same_every_time_and_those_of_each_document(device, monkeypatch):
+    operator, inputs = packed("causal", device, monkeypatch)
+    grad = torch.randn_like(inputs.value[:, :1].expand(*inputs.query.shape[:2], -1, -1).contiguous())
+    made = operator.forward(inputs)
+    first, second = (operator.backward(inputs, (), made, grad, None) for _ in range(2))
+    assert all(torch.equal(getattr(first, x), getattr(second, x)) for x in ("query", "key", "value"))
+    # What stands in another document does not reach a gradient, not even as NaN.
+    key = inputs.key.clone()
+    key[:, :, 17:61] = torch.nan
+    broken = operator.backward(dataclasses.replace(inputs, key=key), (), made, grad, None)
+    for x in ("query", "key", "value"):
+        a, b = getattr(first, x), getattr(broken, x)
+        assert torch.equal(a[:, :, :17], b[:, :, :17]) and torch.equal(a[:, :, 61:], b[:, :, 61:])
 
 
 def test_documents_that_stand_apart_are_laid_out(device, monkeypatch):
@@ -127,7 +161,10 @@ def test_documents_that_stand_apart_are_laid_out(device, monkeypatch):
     if device == "cpu":
         monkeypatch.setattr(face, "gpu_obstacle", lambda *tensors: "")
     given = inputs.query, inputs.key, inputs.value, inputs.scale, operator._pattern(inputs)
-    assert face.forward_packed(*given, torch.arange(50, device=device).flip(0)[None]) is None
+    apart = torch.arange(50, device=device).flip(0)[None]
+    assert face.forward_packed(*given, apart) is None
+    saved = inputs.query, inputs.query[..., 0], inputs.query
+    assert face.backward_packed(*given, apart, *saved) is None
 
 
 def test_learned_with_padding(device):
@@ -137,7 +174,7 @@ def test_learned_with_padding(device):
 def test_many_levels_take_several_launches_of_the_pool(device):
     operator = make_operator("fma", block=2, rank=1, sinks=1)
     inputs = moved(make_inputs("causal & key_padding", **{**SMALL, "heads": 1, "length": 150}), device)
-    call = fma._Call(
+    call = fma.Call(
         inputs.query, inputs.key, inputs.value, inputs.scale, operator._pattern(inputs), inputs.key_padding
     )
     pooled = call.pool(inputs.key, ())

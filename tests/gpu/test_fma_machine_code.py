@@ -25,12 +25,30 @@ def rows():
         yield pytest.param(row, id="-".join(map(str, row)), marks=[] if usual else [pytest.mark.slow])
 
 
+def packed_rows():
+    """The cells of packed documents: those of the narrowest heads, and of the GPU that most have at the next width."""
+    for row in configs():
+        name, architecture, kind, width = row
+        served = name.startswith("fma_") and name != "fma_decode" and kind == "half"
+        if served and (width == 64 or (width == 128 and architecture == "sm_90")):
+            usual = architecture == "sm_90" and width == 64
+            yield pytest.param(row, id="-".join(map(str, row)), marks=[] if usual else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("row", list(rows()))
 def test_every_row_of_the_table(row):
+    judge(row, RECORDED["-".join(map(str, row))], packed=False)
+
+
+@pytest.mark.parametrize("row", list(packed_rows()))
+def test_packed_documents_fit_the_same_tiles(row):
+    judge(row, RECORDED["-".join(map(str, (*row, "packed")))], packed=True)
+
+
+def judge(row, recorded, packed):
     name, architecture, kind, width = row
     config = configs()[row]
-    recorded = RECORDED["-".join(map(str, row))]
-    for made, (registers, programs) in zip(reports(*row, config), recorded, strict=True):
+    for made, (registers, programs) in zip(reports(*row, config, packed=packed), recorded, strict=True):
         assert made.fits(SHARED_MEMORY[architecture]), made
         assert made.registers <= registers, f"{made}; {registers} registers were recorded"
         if architecture != "gfx942":
@@ -50,12 +68,6 @@ def test_bidirectional_lists_fit_the_same_tiles(name):
 def test_a_step_with_learned_rows_fits_the_same_tiles(width):
     row = "fma_decode", "sm_90", "half", width
     (made,) = reports(*row, configs()[row], learned=True)
-    assert made.fits(SHARED_MEMORY["sm_90"]), made
-
-
-def test_packed_documents_fit_the_same_tiles():
-    row = "fma_fwd", "sm_90", "half", 64
-    (made,) = reports(*row, configs()[row], packed=True)
     assert made.fits(SHARED_MEMORY["sm_90"]), made
 
 
@@ -80,10 +92,30 @@ def test_pool(kind, precision, channels, warps):
     assert made.fits(SHARED_MEMORY["sm_90"]) and made.products["HGMMA"], made
 
 
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("packed", [False, True], ids=["sequences", "documents"])
 @pytest.mark.parametrize("kernel", [fma_runs, fma_spread], ids=["runs", "spread"])
-def test_sums_of_rows(kernel):
-    types = {"RUNS": "*fp32", "ROWS": "*fp32", "COUNT": "*fp32", "OUT": "*fp32", "factor": "fp32"}
-    given = {"C": 256, "BC": 256, "RANK": 4, "CAUSAL": False, "LOG2S": 4, "B": 16}
+def test_sums_of_rows(kernel, packed, architecture):
+    types = {
+        "RUNS": "*fp32",
+        "ROWS": "*fp32",
+        "COUNT": "*fp32",
+        "OUT": "*fp32",
+        "factor": "fp32",
+        "DOCUMENT": "*i32",
+    }
+    given = {
+        "C": 256,
+        "BC": 256,
+        "BLOCK": 64,
+        "RANK": 4,
+        "CAUSAL": False,
+        "LOG2S": 4,
+        "PACKED": packed,
+        "B": 16,
+    }
+    if not packed:
+        given["DOCUMENT"] = None
     constants = {name: x for name, x in given.items() if name in kernel.arg_names}
-    made = compiled(kernel, types, constants, "sm_90", 4, 2)
+    made = compiled(kernel, types, constants, architecture, 4, 2)
     assert made.spilled == made.stack == 0, made

@@ -7,194 +7,20 @@ the same bits every time. Rows learned by channel are products of matrices, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan, level_count, make_plan
-from fastattn_compile.kernels.aten.fma_pool import combine_levels, combine_levels_backward
+from fastattn_compile.kernels.aten.fma_plan import Pattern, level_count
 from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
+from fastattn_compile.kernels.gpu.fma_call import Call, step
 from fastattn_compile.kernels.gpu.fma_configs import chosen
 from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_runs, fma_sinks
-from fastattn_compile.kernels.gpu.fma_pool import pool_means, spread
-from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, padded, precision, tensor_obstacle
+from fastattn_compile.kernels.gpu.fma_pool import spread
+from fastattn_compile.kernels.gpu.launch import LOG2_E, padded, tensor_obstacle
 
-# Blocks of queries of one walk of fma_far, as a power of two; positions of one program of fma_sinks.
-_LOG2_WALK, _STRETCH = 4, 2048
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """What is pooled and what a row weighs, for every sequence or for all alike.
-
-    Args:
-        counts: ``(b or 1, rows)`` float32, tokens that a row stands for.
-        mass: ``(b or 1, rows)`` float32, log2 of what a row weighs.
-        fine: ``(b, n)`` uint8, tokens that are real; ``None`` for all.
-        pooled: ``(b or 1, n)`` uint8, tokens that are pooled; ``None`` for all.
-        sink: ``(b or 1, sinks)`` int32 positions of the sinks, -1 for none.
-    """
-
-    counts: Tensor
-    mass: Tensor
-    fine: Tensor | None
-    pooled: Tensor | None
-    sink: Tensor | None
-
-
-def _make_tables(real: Tensor, all_real: bool, pattern: Pattern) -> _Tables:
-    batch, length = real.shape
-    levels, m = level_count(length, pattern.block), pattern.block
-    sinks = min(pattern.sinks, length)
-    sink, pooled = None, None if all_real else real
-    if sinks:
-        # Real tokens first, in order: the first of them are the sinks.
-        place = torch.sort(~real, dim=1, stable=True).indices[:, :sinks]
-        sink = torch.where(real.gather(1, place), place, -1).to(torch.int32)
-        pooled = real.scatter(1, place, False)
-    cells = pattern.rank << (levels + 1)
-    taken = F.pad((real if pooled is None else pooled).float(), (0, (m << (levels + 1)) - length))
-    by_level = [taken.view(batch, cells, -1).sum(-1)]
-    for _ in range(levels - 1):
-        by_level.append(by_level[-1].view(batch, -1, 2).sum(-1))
-    counts = torch.cat(by_level, 1)
-    if pattern.learned:
-        counts = (
-            counts.view(batch, -1, pattern.rank)
-            .mean(-1, keepdim=True)
-            .expand(-1, -1, pattern.rank)
-            .flatten(1)
-        )
-    counts = counts.contiguous()
-    mass = (counts if pattern.weighted else (counts > 0).float()).log2()
-    # Bytes, one a token: a kernel reads no booleans.
-    fine, pooled = (None if x is None else x.to(torch.uint8) for x in (None if all_real else real, pooled))
-    return _Tables(counts, mass, fine, pooled, sink)
-
-
-@lru_cache(maxsize=16)
-def _tables_without_padding(length: int, pattern: Pattern, device: torch.device) -> _Tables:
-    return _make_tables(torch.ones(1, length, dtype=torch.bool, device=device), True, pattern)
-
-
-class _Call:
-    """One attention: its sizes, tables, and the arguments that kernels share."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        pattern: Pattern,
-        key_padding: Tensor | None,
-    ) -> None:
-        self.query, self.key, self.value, self.pattern, self.scale = query, key, value, pattern, scale
-        self.batch, self.kv_heads, self.length = key.shape[:3]
-        self.group = query.shape[1] // self.kv_heads
-        self.units = self.batch * self.kv_heads
-        self.levels = level_count(self.length, pattern.block)
-        self.blocks, self.nb = -(-self.length // pattern.block), 2 << self.levels
-        self.tables = (
-            _tables_without_padding(self.length, pattern, query.device)
-            if key_padding is None
-            else _make_tables(key_padding, False, pattern)
-        )
-        self.window = (
-            -1 if pattern.left is None else pattern.left,
-            -1 if pattern.causal or pattern.right is None else pattern.right,
-        )
-        self.sizes = {
-            **channels(D=query.shape[3], E=value.shape[3]), "G": self.group, "BLOCK": pattern.block,
-            "CAUSAL": pattern.causal, "BANDED": pattern.banded, "PRECISION": precision(query.dtype),
-        }  # fmt: skip
-        self.of_rows = {"RANK": pattern.rank, "LEARNED": pattern.learned}
-        sinks = 0 if self.tables.sink is None else self.tables.sink.shape[1]
-        self.of_sinks = {"SINKS": sinks, "BS": padded(sinks)}
-        self.padded = {"PADDED": key_padding is not None}
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Steps of query, key and value."""
-        return *self.query.stride(), *self.key.stride(), *self.value.stride()
-
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        """Steps between sequences of what rows weigh, of real tokens, of sinks."""
-        tables = self.tables
-        return _step(tables.mass), _step(tables.fine), _step(tables.sink)
-
-    def tiles(self, rows: int) -> int:
-        """Programs of ``rows`` packed queries that walk one unit."""
-        pairs = -(-self.blocks // 2)
-        return pairs * -(-2 * self.pattern.block * self.group // rows)
-
-    def pool(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """The pooled rows of keys or values."""
-        if not self.pattern.learned:
-            tables, pattern = self.tables, self.pattern
-            return pool_means(
-                x, tables.pooled, tables.counts, self.nb, self.levels, pattern.rank, pattern.block
-            )
-        made = x.new_empty(self.batch, self.kv_heads, self.tables.counts.shape[1], x.shape[3])
-        for sequences, tokens, factor in self._learned(x):
-            rows = torch.empty(tokens.shape[0], made.shape[2], made.shape[3], device=x.device)
-            combine_levels(tokens, rows, factor, weights, self._plan, self.pattern)
-            made[sequences] = rows.unflatten(0, (-1, self.kv_heads)).to(x.dtype)
-        return made
-
-    def learned_backward(
-        self, x: Tensor, grad_rows: Tensor, weights: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the tokens ``(b, g, n, c)`` and of the weights, from those of learned rows; float32."""
-        grads = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
-        made = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for sequences, tokens, factor in self._learned(x):
-            grad_tokens = torch.zeros_like(tokens)
-            combine_levels_backward(
-                tokens,
-                grad_rows[sequences].flatten(0, 1),
-                factor,
-                weights,
-                grad_tokens,
-                grads,
-                self._plan,
-                self.pattern,
-            )
-            made[sequences] = grad_tokens[:, : self.length].unflatten(0, (-1, self.kv_heads))
-        if self.tables.pooled is not None:
-            made *= self.tables.pooled[:, None, :, None]
-        return made, grads
-
-    @property
-    def _plan(self) -> Plan:
-        return make_plan(self.length, self.pattern, self.query.device)
-
-    def _learned(self, x: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-        """Sequences of one table: which, their tokens as ``combine_levels`` takes them, what rows are multiplied by."""
-        pattern, pooled, found = self.pattern, self.tables.pooled, []
-        width = torch.cat([
-            torch.full((pattern.rank * self.nb >> level,), pattern.block << level, device=x.device)
-            for level in range(self.levels)
-        ])  # fmt: skip
-        each = self.batch if self.tables.counts.shape[0] == 1 else 1
-        for first in range(0, self.batch, each):
-            tokens = x[first : first + each].float()
-            if pooled is not None:
-                of_table = pooled[first % pooled.shape[0] :][:1, None, :, None]
-                tokens = tokens.masked_fill(of_table == 0, 0)
-            tokens = F.pad(tokens.flatten(0, 1), (0, 0, 0, self.blocks * pattern.block - self.length))
-            counts = self.tables.counts[first % self.tables.counts.shape[0]]
-            found.append((slice(first, first + each), tokens, width / (counts * pattern.rank).clamp(min=1)))
-        return found
-
-
-def _step(x: Tensor | None) -> int:
-    """Stride between sequences, 0 where all share one."""
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+# Positions of one program of fma_sinks; programs that keep a GPU busy.
+_STRETCH, _PROGRAMS = 2048, 512
 
 
 def _of_keys(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -223,17 +49,7 @@ def forward(
     Returns:
         Output ``(b, h, n, e)``, 0 where a query sees no key; log-sum-exp ``(b, h, n)`` float32, -inf there.
     """
-    call = _Call(query, key, value, scale, pattern, key_padding)
-    tables, config = call.tables, chosen("fma_fwd", query, value)
-    rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
-    out = value.new_empty(*query.shape[:3], value.shape[3])
-    log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)
-    fma_fwd[(call.tiles(config.rows), call.units)](
-        query, key, value, rows_k, rows_v, tables.mass, tables.fine, tables.sink, out, log_sum_exp, None, call.kv_heads,
-        call.length, call.nb, call.levels, 0, *call.strides, *call.steps, *call.window, scale * LOG2_E, **call.sizes,
-        **call.of_rows, **call.of_sinks, **call.padded, PACKED=False, **config.launch,
-    )  # fmt: skip
-    return out, log_sum_exp
+    return attend(Call(query, key, value, scale, pattern, key_padding), weights)
 
 
 def backward(
@@ -259,8 +75,32 @@ def backward(
     Returns:
         Gradients of query, key, value and each of ``weights``.
     """
-    call = _Call(query, key, value, scale, pattern, key_padding)
-    tables, config = call.tables, chosen("fma_dq", query, value)
+    call = Call(query, key, value, scale, pattern, key_padding)
+    return differentiate(call, out, log_sum_exp, grad_out, grad_log_sum_exp, weights)
+
+
+def attend(call: Call, weights: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    """``forward`` of a call, of sequences or of documents."""
+    query, key, value, tables = call.query, call.key, call.value, call.tables
+    config = chosen("fma_fwd", query, value)
+    rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
+    out = value.new_empty(*query.shape[:3], value.shape[3])
+    log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)
+    fma_fwd[(call.tiles(config.rows), call.units)](
+        query, key, value, rows_k, rows_v, tables.mass, tables.fine, tables.sink, out, log_sum_exp, call.table,
+        call.kv_heads, call.length, call.nb, call.levels, rows_k.shape[2], *call.strides, *call.steps, *call.window,
+        call.scale * LOG2_E, **call.sizes, **call.of_rows, **call.of_sinks, **call.padded, **call.packed, **config.launch,
+    )  # fmt: skip
+    return out, log_sum_exp
+
+
+def differentiate(
+    call: Call, out: Tensor, log_sum_exp: Tensor, grad_out: Tensor, grad_log_sum_exp: Tensor | None,
+    weights: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """``backward`` of a call, of sequences or of documents."""
+    query, key, value, tables, pattern = call.query, call.key, call.value, call.tables, call.pattern
+    config = chosen("fma_dq", query, value)
     rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
     out, log_sum_exp, grad = out.contiguous(), log_sum_exp.contiguous(), grad_out.to(query.dtype).contiguous()
     slope = None if grad_log_sum_exp is None else grad_log_sum_exp.float().contiguous()
@@ -268,18 +108,17 @@ def backward(
     delta = torch.empty_like(log_sum_exp)
     fma_dq[(call.tiles(config.rows), call.units)](
         query, key, value, rows_k, rows_v, tables.mass, tables.fine, tables.sink, out, log_sum_exp, grad, slope,
-        grad_query, delta, call.kv_heads, call.length, call.nb, call.levels, *call.strides, *call.steps, *call.window,
-        scale * LOG2_E, HAS_GRAD_LSE=slope is not None, **call.sizes, **call.of_rows, **call.of_sinks, **call.padded,
-        **config.launch,
+        grad_query, delta, call.table, call.kv_heads, call.length, call.nb, call.levels, rows_k.shape[2], *call.strides,
+        *call.steps, *call.window, call.scale * LOG2_E, HAS_GRAD_LSE=slope is not None, **call.sizes, **call.of_rows,
+        **call.of_sinks, **call.padded, **call.packed, **config.launch,
     )  # fmt: skip
     saved = log_sum_exp, delta, grad
-    grad_rows = _far(call, rows_k, rows_v, *saved)
-    cells = (
-        []
-        if pattern.learned
-        else [spread(x, tables.counts, call.nb, call.levels, pattern.rank) for x in grad_rows]
-    )
-    grad_key, grad_value = _near(call, cells, *saved)
+    # Documents of at most two blocks have no rows.
+    grad_rows: tuple[Tensor, ...] = _far(call, rows_k, rows_v, *saved) if call.levels else ()
+    if not pattern.learned:
+        for x in grad_rows:
+            spread(x, tables.counts, call.nb, call.levels, pattern.rank, call.table)
+    grad_key, grad_value = _near(call, () if pattern.learned else grad_rows, *saved)
     learned: list[Tensor] = []
     if pattern.learned:
         grad_weights = []
@@ -297,32 +136,33 @@ def backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), tuple(learned)
 
 
-def _far(call: _Call, rows_k: Tensor, rows_v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
+def _far(call: Call, rows_k: Tensor, rows_v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the pooled rows, float32."""
     config, pattern = chosen("fma_far", call.query, call.value), call.pattern
-    bits, slots = min(_LOG2_WALK, call.levels), (2 if pattern.causal else 4) * pattern.rank
-    runs = call.nb - (call.nb >> (bits - 1)) + (call.levels - bits + 1) * (call.nb >> bits)
-    kept = [x.new_empty(call.units, runs, slots, x.shape[3], dtype=torch.float32) for x in (rows_k, rows_v)]
-    walks, tiles = -(-call.blocks // (1 << bits)), -(-call.levels * slots // config.far)
+    slots, all_rows = (2 if pattern.causal else 4) * pattern.rank, rows_k.shape[2]
+    kept = [
+        x.new_empty(*x.shape[:2], call.runs, slots, x.shape[3], dtype=torch.float32) for x in (rows_k, rows_v)
+    ]
+    walks, tiles = -(-call.blocks // (1 << call.log2_walk)), -(-call.levels * slots // config.far)
     for which in config.parts:
         fma_far[(walks, call.units, tiles)](
-            call.query, rows_k, rows_v, call.tables.mass, *saved, *kept, call.kv_heads, call.length, call.nb,
-            call.levels, call.blocks, runs, *call.query.stride(), call.steps[0], *call.window, call.scale * LOG2_E,
-            LOG2S=bits, WHICH=which, **call.sizes, **call.of_rows, **config.launch,
+            call.query, rows_k, rows_v, call.tables.mass, *saved, *kept, call.table, call.kv_heads, call.length, call.nb,
+            call.levels, all_rows, call.runs, *call.query.stride(), call.steps[0], *call.window, call.scale * LOG2_E,
+            WHICH=which, **call.sizes, **call.of_far, **call.packed, **config.launch,
         )  # fmt: skip
     made = []
-    for x, factor in zip(kept, (call.scale, 1.0)):
-        c, tile = x.shape[3], 16
-        rows = x.new_empty(call.batch, call.kv_heads, call.tables.counts.shape[1], c)
+    for x, of_runs, factor in zip((rows_k, rows_v), kept, (call.scale, 1.0)):
+        c, tile, rows = x.shape[3], 16, torch.empty_like(x, dtype=torch.float32)
         fma_runs[(-(-pattern.rank * call.nb // tile), call.units, call.levels)](
-            x, rows, call.nb, call.levels, call.blocks, runs, factor, C=c, BC=padded(c), RANK=pattern.rank,
-            CAUSAL=pattern.causal, LOG2S=bits, B=tile,
+            of_runs, rows, call.table, call.kv_heads, call.length, call.nb, call.levels, all_rows, call.runs, factor, C=c,
+            BC=padded(c), BLOCK=pattern.block, RANK=pattern.rank, CAUSAL=pattern.causal, LOG2S=call.log2_walk,
+            **call.packed, B=tile,
         )  # fmt: skip
         made.append(rows)
     return made[0], made[1]
 
 
-def _near(call: _Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor, Tensor]:
+def _near(call: Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the near field, and from the cells where there are any."""
     config, tables, pattern = chosen("fma_dkv", call.query, call.value), call.tables, call.pattern
     # What is added to later is kept in full.
@@ -331,32 +171,42 @@ def _near(call: _Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor,
         x.new_empty(x.shape, dtype=torch.float32 if exact else x.dtype) for x in (call.key, call.value)
     ]  # fmt: skip
     for which in config.parts:
-        fma_dkv[(-(-call.length // config.columns), call.units)](
+        fma_dkv[(-(-call.longest // config.columns), call.units)](
             call.query, call.key, call.value, tables.fine, tables.pooled, *(cells or (None, None)), *saved, *grads,
-            call.kv_heads, call.length, pattern.rank * call.nb, *call.strides, _step(tables.fine), _step(tables.pooled),
-            *call.window, call.scale * LOG2_E, CELL=pattern.block // pattern.rank, ALL=tables.pooled is None,
-            SPREAD=bool(cells), WHICH=which, **call.sizes, **call.padded, **config.launch,
+            call.table, call.kv_heads, call.length, call.levels, cells[0].shape[2] if cells else 0, *call.strides,
+            step(tables.fine), step(tables.pooled), *call.window, call.scale * LOG2_E, CELL=pattern.block // pattern.rank,
+            ALL=tables.pooled is None, SPREAD=bool(cells), WHICH=which, **call.sizes, **call.padded, **call.packed,
+            **config.launch,
         )  # fmt: skip
     return grads[0], grads[1]
 
 
-def _sinks(call: _Call, grad_key: Tensor, grad_value: Tensor, *saved: Tensor) -> None:
+def _sinks(call: Call, grad_key: Tensor, grad_value: Tensor, *saved: Tensor) -> None:
     """Adds what the sinks get from the queries beyond their near field, stretch after stretch."""
     config, sink = chosen("fma_sinks", call.query, call.value), call.tables.sink
     assert sink is not None
-    parts = -(-call.length // _STRETCH)
-    shape = call.batch, call.kv_heads, parts, sink.shape[1]
+    parts, stretch = -(-call.longest // _STRETCH), _STRETCH
+    number = call.units // call.kv_heads
+    if call.table is not None:
+        # A long document among many short ones: not more stretches of each than keep a GPU busy.
+        parts = min(parts, -(-_PROGRAMS // call.units))
+        stretch = -(-call.longest // parts)
+    shape = number, call.kv_heads, parts, sink.shape[1]
     grads = [x.new_empty(*shape, x.shape[3], dtype=torch.float32) for x in (call.key, call.value)]
     fma_sinks[(parts, call.units)](
-        call.query, call.key, call.value, sink, *saved, *grads, call.kv_heads, call.length, 0, _STRETCH, *call.strides,
-        _step(sink), *call.window, call.scale * LOG2_E, **call.sizes, **call.of_sinks, **config.launch,
+        call.query, call.key, call.value, sink, *saved, *grads, call.table, call.kv_heads, call.length, 0, stretch,
+        *call.strides, step(sink), *call.window, call.scale * LOG2_E, **call.sizes, **call.of_sinks, **call.packed,
+        **config.launch,
     )  # fmt: skip
-    place = sink.clamp(min=0).long().expand(call.batch, -1)[:, None, :, None]
-    real = (sink >= 0).expand(call.batch, -1)[:, None, :, None]
+    place, real = sink.clamp(min=0).long().expand(number, -1), (sink >= 0).expand(number, -1)
+    sequence = torch.arange(number, device=sink.device)
+    if call.table is not None:
+        sequence, opening = call.table[:, :2].long().unbind(1)
+        place = place + opening[:, None]
     for total, x in zip((grad_key, grad_value), grads):
-        at = place.expand(-1, call.kv_heads, -1, x.shape[4])
         # Sinks that do not exist bring 0, wherever they point.
-        total.scatter_add_(2, at, x.sum(2).masked_fill(~real, 0))
+        found = x.sum(2).masked_fill(~real[:, None, :, None], 0).transpose(1, 2)
+        total.transpose(1, 2).index_put_((sequence[:, None], place), found, accumulate=True)
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:

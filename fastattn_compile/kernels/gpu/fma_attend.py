@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn_compile.kernels.gpu.fma_rows import beyond, covered, document, far_rows, first_row, near
+from fastattn_compile.kernels.gpu.fma_rows import beyond, covered, far_rows, near, whose
 from fastattn_compile.kernels.gpu.meet import heads_of, meet, meet_again, rows_of, shown
 from fastattn_compile.kernels.gpu.online import log2_sum
 
@@ -90,31 +90,23 @@ def fma_fwd(
 
     ``PACKED``, the documents of a table take the place of the sequences, and ``all_rows`` counts the rows of all of them.
     """
-    unit = tl.program_id(1).to(tl.int64)
-    batch, head = unit // heads, unit % heads
-    if PACKED:
-        total, sink_at = length, batch * sink_b
-        batch, opening, length, levels, base = document(DOCUMENT, batch)
-        nb = 2 << levels
-        Q += opening * q_n
-        K += opening * k_n
-        V += opening * v_n
-        mass_at = base
-        ROWS_K += (head * all_rows + base) * D
-        ROWS_V += (head * all_rows + base) * E
+    unit, total = tl.program_id(1).to(tl.int64), length
+    head = unit % heads
+    number, batch, opening, length, nb, levels, base, rows = whose(
+        DOCUMENT, unit, heads, length, nb, levels, all_rows, PACKED
+    )
+    Q += opening * q_n
     place, of_group, real, first, last = packed_rows(tl.program_id(0), length, G, BLOCK, BM)
     if PACKED:  # noqa: SIM102  known when it is compiled, the other is not
         if first * BLOCK >= length:
             return  # the grid is that of the longest document
     of_group = of_group + head * G
     q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
-    K += batch * k_b + head * k_h
-    V += batch * v_b + head * v_h
-    if not PACKED:
-        rows = first_row(levels, nb, RANK).to(tl.int64)
-        ROWS_K += unit * rows * D
-        ROWS_V += unit * rows * E
-        mass_at, sink_at = batch * mass_b, batch * sink_b
+    K += batch * k_b + head * k_h + opening * k_n
+    V += batch * v_b + head * v_h + opening * v_n
+    ROWS_K += rows * D
+    ROWS_V += rows * E
+    MASS += number * mass_b + base
     largest, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BE], tl.float32)
     end = (last + 1) * BLOCK if CAUSAL else (last + 2) * BLOCK
@@ -127,20 +119,19 @@ def fma_fwd(
         largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     for begin in range(0, levels * (2 * RANK if CAUSAL else 4 * RANK), BF):
         row, there, weight, seen = far_keys(
-            begin, first, last, place, MASS + mass_at, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
+            begin, first, last, place, MASS, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
             BANDED, LEARNED, BF,
         )  # fmt: skip
         k, v = rows_of(ROWS_K, row, D, 1, there, D, BD), rows_of(ROWS_V, row, E, 1, there, E, BE)
         largest, mass, acc = meet(q, k, v, weight, seen, scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
-        key, there, seen = sink_keys(place, SINK + sink_at, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS)
+        key, there, seen = sink_keys(
+            place, SINK + number * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
+        )
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
         largest, mass, acc = meet(q, k, v, None, seen, scale, largest, mass, acc, PRECISION)
     e = tl.arange(0, BE)
-    if PACKED:
-        at = (batch * heads * G + of_group) * total + opening + place
-    else:
-        at = (batch * heads * G + of_group) * length + place
+    at = (batch * heads * G + of_group) * total + opening + place
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(
         OUT + at[:, None] * E + e[None, :],
@@ -150,22 +141,30 @@ def fma_fwd(
     tl.store(LSE + at, log2_sum(largest, mass) * 0.6931471805599453, mask=real)
 
 
-@triton.jit(do_not_specialize=["length", "nb", "levels"])
+@triton.jit(do_not_specialize=["length", "nb", "levels", "all_rows"])
 def fma_dq(
-    Q, K, V, ROWS_K, ROWS_V, MASS, FINE, SINK, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, heads, length, nb, levels,
+    Q, K, V, ROWS_K, ROWS_V, MASS, FINE, SINK, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, DOCUMENT, heads, length, nb, levels,
+    all_rows,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, mass_b, fine_b, sink_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
     RANK: tl.constexpr, SINKS: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, PADDED: tl.constexpr,
-    LEARNED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BF: tl.constexpr, BS: tl.constexpr,
+    LEARNED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a program's queries, and ``delta = <grad, out> - grad_lse`` for the kernels after it."""
-    unit = tl.program_id(1).to(tl.int64)
-    batch, head = unit // heads, unit % heads
+    unit, total = tl.program_id(1).to(tl.int64), length
+    head = unit % heads
+    number, batch, opening, length, nb, levels, base, rows = whose(
+        DOCUMENT, unit, heads, length, nb, levels, all_rows, PACKED
+    )
+    Q += opening * q_n
     place, of_group, real, first, last = packed_rows(tl.program_id(0), length, G, BLOCK, BM)
+    if PACKED:  # noqa: SIM102  as in fma_fwd
+        if first * BLOCK >= length:
+            return
     of_group = of_group + head * G
     q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
-    at = (batch * heads * G + of_group) * length + place
+    at = (batch * heads * G + of_group) * total + opening + place
     grad = rows_of(GRAD, at, E, 1, real, E, BE)
     out = rows_of(OUT, at, E, 1, real, E, BE)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -173,11 +172,11 @@ def fma_dq(
         delta -= tl.load(GRAD_LSE + at, mask=real, other=0.0)
     tl.store(DELTA + at, delta, mask=real)
     lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
-    K += batch * k_b + head * k_h
-    V += batch * v_b + head * v_h
-    rows = first_row(levels, nb, RANK).to(tl.int64)
-    ROWS_K += unit * rows * D
-    ROWS_V += unit * rows * E
+    K += batch * k_b + head * k_h + opening * k_n
+    V += batch * v_b + head * v_h + opening * v_n
+    ROWS_K += rows * D
+    ROWS_V += rows * E
+    MASS += number * mass_b + base
     acc = tl.zeros([BM, BD], tl.float32)
     end = (last + 1) * BLOCK if CAUSAL else (last + 2) * BLOCK
     end = tl.minimum(end, length)
@@ -189,14 +188,14 @@ def fma_dq(
         acc = meet_again(q, k, v, 0.0, grad, lse, delta, seen, scale, acc, PRECISION)
     for begin in range(0, levels * (2 * RANK if CAUSAL else 4 * RANK), BF):
         row, there, weight, seen = far_keys(
-            begin, first, last, place, MASS + batch * mass_b, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
+            begin, first, last, place, MASS, length, nb, levels, left, right, BLOCK, RANK, CAUSAL,
             BANDED, LEARNED, BF,
         )  # fmt: skip
         k, v = rows_of(ROWS_K, row, D, 1, there, D, BD), rows_of(ROWS_V, row, E, 1, there, E, BE)
         acc = meet_again(q, k, v, weight[None, :], grad, lse, delta, seen, scale, acc, PRECISION)
     if SINKS > 0:
         key, there, seen = sink_keys(
-            place, SINK + batch * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
+            place, SINK + number * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
         )
         k, v = rows_of(K, key, k_n, k_d, there, D, BD), rows_of(V, key, v_n, v_d, there, E, BE)
         acc = meet_again(q, k, v, 0.0, grad, lse, delta, seen, scale, acc, PRECISION)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastattn_compile.kernels.gpu.fma_attend import sink_keys
-from fastattn_compile.kernels.gpu.fma_rows import covered, far_rows, first_row, near
+from fastattn_compile.kernels.gpu.fma_rows import covered, far_rows, first_row, near, whose
 from fastattn_compile.kernels.gpu.meet import give, heads_of, rows_of, shown
 from fastattn_compile.kernels.gpu.online import finite
 
@@ -30,30 +30,48 @@ def first_run(level, nb, LOG2S: tl.constexpr):
     return nb - (nb >> short) + (level - short) * (nb >> LOG2S)
 
 
-@triton.jit(do_not_specialize=["length", "nb", "levels", "blocks"])
+@triton.jit
+def first_of_runs(DOCUMENT, unit, heads, runs, PACKED: tl.constexpr):
+    """Where the runs of a unit begin; each has ``runs``, or every key head of the packed documents has."""
+    if PACKED:
+        at = unit % heads * runs + tl.load(DOCUMENT + unit // heads * 6 + 5)
+    else:
+        at = unit * runs
+    return at
+
+
+@triton.jit(do_not_specialize=["length", "nb", "levels", "all_rows", "runs"])
 def fma_far(
-    Q, ROWS_K, ROWS_V, MASS, LSE, DELTA, GRAD, RUNS_K, RUNS_V, heads, length, nb, levels, blocks, runs,
+    Q, ROWS_K, ROWS_V, MASS, LSE, DELTA, GRAD, RUNS_K, RUNS_V, DOCUMENT, heads, length, nb, levels, all_rows, runs,
     q_b, q_h, q_n, q_d, mass_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
     RANK: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, LEARNED: tl.constexpr, LOG2S: tl.constexpr,
-    WHICH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
+    PACKED: tl.constexpr, WHICH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Sums of the gradients of far slots over runs of blocks; ``WHICH`` of keys (1), of values (2) or of both (3)."""
     SLOTS: tl.constexpr = 2 * RANK if CAUSAL else 4 * RANK
-    sup, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = unit // heads, unit % heads
+    sup, unit, total = tl.program_id(0), tl.program_id(1).to(tl.int64), length
+    head = unit % heads
+    number, batch, opening, length, nb, levels, base, rows = whose(
+        DOCUMENT, unit, heads, length, nb, levels, all_rows, PACKED
+    )
+    Q += opening * q_n
+    blocks = (length + BLOCK - 1) // BLOCK
     slot = tl.program_id(2) * BF + tl.arange(0, BF)
     level = slot // SLOTS
     bits = run_bits(level, LOG2S)
-    rows = first_row(levels, nb, RANK).to(tl.int64)
-    ROWS_K += unit * rows * D
-    ROWS_V += unit * rows * E
+    ROWS_K += rows * D
+    ROWS_V += rows * E
+    MASS += number * mass_b + base
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     dk, dv = tl.zeros([BF, BD], tl.float32), tl.zeros([BF, BE], tl.float32)
     stop = tl.minimum((sup + 1) << LOG2S, blocks)
+    if PACKED:
+        # The grid is that of the document with most levels.
+        stop = tl.where(tl.program_id(2) * BF < levels * SLOTS, stop, 0)
     for block in range(sup << LOG2S, stop):
         row, there = far_rows(block, slot, nb, levels, RANK, CAUSAL)
-        weight = tl.load(MASS + batch * mass_b + row, mask=there, other=float("-inf"))
+        weight = tl.load(MASS + row, mask=there, other=float("-inf"))
         there = there & (weight != float("-inf"))
         weight = tl.where(there, weight, 0.0)
         k = finite(rows_of(ROWS_K, row, D, 1, there, D, BD))
@@ -63,7 +81,7 @@ def fma_far(
             place = block * BLOCK + r // G
             real = (r < G * BLOCK) & (place < length)
             of_group = head * G + r % G
-            at = (batch * heads * G + of_group) * length + place
+            at = (batch * heads * G + of_group) * total + opening + place
             q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
             grad = rows_of(GRAD, at, E, 1, real, E, BE)
             lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
@@ -78,7 +96,7 @@ def fma_far(
             )
         done = (((block + 1) & ((1 << bits) - 1)) == 0) | (block + 1 == stop)
         run = (first_run(level, nb, LOG2S) + (block >> bits)).to(tl.int64)
-        out = (unit * runs + run) * SLOTS + slot % SLOTS
+        out = (first_of_runs(DOCUMENT, unit, heads, runs, PACKED) + run) * SLOTS + slot % SLOTS
         keep = done & (level < levels)
         if WHICH & 1:
             tl.store(RUNS_K + out[:, None] * D + d[None, :], dk, mask=keep[:, None] & (d < D)[None, :])
@@ -107,16 +125,21 @@ def give_part(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["nb", "levels", "blocks"])
+@triton.jit(do_not_specialize=["length", "nb", "levels", "all_rows", "runs"])
 def fma_runs(
-    RUNS, OUT, nb, levels, blocks, runs, factor,
-    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, CAUSAL: tl.constexpr, LOG2S: tl.constexpr, B: tl.constexpr,
+    RUNS, OUT, DOCUMENT, heads, length, nb, levels, all_rows, runs, factor,
+    C: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, CAUSAL: tl.constexpr, LOG2S: tl.constexpr,
+    PACKED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The gradient of pooled rows: ``B`` rows of one level, the runs of those who met them added in order."""
     SLOTS: tl.constexpr = 2 * RANK if CAUSAL else 4 * RANK
     unit, level, c = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.arange(0, BC)
+    _, _, _, length, nb, levels, _, rows = whose(DOCUMENT, unit, heads, length, nb, levels, all_rows, PACKED)
+    blocks, first = (length + BLOCK - 1) // BLOCK, first_of_runs(DOCUMENT, unit, heads, runs, PACKED)
     at = tl.program_id(0) * B + tl.arange(0, B)
     mine = at < RANK * (nb >> level)
+    if PACKED:
+        mine = mine & (level < levels)
     parent, slot = at // (2 * RANK), at % (2 * RANK)
     bits = run_bits(level, LOG2S)
     # Runs below one parent, and those that a query stands in.
@@ -128,32 +151,42 @@ def fma_runs(
         for i in range(0, below):
             run = met_by * below + i
             there = mine & (met_by >= 0) & (run < real)
-            source = (unit * runs + first_run(level, nb, LOG2S) + run) * SLOTS + side * 2 * RANK + slot
+            source = (first + first_run(level, nb, LOG2S) + run) * SLOTS + side * 2 * RANK + slot
             total += tl.load(
                 RUNS + source[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0
             )
-    row = unit * first_row(levels, nb, RANK) + first_row(level, nb, RANK) + at
+    row = rows + first_row(level, nb, RANK) + at
     tl.store(OUT + row[:, None] * C + c[None, :], total * factor, mask=mine[:, None] & (c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "cells"])
+@triton.jit(do_not_specialize=["length", "levels", "all_rows"])
 def fma_dkv(
-    Q, K, V, FINE, POOLED, CELLS_K, CELLS_V, LSE, DELTA, GRAD, DK, DV, heads, length, cells,
+    Q, K, V, FINE, POOLED, CELLS_K, CELLS_V, LSE, DELTA, GRAD, DK, DV, DOCUMENT, heads, length, levels, all_rows,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, pooled_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
     CELL: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, PADDED: tl.constexpr, ALL: tl.constexpr,
-    SPREAD: tl.constexpr, WHICH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPREAD: tl.constexpr, PACKED: tl.constexpr, WHICH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys: what the queries near them give, and with ``SPREAD`` the share of their cells."""
-    unit = tl.program_id(1).to(tl.int64)
-    batch, head = unit // heads, unit % heads
+    unit, total = tl.program_id(1).to(tl.int64), length
+    head = unit % heads
+    _, batch, opening, length, _, levels, _, cells = whose(
+        DOCUMENT, unit, heads, length, 0, levels, all_rows, PACKED
+    )
+    Q += opening * q_n
+    K += batch * k_b + head * k_h + opening * k_n
+    V += batch * v_b + head * v_h + opening * v_n
+    if PACKED:  # noqa: SIM102  known when it is compiled, the other is not
+        if tl.program_id(0) * BN >= length:
+            return  # the grid is that of the longest document
     key = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = key < length
     there = inside
     if PADDED:
         there = there & (tl.load(FINE + batch * fine_b + key, mask=inside, other=0) != 0)
-    k = finite(rows_of(K + batch * k_b + head * k_h, key, k_n, k_d, there, D, BD))
-    v = finite(rows_of(V + batch * v_b + head * v_h, key, v_n, v_d, there, E, BE))
+    k = finite(rows_of(K, key, k_n, k_d, there, D, BD))
+    v = finite(rows_of(V, key, v_n, v_d, there, E, BE))
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BE], tl.float32)
     begin = tl.program_id(0) * BN
     block, last = begin // BLOCK, tl.minimum(begin + BN, length) - 1
@@ -163,7 +196,7 @@ def fma_dkv(
         r = first + tl.arange(0, BM)
         place, of_group = r // G, head * G + r % G
         real = place < high
-        at = (batch * heads * G + of_group) * length + place
+        at = (batch * heads * G + of_group) * total + opening + place
         q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
         grad = rows_of(GRAD, at, E, 1, real, E, BE)
         lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
@@ -176,14 +209,17 @@ def fma_dkv(
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     if SPREAD:
         pooled = there
+        if PACKED:
+            pooled = pooled & (levels > 0)
         if not ALL:
-            pooled = pooled & (tl.load(POOLED + batch * pooled_b + key, mask=inside, other=0) != 0)
-        cell = unit * cells + key // CELL
+            taken = tl.load(POOLED + batch * pooled_b + opening + key, mask=inside, other=0)
+            pooled = pooled & (taken != 0)
+        cell = cells + key // CELL
         if WHICH & 1:
             dk += rows_of(CELLS_K, cell, D, 1, pooled, D, BD)
         if WHICH & 2:
             dv += rows_of(CELLS_V, cell, E, 1, pooled, E, BE)
-    at = unit * length + key
+    at = (batch * heads + head) * total + opening + key
     if WHICH & 1:
         tl.store(
             DK + at[:, None] * D + d[None, :],
@@ -200,32 +236,36 @@ def fma_dkv(
 
 @triton.jit(do_not_specialize=["length", "start"])
 def fma_sinks(
-    Q, K, V, SINK, LSE, DELTA, GRAD, DK, DV, heads, length, start, stretch,
+    Q, K, V, SINK, LSE, DELTA, GRAD, DK, DV, DOCUMENT, heads, length, start, stretch,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, sink_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-    SINKS: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BS: tl.constexpr,
+    SINKS: tl.constexpr, CAUSAL: tl.constexpr, BANDED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sinks from a stretch of the packed queries, which begin at position ``start``."""
-    part, unit = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head = unit // heads, unit % heads
+    part, unit, total = tl.program_id(0), tl.program_id(1).to(tl.int64), length
+    head = unit % heads
+    number, batch, opening, length, _, _, _, _ = whose(DOCUMENT, unit, heads, length, 0, 0, 0, PACKED)
+    Q += opening * q_n
+    K += batch * k_b + head * k_h + opening * k_n
+    V += batch * v_b + head * v_h + opening * v_n
     i = tl.arange(0, BS)
-    key = tl.load(SINK + batch * sink_b + i, mask=i < SINKS, other=-1)
-    k = finite(rows_of(K + batch * k_b + head * k_h, key, k_n, k_d, key >= 0, D, BD))
-    v = finite(rows_of(V + batch * v_b + head * v_h, key, v_n, v_d, key >= 0, E, BE))
+    key = tl.load(SINK + number * sink_b + i, mask=i < SINKS, other=-1)
+    k = finite(rows_of(K, key, k_n, k_d, key >= 0, D, BD))
+    v = finite(rows_of(V, key, v_n, v_d, key >= 0, E, BE))
     dk, dv = tl.zeros([BS, BD], tl.float32), tl.zeros([BS, BE], tl.float32)
     begin = part.to(tl.int64) * stretch * G
     end = tl.minimum((part.to(tl.int64) + 1) * stretch, length) * G
     for first in range(begin, end, BM):
         r = first + tl.arange(0, BM)
         place, of_group, real = r // G, head * G + r % G, r < end
-        at = (batch * heads * G + of_group) * length + place
+        at = (batch * heads * G + of_group) * total + opening + place
         q = heads_of(Q, batch, of_group, place, q_b, q_h, q_n, q_d, real, D, BD)
         grad = rows_of(GRAD, at, E, 1, real, E, BE)
         lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
         delta = tl.load(DELTA + at, mask=real, other=0.0)
-        _, _, seen = sink_keys(
-            start + place, SINK + batch * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
+        _sink, _there, seen = sink_keys(
+            start + place, SINK + number * sink_b, left, right, BLOCK, CAUSAL, BANDED, SINKS, BS
         )
         seen = tl.trans(seen & real[:, None])
         dk, dv = give(q, k, v, 0.0, grad, lse, delta, seen, scale, dk, dv, PRECISION)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.fma_rows import document, first_row
+from fastattn_compile.kernels.gpu.fma_rows import document, first_row, whose
 from fastattn_compile.kernels.gpu.launch import padded, precision
 from fastattn_compile.kernels.gpu.online import blemish, finite
 
@@ -79,22 +79,28 @@ def fma_pool(
     tl.store(SUMS + last[None, :] + tl.zeros([R, 1], tl.int64), acc, mask=(r == R - 2)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["nb", "levels"])
+@triton.jit(do_not_specialize=["nb", "levels", "all_rows"])
 def fma_spread(
-    ROWS, COUNT, OUT, heads, nb, levels, count_b,
-    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, B: tl.constexpr,
+    ROWS, COUNT, DOCUMENT, heads, nb, levels, all_rows, count_b,
+    C: tl.constexpr, BC: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """For each cell the sum over all levels of its row's gradient, divided by the tokens of the row."""
+    """For each cell the sum over all levels of its row's gradient, divided by the tokens of the row.
+
+    It takes the place of the row of the lowest level, which is read for this cell alone.
+    """
     at, unit, c = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1).to(tl.int64), tl.arange(0, BC)
-    cells, rows = RANK * nb, first_row(levels, nb, RANK).to(tl.int64)
+    number, _, _, _, nb, levels, base, rows = whose(DOCUMENT, unit, heads, 0, nb, levels, all_rows, PACKED)
+    mine = at < RANK * nb
+    if PACKED:
+        mine = mine & (levels > 0)
     total = tl.zeros([B, BC], tl.float32)
-    mask = (at < cells)[:, None] & (c < C)[None, :]
+    mask = mine[:, None] & (c < C)[None, :]
     for level in range(0, levels):
         row = (first_row(level, nb, RANK) + (at >> level)).to(tl.int64)
-        count = tl.load(COUNT + unit // heads * count_b + row, mask=at < cells, other=1.0)
-        grad = tl.load(ROWS + (unit * rows + row)[:, None] * C + c[None, :], mask=mask, other=0.0)
+        count = tl.load(COUNT + number * count_b + base + row, mask=mine, other=1.0)
+        grad = tl.load(ROWS + (rows + row)[:, None] * C + c[None, :], mask=mask, other=0.0)
         total += grad / tl.maximum(count, 1.0)[:, None]
-    tl.store(OUT + (unit * cells + at)[:, None] * C + c[None, :], total, mask=mask)
+    tl.store(ROWS + (rows + at)[:, None] * C + c[None, :], total, mask=mask)
 
 
 def pool_means(
@@ -111,7 +117,7 @@ def pool_means(
         levels: Pooled levels.
         rank: Rows of a group.
         block: Tokens of a finest group.
-        documents: ``(k, 5)`` int32 as ``fma_rows.document`` reads it; ``nb`` and ``levels`` are then those of the longest.
+        documents: ``(k, 6)`` int32 as ``fma_rows.document`` reads it; ``nb`` and ``levels`` are then those of the longest.
 
     Returns:
         ``(b, g, rows, c)`` in the type of ``x``; of documents ``(1, g, rows of all, c)``.
@@ -135,26 +141,27 @@ def pool_means(
     return pooled
 
 
-def spread(grad_rows: Tensor, counts: Tensor, nb: int, levels: int, rank: int) -> Tensor:
+def spread(
+    grad_rows: Tensor, counts: Tensor, nb: int, levels: int, rank: int, documents: Tensor | None = None
+) -> None:
     """The transpose of ``pool_means``, up to the tokens: gradients that every token of a cell takes.
 
+    They take the place of the gradients of the rows of the lowest level, of which there is one a cell.
+
     Args:
-        grad_rows: ``(b, g, rows, c)`` float32.
+        grad_rows: ``(b, g, rows, c)`` float32; of documents ``(1, g, rows of all, c)``.
         counts: As in ``pool_means``.
         nb: As in ``pool_means``.
         levels: As in ``pool_means``.
         rank: As in ``pool_means``.
-
-    Returns:
-        ``(b, g, rank * nb, c)`` float32.
+        documents: As in ``pool_means``.
     """
-    batch, heads, _, c = grad_rows.shape
-    out = grad_rows.new_empty(batch, heads, rank * nb, c)
-    tile = 16
-    fma_spread[(-(-rank * nb // tile), batch * heads)](
-        grad_rows, counts, out, heads, nb, levels, _step(counts), C=c, BC=padded(c), RANK=rank, B=tile,
+    batch, heads, rows, c = grad_rows.shape
+    tile, units = 16, heads * (batch if documents is None else len(documents))
+    fma_spread[(-(-rank * nb // tile), units)](
+        grad_rows, counts, documents, heads, nb, levels, rows, _step(counts), C=c, BC=padded(c), RANK=rank,
+        PACKED=documents is not None, B=tile,
     )  # fmt: skip
-    return out
 
 
 def _step(x: Tensor | None) -> int:

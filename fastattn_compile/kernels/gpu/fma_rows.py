@@ -19,9 +19,26 @@ def first_row(level, nb, RANK: tl.constexpr):
 @triton.jit
 def document(DOCUMENT, number):
     """Of one packed document: its sequence, first token, length, levels, and first row among those of all."""
-    at = DOCUMENT + number * 5
+    at = DOCUMENT + number * 6
     sequence, first = tl.load(at).to(tl.int64), tl.load(at + 1).to(tl.int64)
     return sequence, first, tl.load(at + 2), tl.load(at + 3), tl.load(at + 4).to(tl.int64)
+
+
+@triton.jit
+def whose(DOCUMENT, unit, heads, length, nb, levels, all_rows, PACKED: tl.constexpr):
+    """Whom a unit is: a key head of a sequence or, ``PACKED``, of a document of a table.
+
+    Returns its number, the sequence, its first token there, length, blocks rounded up, levels, its first row among those
+    of the head, and the same among those of all heads, of which each has ``all_rows``.
+    """
+    number = unit // heads
+    if PACKED:
+        batch, opening, length, levels, base = document(DOCUMENT, number)
+        nb = 2 << levels
+        rows = unit % heads * all_rows + base
+    else:
+        batch, opening, base, rows = number, number * 0, number * 0, unit * all_rows
+    return number, batch, opening, length, nb, levels, base, rows
 
 
 @triton.jit

@@ -286,8 +286,9 @@ def _sinks(
         for x in (key, value)
     ]
     fma_sinks[(parts, call.units)](
-        query, key, value, sink, *saved, *made, call.kv_heads, call.length, call.band[2], _STRETCH, *call.strides,
-        call.steps[1], *call.window, scale * LOG2_E, BLOCK=0, CAUSAL=False, **call.sizes, **call.of_sinks, **config.launch,
+        query, key, value, sink, *saved, *made, None, call.kv_heads, call.length, call.band[2], _STRETCH, *call.strides,
+        call.steps[1], *call.window, scale * LOG2_E, BLOCK=0, CAUSAL=False, **call.sizes, **call.of_sinks, PACKED=False,
+        **config.launch,
     )  # fmt: skip
     place = sink.clamp(min=0).long().expand(call.batch, -1)[:, None, :, None]
     real = (sink >= 0).expand(call.batch, -1)[:, None, :, None]

@@ -147,8 +147,16 @@ class FastMultipoleAttention(Operator[FmaConfig]):
     ) -> Gradients:
         """Gradients of ``forward``, from scores computed a second time; unused levels get zeros."""
         if inputs.segments is not None:
-            packed = inputs, output, grad_out, grad_log_sum_exp, self.config.block
-            return backward_documents(lambda one, *saved: self.backward(one, parameters, *saved), *packed)
+            saved_packed = output, grad_out, grad_log_sum_exp
+            packed = self._packed_backward(inputs, *saved_packed)
+            if packed is not None:
+                return packed
+            return backward_documents(
+                lambda one, *saved: self.backward(one, parameters, *saved),
+                inputs,
+                *saved_packed,
+                self.config.block,
+            )
         if self._levels(inputs) == 0:
             grads = exact_backward(inputs, output, grad_out, grad_log_sum_exp)
             return dataclasses.replace(grads, parameters=tuple(torch.zeros_like(p) for p in parameters))
@@ -247,13 +255,34 @@ class FastMultipoleAttention(Operator[FmaConfig]):
 
     def _packed(self, inputs: AttentionInputs) -> AttentionOutput | None:
         """Packed documents without laying them out, where kernels can."""
-        segments, more = inputs.segments, inputs.key_padding is not None or inputs.bias is not None
-        plain = self.config.boundary == "clean" and self.config.queries == "all"
-        if segments is None or more or not plain:
+        segments = self._segments_in_place(inputs)
+        if segments is None:
             return None
         tensors = inputs.query, inputs.key, inputs.value
         made = fma_kernels.forward_packed(*tensors, inputs.scale, self._pattern(inputs), segments)
         return None if made is None else AttentionOutput(*made)
+
+    def _packed_backward(
+        self,
+        inputs: AttentionInputs,
+        output: AttentionOutput,
+        grad_out: Tensor,
+        grad_log_sum_exp: Tensor | None,
+    ) -> Gradients | None:
+        """Gradients of ``_packed``."""
+        segments = self._segments_in_place(inputs)
+        if segments is None:
+            return None
+        given = inputs.query, inputs.key, inputs.value, inputs.scale, self._pattern(inputs), segments
+        saved = output.out, output.log_sum_exp, grad_out, grad_log_sum_exp
+        made = fma_kernels.backward_packed(*given, *saved)
+        return None if made is None else Gradients(*made)
+
+    def _segments_in_place(self, inputs: AttentionInputs) -> Tensor | None:
+        """The documents of a call that kernels may serve where they stand; ``None`` for all other calls."""
+        more = inputs.key_padding is not None or inputs.bias is not None
+        plain = self.config.boundary == "clean" and self.config.queries == "all"
+        return inputs.segments if plain and not more else None
 
     def _pooled_pattern(self, inputs: AttentionInputs) -> PooledPattern:
         return PooledPattern(
