@@ -57,16 +57,26 @@ def search(cell: tuple[str, str, str, int]) -> str:
     return "# " + " ".join(map(str, cell)) + " none"
 
 
-def recorded(cell: tuple[str, str, str, int]) -> list[tuple[int, int]]:
+def recorded(cell: tuple[str, str, str, int], packed: bool) -> list[tuple[int, int]]:
     config = configs()[cell]
-    return [(made.registers, made.programs(config.warps)) for made in reports(*cell, config)]
+    if packed:
+        config = configs().get((f"{cell[0]}_packed", *cell[1:]), config)
+    return [(made.registers, made.programs(config.warps)) for made in reports(*cell, config, packed=packed)]
 
 
 def record(path: Path) -> None:
     """Writes down what the compiler says of every row of the table."""
-    cells = list(configs())
+    # Of packed documents, the rows that the file has.
+    before, plain = (
+        json.loads(path.read_text()),
+        [cell for cell in configs() if not cell[0].endswith("_packed")],
+    )
+    names = {"-".join(map(str, cell)): (cell, False) for cell in plain}
+    names |= {
+        f"{name}-packed": (cell, True) for name, (cell, _) in names.items() if f"{name}-packed" in before
+    }
     with ProcessPoolExecutor(2) as pool:
-        found = {"-".join(map(str, cell)): made for cell, made in zip(cells, pool.map(recorded, cells))}
+        found = dict(zip(names, pool.map(recorded, *zip(*names.values()))))
     path.write_text(
         "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "\n}\n"
     )

@@ -82,7 +82,7 @@ def backward(
 def attend(call: Call, weights: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """``forward`` of a call, of sequences or of documents."""
     query, key, value, tables = call.query, call.key, call.value, call.tables
-    config = chosen("fma_fwd", query, value)
+    config = chosen("fma_fwd", query, value, call.table is not None)
     rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)

@@ -62,6 +62,7 @@ _ROWS = """
     fma_dkv sm_90 half 64 64 64 0 4 2
     fma_sinks sm_90 half 64 64 0 0 4 2
     fma_fwd sm_90 half 128 64 64 64 4 2
+    fma_fwd_packed sm_90 half 128 64 64 32 4 2
     fma_dq sm_90 half 128 64 32 32 4 2
     fma_far sm_90 half 128 64 0 64 8 2
     fma_dkv sm_90 half 128 64 64 0 8 2
@@ -184,13 +185,15 @@ def _architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def chosen(kernel: str, query: Tensor, value: Tensor) -> Config:
+def chosen(kernel: str, query: Tensor, value: Tensor, packed: bool = False) -> Config:
     """The configuration of a kernel for tensors of one type on one device.
 
     Args:
         kernel: Name of the kernel.
         query: ``(..., d)``.
         value: ``(..., e)``.
+        packed: Whether documents take the place of sequences, which takes a few registers more: a row ``<kernel>_packed``
+            goes before that of the kernel.
     """
     if not query.is_cuda:
         # The interpreter runs tile by tile; tests are to see several.
@@ -198,4 +201,6 @@ def chosen(kernel: str, query: Tensor, value: Tensor) -> Config:
     kind = "float" if query.dtype == torch.float32 else "half"
     # Narrower tensors take the tiles of 64 channels.
     widest = max(64, padded(max(query.shape[-1], value.shape[-1])))
-    return configs().get((kernel, _architecture(query.device), kind, widest), _SMALL[kernel])
+    cell = _architecture(query.device), kind, widest
+    plain = configs().get((kernel, *cell), _SMALL[kernel])
+    return configs().get((f"{kernel}_packed", *cell), plain) if packed else plain

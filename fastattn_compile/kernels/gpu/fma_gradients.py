@@ -219,7 +219,10 @@ def fma_dkv(
             dk += rows_of(CELLS_K, cell, D, 1, pooled, D, BD)
         if WHICH & 2:
             dv += rows_of(CELLS_V, cell, E, 1, pooled, E, BE)
-    at = (batch * heads + head) * total + opening + key
+    if PACKED:
+        at = (batch * heads + head) * total + opening + key
+    else:
+        at = unit * total + key
     if WHICH & 1:
         tl.store(
             DK + at[:, None] * D + d[None, :],
