@@ -7,7 +7,7 @@ import difflib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,19 +198,26 @@ def compiled_apart(target: Callable[..., Any], backend: Callable[..., Any]) -> C
     return compiled
 
 
-def compiling_always() -> AbstractContextManager[None]:
+@contextmanager
+def compiling_always() -> Iterator[None]:
     """Inside, Dynamo compiles a function for every new size.
 
     Left alone it stops after eight and runs the function as it is, and its attention is neither seen nor replaced. What
-    follows a graph break counts over all compilations of a process.
+    follows a graph break counts over all compilations of a process, and what Dynamo has given up it gives up for all.
     """
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
     from torch._dynamo import config
+    from torch._dynamo.convert_frame import input_codes
 
-    patched: AbstractContextManager[None] = config.patch(
+    # A function that was given up in a compilation of its owner is tried again, and given up again at its next call there.
+    always = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
+    for code in filter(None, (seen() for seen in input_codes.seen)):
+        set_code_exec_strategy(code, always)
+    with config.patch(
         recompile_limit=_COMPILATIONS, accumulated_recompile_limit=_COMPILATIONS,
         fail_on_recompile_limit_hit=True,
-    )  # fmt: skip
-    return patched
+    ):  # fmt: skip
+        yield
 
 
 def judge(line: Softmax) -> Softmax:

@@ -68,7 +68,7 @@ def analyse(
     for node in gm.graph.nodes if history.buffers else ():
         if str(node.target) in history.buffers:
             node.meta[WRITTEN] = True
-    frame = current_frame(within)
+    frame = current_frame(gm, within)
     place(gm, frame, within)
     found = _found(gm)
     if unshare(gm, {body for body, _, lines in found if lines}):

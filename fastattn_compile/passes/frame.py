@@ -20,9 +20,12 @@ from torch import nn
 
 from fastattn_compile.passes.names import join_paths, module_root, plain_path
 
-# Of every compilation (a call of ``torch.compile``): name to the codes that have sites of this name, in the order of their
-# first compilation, and how many each has.
-_numbered: WeakKeyDictionary[Any, dict[str, dict[CodeType, int]]] = WeakKeyDictionary()
+# Of every compilation (a call of ``torch.compile``): name to the codes, and which of their graphs, that have sites of this
+# name, in the order of their first compilation, and how many each has.
+_numbered: WeakKeyDictionary[Any, dict[str, dict[tuple[CodeType, int], int]]] = WeakKeyDictionary()
+# Of every frame that is being compiled: how many graphs it has come in so far.
+_parts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_PART = "fastattn_part"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Frame:
         own: Spelling of the module whose method the frame is, ``""`` when it is none.
         paths: Identity of every module of the compiled one to its paths there; empty when that is not known.
         within: Path of the compiled module in the model.
+        part: Which of the frame's graphs this is: DDP's optimizer cuts one into several, by buckets of parameters.
     """
 
     compilation: Any
@@ -44,6 +48,7 @@ class Frame:
     own: str
     paths: Mapping[int, tuple[str, ...]] = field(repr=False)
     within: str = ""
+    part: int = 0
 
     def path(self, spelling: str) -> str:
         """Path of a module of the frame in the compiled one, ``""`` for that itself or when unknown."""
@@ -72,9 +77,9 @@ class Frame:
         counted = _numbered.setdefault(self.compilation, {})
         result = {}
         for name in dict.fromkeys(names):
-            codes = counted.setdefault(name, {})
-            codes[self.code] = names.count(name)
-            result[name] = sum(list(codes.values())[: list(codes).index(self.code)])
+            codes, own = counted.setdefault(name, {}), (self.code, self.part)
+            codes[own] = names.count(name)
+            result[name] = sum(list(codes.values())[: list(codes).index(own)])
         return result
 
     def bind(self) -> None:
@@ -113,10 +118,11 @@ class Frame:
         install_guard(Guard(GlobalStateSource(), create))
 
 
-def current_frame(within: str = "") -> Frame | None:
+def current_frame(gm: torch.fx.GraphModule, within: str = "") -> Frame | None:
     """The frame that is being compiled, when a backend asks; ``None`` outside of a compilation by Dynamo.
 
     Args:
+        gm: The graph that the backend was given, or a copy of it.
         within: Path of the compiled module in the model.
     """
     convert = sys.modules.get("torch._dynamo.convert_frame")
@@ -138,7 +144,12 @@ def current_frame(within: str = "") -> Frame | None:
         # A method behind a decorator.
         modules["L['args'][0]"] = arguments[0]
     own = next((name for name, module in modules.items() if called and module is called[0]), "")
-    return Frame(compilation, translator.f_code, modules, own, _paths(called[-1]) if called else {}, within)
+    if _PART not in gm.meta:
+        # Graphs of one frame share their dictionary.
+        gm.meta = {**gm.meta, _PART: _parts.get(translator, 0)}
+        _parts[translator] = gm.meta[_PART] + 1
+    paths = _paths(called[-1]) if called else {}
+    return Frame(compilation, translator.f_code, modules, own, paths, within, gm.meta[_PART])
 
 
 def _callers(dynamo: str) -> tuple[Any, list[nn.Module]]:

@@ -114,6 +114,7 @@ def copied(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         output.meta = dict(source.meta)
         val_map[source] = output
     copy = torch.fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
     for name, child in copy.named_children():
         if isinstance(child, torch.fx.GraphModule):
             setattr(copy, name, copied(child))

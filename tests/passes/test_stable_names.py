@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,39 @@ def test_compilation_gives_the_names_of_the_modules(kind: str) -> None:
     assert compiled(model.train(), N, grad=True) == wanted
     model.eval()
     assert list(fa.capture(model, [(x,)]).sites) == wanted
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process alone, with first buckets of DDP as small as the others."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize("kind", ["blocks", "shared", "several", "broken several"])
+def test_ddp_gives_the_same_names(kind: str, optimized: bool, group: None) -> None:
+    """Its optimizer cuts a graph between buckets of parameters, here between the attentions of one module."""
+    build, wanted = BROKEN[kind[7:]] if kind.startswith("broken ") else WHOLE[kind]
+    model = nn.parallel.DistributedDataParallel(build(), bucket_cap_mb=0.001)
+    with torch._dynamo.config.patch(optimize_ddp=optimized):
+        assert compiled(model, N, grad=True) == wanted
+        assert compiled(model, N, 48, grad=True) == wanted
+    assert len(records(model)) > 2 or not optimized
+    assert [line.name for line in fa.scan(model, torch.randn(2, N, 16)).softmaxes] == wanted
+
+
+def test_a_scan_sees_what_dynamo_gave_up_before() -> None:
+    """Functions are given up for all compilations of a process."""
+    model, x = Stack(*(Block(breaks=True) for _ in range(3))).eval(), torch.randn(2, N, 16)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        fast = torch.compile(model, backend="eager")
+        fast(x), fast(x[:, 1:])
+    assert [line.name for line in fa.scan(model, x).softmaxes] == BLOCKS
+    assert list(fa.capture(model, [(x,)]).sites) == BLOCKS
 
 
 def served(model: nn.Module) -> dict[str, str]:
