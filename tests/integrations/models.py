@@ -44,6 +44,9 @@ def configuration(kind: str) -> transformers.PreTrainedConfig:
         "vit": lambda: x.ViTConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=4
         ),
+        "swin": lambda: x.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4
+        ),
     }[kind]()  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def causal_lm(kind: str = "llama", attention: str = "sdpa", seed: int = 0) -> tr
 def inputs_of(kind: str, length: int, padding: str = "") -> dict[str, Tensor]:
     """Inputs of a tiny model: two sequences, with padding ``"left"``, ``"right"`` or none."""
     generator = torch.Generator().manual_seed(1)
-    if kind == "vit":
+    if kind in ("vit", "swin"):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     given = {"input_ids": torch.randint(1, 99, (2, length), generator=generator)}
     if padding:

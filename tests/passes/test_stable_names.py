@@ -178,6 +178,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("kind", ["blocks", "shared", "several", "broken several"])
 def test_ddp_gives_the_same_names(kind: str, optimized: bool, group: None) -> None:
