@@ -16,7 +16,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from fastattn_compile.passes.onnx.symbolic import infer
-from fastattn_compile.passes.onnx.view import infer_shapes
+from fastattn_compile.passes.onnx.view import infer_shapes, view
 
 SIZES = {"b": 3, "n": 5}
 Dims = tuple[Any, ...]
@@ -143,3 +143,23 @@ def test_names_made_up_by_the_runtime_give_way_to_what_is_inferred() -> None:
 def test_an_unknown_operator_leaves_its_shape_open() -> None:
     node = helper.make_node("Mystery", ["x"], ["y"], domain="com.microsoft")
     assert shape_of(of({"x": ("b", "n")}, node)) == []
+
+
+def test_what_a_reshape_leaves_is_one_size_however_it_was_written() -> None:
+    """Encoder and decoder have batches of their own names: a quotient of them, which exporters write rounded down."""
+    constant = onnx.numpy_helper.from_array(np.array([-1, 4, 16]))
+    nodes = (
+        helper.make_node("Shape", ["z"], ["batch"], start=0, end=1),
+        helper.make_node("Constant", [], ["rest"], value=constant),
+        helper.make_node("Concat", ["batch", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["x", "target"], ["heads"]),
+        helper.make_node("Transpose", ["heads"], ["w"], perm=[0, 2, 1, 3]),
+        helper.make_node("Softmax", ["w"], ["y"]),
+    )
+    model = of({"x": ("s", 32, 64), "z": ("b", 8)}, *nodes)
+    declared = ["b", 4, "((32*s)//b)", 16]
+    model.graph.value_info.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, declared))
+    read = ir.from_proto(model)
+    infer_shapes(read)
+    shapes = {node.origin.name: node.shape for node in view(read).nodes if node.origin is not None}
+    assert shapes["heads"][1] == shapes["w"][2] == shapes["y"][2]

@@ -190,7 +190,9 @@ def _reshape(node: ir.Node, values: SizeValues) -> Shape | None:
         whole, rest = sympy.prod(before), sympy.prod(s for s in sizes if s != -1)
         if rest == 0:
             return None
-        sizes[sizes.index(-1)] = plain(sympy.cancel(sympy.sympify(whole) / rest))
+        # What is left is a whole number, whatever its divisor: written as inference writes it, so that both are one size.
+        left = sympy.cancel(sympy.sympify(whole) / rest)
+        sizes[sizes.index(-1)] = plain(left if sympy.denom(left).is_number else sympy.floor(left))
     return tuple(sizes)
 
 
