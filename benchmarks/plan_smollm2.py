@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import torch
 from rows import Rows
 from smollm2 import calibration_ids, loaded, site, text_ids
 
-from fastattn_compile.frontier import Point
 from fastattn_compile.operators.base import Operator, SiteSpec
 from fastattn_compile.operators.registry import make_operator
 from fastattn_compile.plans import Plan
@@ -32,6 +32,7 @@ from fastattn_compile.retrofitting.candidates import SECONDS, Costs
 from fastattn_compile.retrofitting.journal import Journal
 from fastattn_compile.retrofitting.planning import plan
 from fastattn_compile.retrofitting.replay import Replay, Server
+from fastattn_compile.retrofitting.search import random_choice
 
 RESULTS = Path(__file__).parent / "results" / "plan_smollm2.json"
 SCHEMA = "fastattn.quality/1"
@@ -49,9 +50,7 @@ def batch(ids: torch.Tensor, every: int) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": False, "logits_to_keep": kept}
 
 
-def serving(found: Plan, point: Point | None = None) -> dict[str, Server]:
-    if point is not None and point.choice and found.frontier is not None:
-        found = Plan.of_point(found.frontier, point.choice, {})
+def serving(found: Plan) -> dict[str, Server]:
     return {name: Server(site.build()) for name, site in found.sites.items() if site.operator != "exact"}
 
 
@@ -67,11 +66,11 @@ def equal(name: str, option: str, spec: SiteSpec, share: float) -> tuple[Operato
     return operator, operator.cost(spec).flops / exact
 
 
-def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan, controls: bool) -> list[dict[str, Any]]:
-    """KL and top-1 on the evaluation text of the plan and of its controls."""
-    given = batch(ids, every)
-    assert found.frontier is not None
-    total = found.frontier.total_exact
+def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan) -> list[dict[str, Any]]:
+    """KL and top-1 on the evaluation text of the plan, and of its controls: one operator everywhere, and chance."""
+    given, frontier = batch(ids, every), found.frontier
+    if frontier is None:
+        raise ValueError("the plan has no frontier")
     share = found.provenance["search"]["cost_share"]
     choices = [("plan", share, serving(found))]
     for name, option in (("barnes_hut", "open"), ("window", "width")):
@@ -79,9 +78,9 @@ def held_out(model: Any, ids: torch.Tensor, every: int, found: Plan, controls: b
         choices.append(
             (f"the same everywhere: {operator}", cost, dict.fromkeys(found.sites, Server(operator)))
         )
-    for point in found.frontier.controls if controls else ():
-        if point.label.startswith("at random"):
-            choices.append((point.label, point.cost / total, serving(found, point)))
+    chance = random_choice(frontier, share * frontier.total_exact, random.Random(0))
+    drawn = serving(Plan.of_point(frontier, chance, {}))
+    choices.append(("at random, seed 0", frontier.cost_of(chance) / frontier.total_exact, drawn))
     rows = []
     with Replay(model).closed() as replay:
         exact = replay.run(given).logits
@@ -158,7 +157,7 @@ def main() -> None:
         return
     print(json.dumps(found.provenance["search"], indent=1), flush=True)
     ids = given.inputs["input_ids"] if args.text == "evaluation" else text_ids(args.length, UNSEEN)
-    rows = held_out(model, ids, args.every, found, args.solve is None)
+    rows = held_out(model, ids, args.every, found)
     document.put(
         {
             "n": args.length, "max_drop": budget, "text": args.text, "held_out": rows,

@@ -11,7 +11,7 @@ from oracle import make_inputs
 from fastattn_compile.kernels.aten import treeformer_route
 from fastattn_compile.kernels.cpu import build, trees
 from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
-from fastattn_compile.kernels.sorting import ranked
+from fastattn_compile.kernels.sorting import Segments, climb
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Operator
 from fastattn_compile.operators.check import Deviation, compare_with_reference
 from fastattn_compile.operators.registry import make_operator
@@ -173,25 +173,36 @@ def test_routing_follows_the_same_planes(shape: tuple[int, ...]) -> None:
     assert torch.equal(leaf, wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 60),
-    st.integers(1, 60),
-    st.integers(1, 9),
-    st.integers(0, 99),
-)
-def test_ranking_is_that_of_the_sort(
-    units: int, group: int, queries: int, keys: int, bins: int, seed: int
-) -> None:
+    st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 60), st.integers(1, 60), st.integers(0, 5),
+    st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_climbing_finds_what_sorting_finds(
+    batch: int, kv_heads: int, group: int, queries: int, keys: int, height: int, segments: int, ancestors: bool,
+    dropping: bool, seed: int,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    code, wanted = (
-        torch.randint(bins, s, generator=generator) for s in ((units, keys), (units, group, queries))
-    )
-    low, high = (torch.randint(keys + 1, (queries,), generator=generator).sort().values for _ in range(2))
+
+    def draw(end: int, *shape: int) -> torch.Tensor:
+        return torch.randint(end, shape, generator=generator)
+
+    units = batch * kv_heads
+    low = draw(keys + 1, queries).sort().values
+    high = torch.maximum(low, draw(keys + 1, queries).sort().values)
+    parts = Segments(segments, draw(segments, batch, keys), draw(segments, batch, queries))
+    given = (
+        draw(1 << height, units, keys), draw(1 << height, units, group, queries), height,
+        height - int(draw(min(height, 1) + 1, 1)), ancestors, low, high,
+        draw(2, units, keys).bool() if dropping else None, parts if segments > 1 else None,
+    )  # fmt: skip
     with use_kernels("aten"):
-        by_sort = ranked(code, bins, wanted, low, high)
+        by_sort = climb(*given)
     with use_kernels("cpp"):
-        by_count = ranked(code, bins, wanted, low, high)
-    assert all(torch.equal(a, b) for a, b in zip(by_count, by_sort))
+        by_count = climb(*given)
+    for name in ("start", "stop", "level", "node"):
+        assert torch.equal(getattr(by_count, name), getattr(by_sort, name)), name
+    for unit in range(units):
+        ours, theirs = by_count.order[unit].flatten(), by_sort.order[unit].flatten()
+        ranges = zip(by_sort.start[unit].flatten().tolist(), by_sort.stop[unit].flatten().tolist())
+        assert all(torch.equal(ours[start:stop], theirs[start:stop]) for start, stop in ranges)

@@ -63,7 +63,8 @@ class Buckets:
             torch.zeros_like(begin + stop[:, None]),
         )
         order = (self.order[:, None] + unit).flatten()
-        ranges = Ranges(order, start[:, None] + begin, stop[:, None] + begin, zero, (0,), node, zero)
+        first = start[:, None] + begin
+        ranges = Ranges(order, first, stop[:, None] + begin, zero, (0,), node, first)
         return Part(ranges, self.size, self.size)
 
     @staticmethod

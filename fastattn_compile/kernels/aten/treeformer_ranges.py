@@ -10,12 +10,12 @@ head ``i // (h // g)``. A key is named by its row in ``key.flatten(0, 2)``, a qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.sorting import ranked, stable_order
+from fastattn_compile.kernels.sorting import Segments, climb, stable_order
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Ranges:
         level: ``(b, h, n)`` level of the node the query reads.
         levels: Level of each list of one unit, in order.
         node: ``(b, h, n)`` that node, with the segment before it.
-        first: ``(b, h, n)`` position of the first key of the range.
-        found: Keys in the ranges before a capacity cut them.
+        uncut: ``(b, h, n)``, ``start`` before a capacity cut the range.
     """
 
     order: Tensor
@@ -65,8 +64,15 @@ class Ranges:
     level: Tensor
     levels: tuple[int, ...]
     node: Tensor
-    first: Tensor
-    found: Tensor = field(default_factory=lambda: torch.zeros(()))
+    uncut: Tensor
+
+    def found(self) -> int:
+        """Keys in the ranges before a capacity cut them."""
+        return int((self.stop - self.uncut).sum())
+
+    def first(self, length: int) -> Tensor:
+        """Position of the first key of each range, among ``length`` keys; ``(b, h, n)``."""
+        return self.order[self.start.clamp(max=self.order.numel() - 1)] % length
 
 
 def _sorted_keys(code: Tensor, codes: int) -> tuple[Tensor, Tensor]:
@@ -99,48 +105,27 @@ def node_ranges(
     """
     batch, kv_heads, length = key_leaf.shape
     heads, queries = query_leaf.shape[1:]
-    units, device = batch * kv_heads, key_leaf.device
-    gone = torch.zeros_like(key_leaf, dtype=torch.bool) if dropped is None else dropped
+    units, group = batch * kv_heads, heads // kv_heads
+    gone = dropped
     if sight.real is not None:
-        gone = gone | ~sight.real[:, None]
-    orders: list[Tensor] = []
-    levels: list[int] = []
-    start = torch.zeros(batch, heads, queries, dtype=torch.int64, device=device)
-    stop, level_of, node = (torch.zeros_like(start) for _ in range(3))
-    waiting = torch.ones_like(start, dtype=torch.bool)
-    unit = torch.arange(units, device=device).view(batch, kv_heads, 1).repeat_interleave(heads // kv_heads, 1)
-    for level in range(deepest, -1, -1):
-        code, wanted = key_leaf >> (height - level), query_leaf >> (height - level)
-        if sight.key_segment is not None and sight.query_segment is not None:
-            code = code + (sight.key_segment << level)[:, None]
-            wanted = wanted + (sight.query_segment << level)[:, None]
-        code = code.masked_fill(gone, sight.segments << level)
-        order, *edges = ranked(
-            code.flatten(0, 1),
-            (sight.segments << level) + 1,
-            wanted.reshape(units, -1, queries),
-            sight.low,
-            sight.high,
-        )
-        low, high = (edge.view(batch, heads, queries) for edge in edges)
-        here = waiting & (high > low) if ancestors and level > 0 else waiting
-        # Lists are numbered as they are made; they are put side by side, unit by unit, below.
-        base = len(orders) * length
-        start, stop = torch.where(here, low + base, start), torch.where(here, high + base, stop)
-        level_of, node = level_of.masked_fill(here, level), torch.where(here, wanted, node)
-        orders.append(order + length * torch.arange(units, device=device)[:, None])
-        levels.append(level)
-        waiting = waiting & ~here
-        if not ancestors or not bool(waiting.any()):
-            break
-    table = torch.stack(orders, 1).flatten()
-    begin = unit * (len(orders) * length)
-    start, stop = start + begin, stop + begin
-    found = (stop - start).sum()
-    if capacity:
-        start = torch.maximum(start, stop - capacity)
-    first = table[start.clamp(max=table.numel() - 1)] % length
-    return Ranges(table, start, stop, level_of, tuple(levels), node, first, found)
+        padding = ~sight.real[:, None].expand_as(key_leaf)
+        gone = padding if gone is None else gone | padding
+    segments = None
+    if sight.key_segment is not None and sight.query_segment is not None:
+        segments = Segments(sight.segments, sight.key_segment, sight.query_segment)
+    found = climb(
+        key_leaf.flatten(0, 1), query_leaf.reshape(units, group, queries), height, deepest, ancestors,
+        sight.low, sight.high, None if gone is None else gone.flatten(0, 1), segments,
+    )  # fmt: skip
+    lists = found.order.shape[1]
+    base = torch.arange(units, device=key_leaf.device).view(-1, 1, 1) * (lists * length)
+    uncut, stop, level, node = (
+        x.view(batch, heads, queries)
+        for x in (found.start + base, found.stop + base, found.level, found.node)
+    )
+    start = torch.maximum(uncut, stop - capacity) if capacity else uncut
+    levels = tuple(range(deepest, deepest - lists, -1))
+    return Ranges(found.order.flatten(), start, stop, level, levels, node, uncut)
 
 
 def near_ranges(
@@ -178,7 +163,9 @@ def near_ranges(
     rows = sight.length * torch.arange(units, device=low.device)
     base = rows.view(batch, kv_heads, 1).repeat_interleave(heads // kv_heads, 1)
     zero = torch.zeros_like(start)
-    return Ranges((order + rows[:, None]).flatten(), start + base, stop + base, zero, (0,), zero, zero)
+    return Ranges(
+        (order + rows[:, None]).flatten(), start + base, stop + base, zero, (0,), zero, start + base
+    )
 
 
 def sink_keys(sight: Sight, batch: int, sinks: int) -> Tensor:

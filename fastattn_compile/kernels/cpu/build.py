@@ -63,8 +63,10 @@ def source(name: str) -> str:
     return text
 
 
+@cache
 def library(name: str) -> ctypes.CDLL:
-    """A built source, loaded. Building takes some seconds the first time on a machine.
+    """A built source, loaded. Building takes some seconds the first time on a machine; reading the text, most of a
+    millisecond, is not done again.
 
     Args:
         name: Of the source, without its ending.

@@ -19,6 +19,7 @@ struct Sums {
 
 struct Buffers {
   Floats rows, queries, scores, out;
+  Ahead ahead;
   explicit Buffers(const RangeArgs& a)
       : rows(QT * round_up(std::max(a.d, a.e), R)), queries(a.d * QT), scores((CHUNK + 2 * G) * QT), out(round_up(a.e, R) * QT) {}
 };
@@ -26,7 +27,7 @@ struct Buffers {
 // Meets `rows` rows, whole groups, from `slot` on; `hide(r, scores)` hides what row r does not show.
 template <typename Hide>
 static inline void meet(const RangeArgs& a, const Keys& keys, int64_t slot, int64_t rows, Buffers& b, Sums& sums, Hide hide) {
-  product_packed(keys.key.data(), slot, b.queries.data(), b.scores.data(), rows, a.d);
+  product_packed(keys.key.data(), slot, b.queries.data(), b.scores.data(), rows, a.d, [&] { b.ahead.some(); });
   vec top[NV];
   for (int j = 0; j < NV; j++) top[j] = sums.most[j];
   for (int64_t r = 0; r < rows; r++) {
@@ -70,6 +71,7 @@ template <typename T>
 void attend(const RangeArgs& a, const Keys& keys, const Keys& extra, const Queries& queries, int64_t t, Buffers& b) {
   const Tiled tiled(a, keys, queries, t);
   take_queries<T>(a, tiled, a.scale * LOG2E, b.rows.data(), a.d, b.queries.data());
+  tiled.announce<T>(b.ahead);
   Sums sums;
   for (int j = 0; j < NV; j++) sums.most[j] = splat(NEG_INF), sums.sum[j] = vec{};
   tiled.walk(keys, extra, [&](const Keys& met, int64_t slot, int64_t rows, const auto& hide) { meet(a, met, slot, rows, b, sums, hide); });
@@ -85,7 +87,7 @@ void attend(const RangeArgs& a, const Keys& keys, const Keys& extra, const Queri
   for (int64_t i = 0; i < tiled.count; i++) {
     float* row = &b.rows[i * wide];
     scale_row(row, a.e, by[i]);
-    std::copy(row, row + a.e, a.out + tiled.at(i) * a.e);
+    narrow_row(row, a.e, a.out + tiled.at(i) * a.e);
   }
 }
 

@@ -164,6 +164,14 @@ struct Tiled {
     return (const T*)a.query + batch * a.query_strides[0] + (head + id / a.n) * a.query_strides[1] + id % a.n * a.query_strides[2];
   }
 
+  // What will be touched soon, here and there in memory: the rows that this tile gives, and the queries of the next one.
+  template <typename T>
+  void announce(Ahead& ahead) const {
+    ahead.clear();
+    for (int64_t i = 0; i < count; i++) ahead.add(a.out + at(i) * a.e, 0, 1, a.e);
+    for (int64_t i = count; i < std::min<int64_t>(count + QT, queries.id.size() - first); i++) ahead.add(query<T>(i), 0, 1, a.d);
+  }
+
   // Calls meet(keys, slot, rows, hide) for stretches of rows, whole groups; hide(r, scores) hides what row r of it does not show.
   template <typename Meet>
   void walk(const Keys& keys, const Keys& extra, const Meet& meet) const {

@@ -120,29 +120,58 @@ void route(const RouteArgs& a) {
   });
 }
 
+// The keys of one unit sorted by node, a counting sort a level, and where its queries' nodes stand among them: from the deepest level
+// up as long as a query finds nothing. How many levels that took.
+int64_t climb(const ClimbArgs& a, int64_t unit) {
+  const int64_t lists = a.deepest + 1, base = unit * lists * a.m, sequence = unit / (a.u / a.b);
+  const int64_t *key_leaf = a.key_leaf + unit * a.m, *query_leaf = a.query_leaf + unit * a.r * a.n;
+  const int64_t *key_segment = a.key_segment ? a.key_segment + sequence * a.m : nullptr;
+  const int64_t *query_segment = a.query_segment ? a.query_segment + sequence * a.n : nullptr;
+  const uint8_t* gone = a.gone ? a.gone + unit * a.m : nullptr;
+  std::vector<int64_t> waiting(a.r * a.n);  // by token, so that what a query may see only grows
+  for (int64_t i = 0; i < a.n; i++)
+    for (int64_t r = 0; r < a.r; r++) waiting[i * a.r + r] = r * a.n + i;
+  std::vector<int64_t> code(a.m), next, low, high;
+  int64_t list = 0;
+  for (; list < lists && !waiting.empty(); list++) {
+    const int64_t level = a.deepest - list, shift = a.height - level, codes = (a.segments << level) + 1;
+    next.assign(codes + 1, 0);
+    for (int64_t j = 0; j < a.m; j++) {
+      code[j] = gone && gone[j] ? codes - 1 : (key_leaf[j] >> shift) + (key_segment ? key_segment[j] << level : 0);
+      next[code[j] + 1]++;
+    }
+    for (int64_t c = 0; c < codes; c++) next[c + 1] += next[c];
+    low = high = next;
+    int64_t* order = a.order + base + list * a.m;
+    for (int64_t j = 0; j < a.m; j++) order[next[code[j]]++] = unit * a.m + j;
+    int64_t below_low = 0, below_high = 0, still = 0;
+    for (const int64_t id : waiting) {
+      const int64_t i = id % a.n, at = unit * a.r * a.n + id;
+      for (; below_low < a.low[i]; below_low++) low[code[below_low]]++;
+      for (; below_high < a.high[i]; below_high++) high[code[below_high]]++;
+      const int64_t node = (query_leaf[id] >> shift) + (query_segment ? query_segment[i] << level : 0);
+      if (a.ancestors && level && low[node] == high[node]) {
+        waiting[still++] = id;
+        continue;
+      }
+      a.start[at] = list * a.m + low[node], a.stop[at] = list * a.m + high[node];
+      if (a.level) a.level[at] = level, a.node[at] = node;
+    }
+    waiting.resize(still);
+  }
+  for (int64_t at = list * a.m; at < lists * a.m; at++) a.order[base + at] = unit * a.m + at % a.m;
+  return list;
+}
+
 }  // namespace
 
 extern "C" void trees_route(const RouteArgs* args) { args->dtype ? route<double>(*args) : route<float>(*args); }
 
-extern "C" void trees_sort(const SortArgs* args) {
-  const SortArgs& a = *args;
-  parallel(a, a.u, [&](int64_t unit) {
-    const int64_t* code = a.code + unit * a.m;
-    std::vector<int64_t> place(a.codes + 1, 0);
-    for (int64_t i = 0; i < a.m; i++) place[code[i] + 1]++;
-    for (int64_t c = 0; c < a.codes; c++) place[c + 1] += place[c];
-    std::vector<int64_t> next(place.begin(), place.end() - 1), low(next), high(next);
-    for (int64_t i = 0; i < a.m; i++) a.order[unit * a.m + next[code[i]]++] = i;
-    int64_t below_low = 0, below_high = 0;
-    for (int64_t i = 0; i < a.n; i++) {
-      for (; below_low < a.low[i]; below_low++) low[code[below_low]]++;
-      for (; below_high < a.high[i]; below_high++) high[code[below_high]]++;
-      for (int64_t r = 0; r < a.r; r++) {
-        const int64_t at = (unit * a.r + r) * a.n + i;
-        a.start[at] = low[a.wanted[at]], a.stop[at] = high[a.wanted[at]];
-      }
-    }
-  });
+extern "C" int64_t trees_climb(const ClimbArgs* args) {
+  const ClimbArgs& a = *args;
+  std::vector<int64_t> used(a.u);
+  parallel(a, a.u, [&](int64_t unit) { used[unit] = climb(a, unit); });
+  return *std::max_element(used.begin(), used.end());
 }
 
 extern "C" void trees_coarse(const CoarseArgs* args) {

@@ -14,12 +14,16 @@ struct RouteArgs {
   void* pool;
 };
 
-struct SortArgs {
-  const int64_t *code, *wanted;  // (u, m), from 0 to codes - 1; (u, r, n)
-  const int64_t *low, *high;     // (n): positions of the keys that a query may meet; neither ever falls
-  int64_t *order, *start, *stop;  // (u, m); (u, r, n) places in a unit's order
-  int64_t u, r, n, m, codes;
-  int32_t threads;
+struct ClimbArgs {
+  const int64_t *key_leaf, *query_leaf;        // (u, m), (u, r, n)
+  const int64_t *key_segment, *query_segment;  // (b, m), (b, n) from 0 to segments - 1, or null
+  const uint8_t* gone;                         // (u, m) or null: keys that are in no node
+  const int64_t *low, *high;                   // (n): positions of the keys that a query may meet; neither ever falls
+  int64_t* order;                              // (u, deepest + 1, m): rows of keys, sorted by node, a list a level from the deepest on
+  int64_t *start, *stop;                       // (u, r, n) places in a unit's lists
+  int64_t *level, *node;                       // (u, r, n): where that is, with the segment before the node; or null
+  int64_t b, u, r, n, m, height, deepest, segments;
+  int32_t ancestors, threads;                  // ancestors: up from the deepest level while a query finds no key there
   Spread spread;
   void* pool;
 };
@@ -38,6 +42,6 @@ struct CoarseArgs {
   void* pool;
 };
 void trees_route(const RouteArgs* args);
-void trees_sort(const SortArgs* args);
+int64_t trees_climb(const ClimbArgs* args);  // how many of the lists are sorted; those after are as keys stand
 void trees_coarse(const CoarseArgs* args);
 }

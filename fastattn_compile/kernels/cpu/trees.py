@@ -27,13 +27,17 @@ class _Route(ctypes.Structure):
     )
 
 
-class _Sort(ctypes.Structure):
-    """``SortArgs`` of ``trees.cpp``."""
+class _Climb(ctypes.Structure):
+    """``ClimbArgs`` of ``trees.cpp``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("code", "wanted", "low", "high", "order", "start", "stop")),
-        *((name, ctypes.c_int64) for name in ("u", "r", "n", "m", "codes")),
-        ("threads", ctypes.c_int32),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("key_leaf", "query_leaf", "key_segment", "query_segment", "gone")
+        ),
+        *((name, ctypes.c_void_p) for name in ("low", "high", "order", "start", "stop", "level", "node")),
+        *((name, ctypes.c_int64) for name in ("b", "u", "r", "n", "m", "height", "deepest", "segments")),
+        *((name, ctypes.c_int32) for name in ("ancestors", "threads")),
         *_OWN_THREADS,
     )
 
@@ -75,18 +79,27 @@ def follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Tens
     return leaf, scores
 
 
-def ranked(
-    code: Tensor, codes: int, wanted: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``kernels.sorting.ranked``."""
-    code, wanted, low, high = (x.contiguous() for x in (code, wanted, low, high))
-    order, start, stop = torch.empty_like(code), torch.empty_like(wanted), torch.empty_like(wanted)
-    arguments = _Sort(*(t.data_ptr() for t in (code, wanted, low, high, order, start, stop)))
-    arguments.u, arguments.m, arguments.codes = *code.shape, codes
-    arguments.r, arguments.n = wanted.shape[1:]
-    arguments.threads = torch.get_num_threads()
-    library("trees").trees_sort(ctypes.byref(arguments))
-    return order, start, stop
+def climb(
+    key_leaf: Tensor, query_leaf: Tensor, height: int, deepest: int, ancestors: bool, low: Tensor, high: Tensor,
+    gone: Tensor | None, segments: int, key_segment: Tensor | None, query_segment: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As ``kernels.sorting.climb``; the fields of its ``Levels``."""
+    given = {
+        "key_leaf": key_leaf, "query_leaf": query_leaf, "low": low, "high": high, "gone": gone,
+        "key_segment": key_segment, "query_segment": query_segment,
+    }  # fmt: skip
+    held = {name: x.contiguous() for name, x in given.items() if x is not None}
+    units, length = key_leaf.shape
+    order = torch.empty(units, deepest + 1, length, dtype=torch.int64)
+    start, stop, level, node = (torch.empty(query_leaf.shape, dtype=torch.int64) for _ in range(4))
+    held |= {"order": order, "start": start, "stop": stop, "level": level, "node": node}
+    arguments = _Climb(**{name: x.data_ptr() for name, x in held.items()})
+    arguments.u, arguments.r, arguments.n = query_leaf.shape
+    arguments.b, arguments.m = units if key_segment is None else len(key_segment), length
+    arguments.height, arguments.deepest, arguments.segments = height, deepest, segments
+    arguments.ancestors, arguments.threads = ancestors, torch.get_num_threads()
+    used = library("trees").trees_climb(ctypes.byref(arguments))
+    return order[:, :used], start, stop, level, node
 
 
 def coarse(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:

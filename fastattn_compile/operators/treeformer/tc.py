@@ -217,6 +217,9 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         """Units a few at a time, so that a pass fits the working set. Only a backward pass has pairs of a chunk."""
         height, units = self.config.height, inputs.key.shape[0] * inputs.key.shape[1]
         length = max(inputs.query.shape[2], inputs.key.shape[2])
+        if forward and inputs.query.shape[2] == inputs.key.shape[2] and kernel.takes_whole(inputs.value):
+            yield _Units(slice(0, units), length)
+            return
         size = chunk_length(length, height)
         own = size if inputs.mask.causal and not forward else 1
         together = max(1, _WORKING_SET // max(1, inputs.group * length * max(own, inputs.value.shape[3])))
@@ -252,18 +255,26 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
         self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = inputs.query.shape
-        out = value.new_empty(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
-        seen = value.new_empty(out.shape[:3])
+        passes = list(self._passes(inputs, forward=True))
+        out = seen = None
         for tree in range(self.config.n_trees):
-            for units in self._passes(inputs, forward=True):
+            for units in passes:
                 cut, v = self._cut(inputs, routed, tree, units), self._values(inputs, value, units)
                 part, count = kernel.forward(cut, v, self._weighting(inputs, trees, tree, units))
-                part = part.flatten(2, 3)[:, :, :length]
+                part, count = (x.flatten(2, 3)[:, :, :length] for x in (part, count))
+                if out is None and len(passes) == 1:
+                    out, seen = part, count
+                    continue
+                if out is None or seen is None:
+                    out = value.new_empty(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
+                    seen = value.new_empty(out.shape[:3])
                 if tree:
                     out[units.rows] += part
                 else:
-                    out[units.rows], seen[units.rows] = part, count.flatten(2, 3)[:, :, :length]
-        return out.view(batch, heads, length, -1), seen.view(batch, heads, length)
+                    out[units.rows], seen[units.rows] = part, count
+        if out is None or seen is None:
+            raise ValueError(f"there are no units of {tuple(inputs.key.shape)}")
+        return out.reshape(batch, heads, length, -1), seen.reshape(batch, heads, length)
 
     def _poison(
         self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor, out: Tensor

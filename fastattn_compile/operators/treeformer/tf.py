@@ -188,7 +188,7 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
     ) -> RoutingStatistics:
         """Balance of the trees, empty leaves and pairs dropped for capacity on some tensors."""
         plan = self._plan(inputs, self._trees(inputs, parameters))
-        found = float(sum(part.ranges.found for part in plan.leaves))
+        found = float(sum(part.ranges.found() for part in plan.leaves))
         kept = float(sum((part.ranges.stop - part.ranges.start).sum() for part in plan.leaves))
         sight = sight_of(inputs)
         pairs = float((sight.high - sight.low).sum()) * inputs.query.shape[0] * inputs.query.shape[1]
@@ -371,7 +371,7 @@ class _Elsewhere:
             dropped = operator._dropped(sight, routed, tree)
             if dropped is not None:
                 code = code.masked_fill(dropped, -1)
-            fields = (height - ranges.level, ranges.node, ranges.first)
+            fields = (height - ranges.level, ranges.node, ranges.first(sight.length))
             self.earlier.append((code.flatten(), [x.flatten() for x in fields]))
 
     def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:

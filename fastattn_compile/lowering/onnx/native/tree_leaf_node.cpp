@@ -62,40 +62,19 @@ class TreeLeaf {
   // Keys sorted by node, level by level from the leaves up while a query finds none that it may see.
   Lists sorted(Call& call, const Leaves& leaves) const {
     const int64_t units = call.b * call.g, m = call.m, n = call.n, rows = call.b * call.h * n, group = call.h / call.g;
-    std::vector<int64_t> code(units * m), wanted(rows), low(n, 0), highs(n), order(units * m), start(rows), stop(rows);
+    std::vector<int64_t> low(n, 0), highs(n);
     for (int64_t i = 0; i < n; i++) highs[i] = high(call, i);
-    std::vector<uint8_t> waits(rows, 1);
-    std::vector<std::vector<int64_t>> orders;
+    std::vector<uint8_t> gone(call.real ? units * m : 0);
+    for (size_t i = 0; i < gone.size(); i++) gone[i] = !call.real[i / (call.g * m) * m + i % m];
     Lists made;
-    made.start.resize(rows), made.stop.resize(rows);
-    bool waiting = true;
-    for (int64_t level = trees.height; level >= 0 && waiting; level--) {
-      const int64_t shift = trees.height - level;
-      for (int64_t i = 0; i < units * m; i++)
-        code[i] = call.real && !call.real[i / (call.g * m) * m + i % m] ? 1ll << level : leaves.key[i] >> shift;
-      for (int64_t i = 0; i < rows; i++) wanted[i] = leaves.query[i] >> shift;
-      SortArgs a{};
-      a.code = code.data(), a.wanted = wanted.data(), a.low = low.data(), a.high = highs.data();
-      a.order = order.data(), a.start = start.data(), a.stop = stop.data();
-      a.u = units, a.r = group, a.n = n, a.m = m, a.codes = (1ll << level) + 1;
-      a.threads = call.threads, a.spread = spread, a.pool = &call.session;
-      trees_sort(&a);
-      waiting = false;
-      for (int64_t i = 0; i < rows; i++) {
-        if (!waits[i]) continue;
-        if (climbs && level && stop[i] <= start[i]) {
-          waiting = true;
-          continue;
-        }
-        waits[i] = 0;
-        made.start[i] = start[i] + made.count * m, made.stop[i] = stop[i] + made.count * m;
-      }
-      orders.push_back(order), made.count++;
-    }
-    made.order.resize(units * made.count * m);
-    for (int64_t u = 0; u < units; u++)
-      for (int64_t l = 0; l < made.count; l++)
-        for (int64_t i = 0; i < m; i++) made.order[(u * made.count + l) * m + i] = u * m + orders[l][u * m + i];
+    made.count = trees.height + 1;
+    made.order.resize(units * made.count * m), made.start.resize(rows), made.stop.resize(rows);
+    ClimbArgs a{};
+    a.key_leaf = leaves.key.data(), a.query_leaf = leaves.query.data(), a.gone = call.real ? gone.data() : nullptr;
+    a.low = low.data(), a.high = highs.data(), a.order = made.order.data(), a.start = made.start.data(), a.stop = made.stop.data();
+    a.b = call.b, a.u = units, a.r = group, a.n = n, a.m = m, a.height = a.deepest = trees.height, a.segments = 1, a.ancestors = climbs;
+    a.threads = call.threads, a.spread = spread, a.pool = &call.session;
+    trees_climb(&a);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t base = i / (group * n) * made.count * m;
       made.start[i] += base, made.stop[i] += base;
