@@ -59,6 +59,11 @@ void far_lanes(const Tree& tree, int64_t d, int64_t e, const Fours& opened, Tile
   vec top = load(tile.most + lane);
   for (int64_t i = 0; i < count; i += 2) {  // two fours at a time: eight sums hide how long one takes
     const float *one = &tree.fours[opened.token[i] * d], *two = &tree.fours[opened.token[std::min(i + 1, count - 1)] * d];
+    // What is opened lies far apart: the keys that follow, and the values of these, for when the weights are known.
+    for (int64_t j = i; j < std::min(i + 2, count); j++) {
+      if (j + 4 < count) fetch(&tree.fours[opened.token[j + 4] * d], 4 * d);
+      fetch(&tree.value[opened.token[j] * tree.dv], 4 * tree.dv);
+    }
     vec s[8] = {};
     for (int64_t c = 0; c < d; c++, one += 4, two += 4) {
       const vec q = load(queries + c * QT);
@@ -94,6 +99,8 @@ void far_lanes(const Tree& tree, int64_t d, int64_t e, const Fours& opened, Tile
 
 // So many queries wait for each other before their leaves are read: together with their weights they fill a cache.
 constexpr int64_t WAITING = 2048;
+
+constexpr int64_t TREES = 32 << 20;  // bytes of the trees that stand at a time, about, but one for every thread
 
 // Near and far fields of some blocks of queries.
 template <typename T>
@@ -335,23 +342,29 @@ int run(const BarnesHutArgs& args) {
   const BlockArgs& a = args.block;
   const Levels none(a.n, a.m, 0);
   const int64_t heads = a.b * a.g;
-  std::vector<Tree> trees(heads);
-  std::vector<uint8_t> finite(heads);
-  parallel(a, heads, [&](int64_t u) { finite[u] = build<T>(args, u / a.g, u % a.g, trees[u]); });
-  for (const uint8_t good : finite)
-    if (!good) return 1;
-  if (a.grad_out) {
-    parallel(a, heads, [&](int64_t u) { BackwardWalk<T>(args, none, trees[u], u / a.g, u % a.g).run(); });
-    return 0;
+  // Some heads at a time, so that their trees stand where those before them stood: memory that is new costs as much as filling it.
+  const int64_t bytes = a.n * (a.d + a.e) * (int64_t)sizeof(float), threads = a.threads;
+  const int64_t wave = a.grad_out ? heads : std::min(heads, std::max<int64_t>(1, TREES / bytes / threads) * threads);
+  std::vector<Tree> trees(wave);
+  for (int64_t first = 0; first < heads; first += wave) {
+    const int64_t here = std::min(wave, heads - first);
+    std::vector<uint8_t> finite(here);
+    parallel(a, here, [&](int64_t i) { finite[i] = build<T>(args, (first + i) / a.g, (first + i) % a.g, trees[i]); });
+    for (const uint8_t good : finite)
+      if (!good) return 1;
+    if (a.grad_out) {
+      parallel(a, here, [&](int64_t i) { BackwardWalk<T>(args, none, trees[i], (first + i) / a.g, (first + i) % a.g).run(); });
+      continue;
+    }
+    const int64_t chunk = std::max<int64_t>(2, (none.blocks * here + 16 * threads - 1) / (16 * threads));
+    const int64_t chunks = (none.blocks + chunk - 1) / chunk;
+    parallel(a, here * chunks, [&](int64_t task) {
+      const int64_t i = task / chunks, u = first + i, from = task % chunks * chunk;
+      Walk<T> walk(args, none, trees[i], u / a.g, u % a.g);
+      for (int64_t block = from; block < std::min(none.blocks, from + chunk); block++) walk.block(block);
+      walk.done();
+    });
   }
-  const int64_t chunk = std::max<int64_t>(2, (none.blocks * heads + 16 * a.threads - 1) / (16 * a.threads));
-  const int64_t chunks = (none.blocks + chunk - 1) / chunk;
-  parallel(a, heads * chunks, [&](int64_t task) {
-    const int64_t u = task / chunks, from = task % chunks * chunk;
-    Walk<T> walk(args, none, trees[u], u / a.g, u % a.g);
-    for (int64_t i = from; i < std::min(none.blocks, from + chunk); i++) walk.block(i);
-    walk.done();
-  });
   return 0;
 }
 

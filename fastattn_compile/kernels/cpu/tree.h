@@ -23,7 +23,7 @@ struct Nodes {
 struct Tree {
   int64_t dk, dv;
   int64_t df;         // features of a node: dk, or twice that
-  Floats key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0
+  Floats key, value;  // all tokens, filled up to whole vectors and to whole leaves with 0; keys when they are met row by row
   Floats fours;       // keys of every four tokens, (channel, token), when groups of queries fill vectors
   Floats bias;        // 0 for a token that a leaf holds, -inf for sinks, padding and what does not exist
   std::vector<Nodes> levels;
@@ -33,33 +33,52 @@ struct Tree {
 // Whether a group of queries fills vectors: then they meet what they opened side by side, a query a lane.
 bool fills_vectors(const BarnesHutArgs& args) { return args.group % W == 0; }
 
+// Whether keys are read row by row: by single queries, and for gradients.
+bool meets_rows(const BarnesHutArgs& args) { return args.block.grad_out || !fills_vectors(args); }
+
+// Keys and values of one head, and the sums of leaves; false when a number is not finite.
+template <typename T>
+bool take_tokens(const BarnesHutArgs& args, Rows<T> key, Rows<T> value, const uint8_t* real, Tree& tree, Floats& counts) {
+  const BlockArgs& a = args.block;
+  const int64_t tokens = round_up(round_up(a.n, args.leaf), 4) + 4, dk = tree.dk, dv = tree.dv;
+  const bool fours = fills_vectors(args), rows = meets_rows(args);
+  tree.value.resize(tokens * dv), tree.key.resize(rows ? tokens * dk : 0), tree.fours.resize(fours ? tokens * a.d : 0);
+  tree.bias.assign(tokens, NEG_INF);
+  Floats four_rows(4 * dk);
+  vec odd = {};
+  for (int64_t t = 0; t < tokens; t += 4) {
+    for (int64_t i = t; i < t + 4; i++) {
+      float *k = &four_rows[(i - t) * dk], *v = &tree.value[i * dv];
+      if (i >= a.n || (real && !real[i])) {
+        std::fill_n(k, dk, 0.f), std::fill_n(v, dv, 0.f);
+        continue;
+      }
+      widen_row(key[i], a.d, k), widen_row(value[i], a.e, v);
+      std::fill(v + a.e, v + dv, 0.f);
+      for (int64_t c = 0; c < dk; c += W) odd += load(k + c) * splat(0.f);
+      for (int64_t c = 0; c < dv; c += W) odd += load(v + c) * splat(0.f);
+      if (!tree.head.pooled[i]) continue;
+      tree.bias[i] = 0.f;
+      float* to = &tree.levels[0].key[i / args.leaf * tree.df];
+      counts[i / args.leaf] += 1.f;
+      for (int64_t c = 0; c < dk; c += W) store(to + c, load(to + c) + load(k + c));
+      for (int64_t c = 0; c < dk && args.cumulant; c += W) store(to + dk + c, load(to + dk + c) + load(k + c) * load(k + c));
+    }
+    if (rows) std::copy(four_rows.begin(), four_rows.end(), &tree.key[t * dk]);
+    if (fours) transpose_rows(four_rows.data(), dk, a.d, &tree.fours[t * a.d], 4);
+  }
+  for (int j = 0; j < W; j++)
+    if (odd[j] != 0.f) return false;
+  return true;
+}
+
 template <typename T>
 bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
   const BlockArgs& a = args.block;
-  const uint8_t* real = a.real ? a.real + batch * a.n : nullptr;
-  const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
-  const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+  tree.head = Head();
   choose_sinks(a, batch, tree.head);
-  const int64_t dk = tree.dk = round_up(a.d, W), df = tree.df = args.cumulant ? 2 * dk : dk, dv = tree.dv = round_up(a.e, W), tokens = round_up(round_up(a.n, args.leaf), 4) + 4;
-  tree.key.assign(tokens * dk, 0.f);
-  tree.value.assign(tokens * dv, 0.f);
-  tree.bias.assign(tokens, NEG_INF);
-  float zero = 0.f;
-  for (int64_t i = 0; i < a.n; i++) {
-    if (real && !real[i]) continue;
-    for (int64_t c = 0; c < a.d; c++) tree.key[i * dk + c] = widen(key[i][c]);
-    for (int64_t c = 0; c < a.e; c++) tree.value[i * dv + c] = widen(value[i][c]);
-    if (tree.head.pooled[i]) tree.bias[i] = 0.f;
-  }
-  vec zeros = {};
-  for (const auto* x : {&tree.key, &tree.value})
-    for (size_t c = 0; c < x->size(); c += W) zeros += load(x->data() + c) * splat(0.f);
-  for (int j = 0; j < W; j++) zero += zeros[j];
-  if (zero != 0.f) return false;
-  if (fills_vectors(args)) {
-    tree.fours.resize(tokens * a.d);
-    for (int64_t t = 0; t < tokens; t += 4) transpose_rows(&tree.key[t * dk], dk, a.d, &tree.fours[t * a.d], 4);
-  }
+  tree.dk = round_up(a.d, W), tree.df = args.cumulant ? 2 * tree.dk : tree.dk, tree.dv = round_up(a.e, W);
+  const int64_t dk = tree.dk, df = tree.df;
   tree.levels.resize(args.levels);
   Floats counts, below_counts;
   int64_t width = args.leaf;
@@ -70,19 +89,17 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
     nodes.key.assign((nodes.count + 4) * df, 0.f);
     counts.assign(nodes.count, 0.f);
     // Sums first: of tokens and their squares, or of the sums that stand in the level below until it is done.
-    const int64_t members = l ? tree.levels[l - 1].count : a.n, per = l ? args.fanout : args.leaf;
-    const float* from = l ? tree.levels[l - 1].key.data() : tree.key.data();
-    for (int64_t i = 0; i < members; i++) {
-      if (!l && !tree.head.pooled[i]) continue;
-      counts[i / per] += l ? below_counts[i] : 1.f;
-      float* to = &nodes.key[i / per * df];
-      const float* row = from + i * (l ? df : dk);
-      for (int64_t c = 0; c < (l ? df : dk); c += W) store(to + c, load(to + c) + load(row + c));
-      if (!l && args.cumulant)
-        for (int64_t c = 0; c < dk; c += W) store(to + dk + c, load(to + dk + c) + load(row + c) * load(row + c));
+    if (!l) {
+      const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
+      const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+      if (!take_tokens(args, key, value, a.real ? a.real + batch * a.n : nullptr, tree, counts)) return false;
+    }
+    for (int64_t i = 0; l && i < tree.levels[l - 1].count; i++) {
+      counts[i / args.fanout] += below_counts[i];
+      add_row(&tree.levels[l - 1].key[i * df], df, &nodes.key[i / args.fanout * df]);
     }
     below_counts = counts;
-    nodes.log_count.resize(nodes.count + 4, NEG_INF);
+    nodes.log_count.assign(nodes.count + 4, NEG_INF);
     for (int64_t i = 0; i < nodes.count; i++) nodes.log_count[i] = counts[i] > 0.f ? std::log2(counts[i]) : NEG_INF;
   }
   for (Nodes& nodes : tree.levels)
