@@ -164,20 +164,28 @@ def speeds(rows: Iterable[dict[str, Any]], device: str) -> list[Speed]:
     """The two speed constants of every operator and of exact attention, fitted to the forward rows.
 
     Args:
-        rows: Rows of one device; series of one length are left out.
+        rows: Rows of one device. A series is fitted by the rows of the implementation that serves its longest sequence
+            (where all keys are near, another may serve); one of a single length is left out.
         device: Name of the device.
     """
     found: list[Speed] = []
     for group in series(rows):
-        if len({row["n"] for row in group}) < 2 or group[0]["direction"] != FORWARD:
+        longest = max(group, key=lambda row: int(row["n"]))
+        own = [row for row in group if row["kernels"] == longest["kernels"]]
+        if longest["direction"] != FORWARD:
             continue
-        first = group[0]
-        fitted = fit_speed([(row["flops"], row["ms"] / 1e3) for row in group])
-        found.append(Speed(first["operator"], device, first["kernels"], first["dtype"], *fitted))
-        if not any(s.operator == "exact" and s.dtype == first["dtype"] for s in found):
+        if _lengths(own) > 1:
+            fitted = fit_speed([(row["flops"], row["ms"] / 1e3) for row in own])
+            found.append(Speed(longest["operator"], device, longest["kernels"], longest["dtype"], *fitted))
+        known = any(s.operator == "exact" and s.dtype == longest["dtype"] for s in found)
+        if _lengths(group) > 1 and not known:
             exact = fit_speed([(_exact_flops(row), row["baseline_ms"] / 1e3) for row in group])
-            found.append(Speed("exact", device, "aten", first["dtype"], *exact))
+            found.append(Speed("exact", device, "aten", longest["dtype"], *exact))
     return found
+
+
+def _lengths(rows: Sequence[dict[str, Any]]) -> int:
+    return len({row["n"] for row in rows})
 
 
 def _exact_flops(row: dict[str, Any]) -> float:

@@ -102,6 +102,11 @@ def bench(
         common.notice(
             f"{len(fitted)} speed constants of this machine written: {user_file().name} in the cache folder"
         )
+        for name in sorted(set(names) - {speed.operator for speed in fitted}):
+            common.notice(
+                f"{name} is not fitted: that takes forward rows of two lengths that one implementation serves; give "
+                "longer ones"
+            )
     common.deliver(document, json, out)
     if plot is not None:
         show.plot(document, plot)

@@ -119,6 +119,17 @@ def test_speed_constants_come_out_of_the_rows() -> None:
     assert exact.flops_per_second == pytest.approx(5e10, rel=1e-3)
 
 
+def test_a_series_is_fitted_by_what_serves_its_longest_sequence() -> None:
+    """Where all keys are near, ATen's exact attention serves whatever was asked for."""
+    rows = [
+        {**_rows({n: 1.0})[0], "flops": 1e6 * n, "ms": n / 1e3 * (100 if n < 256 else 1), "kernels": kernels}
+        for n, kernels in ((64, "aten"), (128, "aten"), (256, "cpp"), (1024, "cpp"))
+    ]
+    fma, _ = speeds(rows, "a device")
+    assert (fma.kernels, fma.flops_per_second) == ("cpp", pytest.approx(1e12))
+    assert [s.operator for s in speeds(rows[:3], "a device")] == ["exact"]  # one length of C++ tells nothing
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

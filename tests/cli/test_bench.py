@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fastattn_compile.kernels.cpu import build
+
 SMALL = ("--heads", "2", "--head-dim", "16", "--seconds", "0", "--threads", "1", "--no-memory")
 
 
@@ -46,10 +48,20 @@ def test_bench_prints_a_table_and_writes_json(fastattn):
 
 
 def test_calibration_is_used_afterwards(fastattn, tmp_path):
-    result = fastattn("bench", "-n", "128", "-n", "512", *SMALL, "--calibrate", "--json")
+    result = fastattn("bench", "-n", "256", "-n", "512", *SMALL, "--calibrate", "--json")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "speed.json").read_text())
     assert {row["operator"] for row in written["speeds"]} == {"exact", "fma"}
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
+def test_what_calibration_cannot_fit_is_named(fastattn, tmp_path):
+    """With 100 tokens all is near, and another implementation may serve than with 512."""
+    result = fastattn("bench", "-n", "100", "-n", "512", *SMALL, "--kernels", "cpp", "--calibrate", "--json")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["operator"] for row in written["speeds"]} == {"exact"}
+    assert "fma is not fitted" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,20 @@ def test_shipped_constants_are_well_formed() -> None:
     shipped = load_speeds(Path(speed.__file__).with_name("speed.json"))
     assert {"cpu", "cuda"} <= {s.device for s in shipped}
     assert any(s.operator == "exact" for s in shipped)
+
+
+# Measured on two threads of a CPU with AVX-512, 8 heads of 64 channels: ``fastattn bench`` names these lengths.
+@pytest.mark.parametrize(
+    ("operator", "kernels", "measured"),
+    [
+        ("fma", "cpp", 220), ("barnes_hut", "cpp", 5600), ("window", "cpp", 440), ("tf_attention", "cpp", 510),
+        ("tc_attention", "cpp", 340), ("fma", "aten", 1500), ("window", "aten", 2700), ("tc_attention", "aten", 5000),
+        ("tf_attention", "aten", 3700),
+    ],
+)  # fmt: skip
+def test_shipped_constants_tell_where_an_operator_pays(operator: str, kernels: str, measured: int) -> None:
+    if kernels == "cpp" and speed.obstacle():
+        pytest.skip(speed.obstacle())
+    with use_kernels(kernels):
+        found = crossover(make_operator(operator), SiteSpec(1, 8, 8, 4096, 4096, 64, 64, mask=CAUSAL))
+    assert measured / 2.5 < found < measured * 2.5
