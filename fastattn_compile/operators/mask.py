@@ -169,6 +169,34 @@ class MaskStructure:
             )
         return seen
 
+    def interval(self, query_len: int, key_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The position terms as an interval of keys for every query.
+
+        Args:
+            query_len: Number of queries.
+            key_len: Number of keys.
+            device: Where to put it.
+
+        Returns:
+            ``(query_len,)`` int64 first visible key and one past the last, equal where nothing is visible.
+
+        Raises:
+            ValueError: It is more than one interval: a prefix outside a sliding window.
+        """
+        if self.prefix is not None and self.left is not None:
+            raise ValueError(f"a prefix outside a sliding window is not one interval of keys ({self})")
+        place = torch.arange(query_len, device=device) + (key_len - query_len if self.end_aligned else 0)
+        low, high = torch.zeros_like(place), torch.full_like(place, key_len)
+        if self.left is not None:
+            low = place - self.left
+        if self.right is not None:
+            high = (place + self.right + 1).clamp(min=self.prefix or 0)
+        if self.chunk is not None:
+            begin = torch.div(place, self.chunk, rounding_mode="floor") * self.chunk
+            low, high = torch.maximum(low, begin), torch.minimum(high, begin + self.chunk)
+        low = low.clamp(0, key_len)
+        return low, torch.maximum(high.clamp(0, key_len), low)
+
 
 NO_MASK = MaskStructure()
 CAUSAL = MaskStructure(right=0)

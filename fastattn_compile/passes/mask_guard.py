@@ -17,9 +17,10 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from fastattn_compile.kernels.masks import any_at_all
 from fastattn_compile.operators.mask import MaskStructure
 from fastattn_compile.passes.emission import emit
-from fastattn_compile.passes.expression import ZERO, Expression, axes_of
+from fastattn_compile.passes.expression import TRUE, ZERO, Expression, axes_of
 from fastattn_compile.passes.fx_meta import example
 from fastattn_compile.passes.graph import Node, Size
 from fastattn_compile.passes.lift_values import pattern_of
@@ -236,11 +237,13 @@ def _evaluate(
         )
         return result
 
-    visible, plain = tensor(claim.visible), True
-    if claim.bias != ZERO:
+    plain = True
+    if claim.bias == ZERO:
+        visible = tensor(claim.visible)
+    else:
         bias = tensor(claim.bias)
-        visible = visible & (bias > HIDDEN)
-        plain = not bool(((bias != 0) & visible).any())
+        visible = bias > HIDDEN if claim.visible == TRUE else (bias > HIDDEN) & tensor(claim.visible)
+        plain = not any_at_all((bias != 0) & visible)
     if not by_head:
         return visible, plain
     first = visible[:, :1]

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from fastattn_compile.kernels.masks import Rows, read, read_aten
 from fastattn_compile.operators.mask import MaskStructure
-
-_AT_ONCE = 1 << 18
 
 
 def structure_of(visible: Tensor, padded: bool, packed: bool = False) -> MaskStructure | None:
@@ -25,13 +25,14 @@ def structure_of(visible: Tensor, padded: bool, packed: bool = False) -> MaskStr
     Returns:
         The structure; ``None`` when there is none.
     """
-    if not visible.any():
+    rows = read(visible)
+    if not rows.seen.any():
         return None
     documents = None
-    for structure in _candidates(any_along(visible, 0), padded, packed):
+    for structure in _candidates(visible, rows, padded, packed):
         if structure.segments and documents is None:
-            documents = documents_of(visible)
-        if _shows(visible, structure, documents):
+            documents = _documents(rows)
+        if _shows(rows, structure, documents):
             return structure
     return None
 
@@ -44,24 +45,32 @@ def has_structure(visible: Tensor, structure: MaskStructure) -> bool:
         structure: Position terms, whether keys that no query sees are padding, and whether tokens that no mask joins are of
             different documents.
     """
-    return _shows(visible, structure, documents_of(visible) if structure.segments else None)
+    rows = read(visible)
+    return _shows(rows, structure, _documents(rows) if structure.segments else None)
 
 
-def _shows(visible: Tensor, structure: MaskStructure, documents: Tensor | None) -> bool:
-    _, queries, keys = visible.shape
-    real = any_along(visible, 1, keepdim=True) if structure.key_padding else None
-    columns = torch.arange(keys, dtype=torch.int32, device=visible.device)
-    # A few rows at a time: distances take several times the room of a mask.
-    step = max(1, _AT_ONCE // keys)
-    for start in range(0, queries, step):
-        stop = min(start + step, queries)
-        rows = torch.arange(start, stop, dtype=torch.int32, device=visible.device)[:, None]
-        pattern = structure.visible(rows, columns, queries, keys)
-        if structure.segments and documents is not None:
-            pattern = pattern & (documents[:, start:stop, None] == documents[:, None])
-        if not bool((visible[:, start:stop] == (pattern if real is None else pattern & real)).all()):
-            return False
-    return True
+def _shows(rows: Rows, structure: MaskStructure, documents: Tensor | None) -> bool:
+    """Whether every query sees just the real keys of an interval, which all structures say: as many, and none outside."""
+    queries, keys = rows.count.shape[1], rows.seen.shape[1]
+    low, high = (x[None] for x in structure.interval(queries, keys, rows.count.device))
+    if structure.segments and documents is not None:
+        begin, end = _extents(documents)
+        low = torch.maximum(low, begin)
+        high = torch.maximum(torch.minimum(high, end), low)
+    if structure.key_padding:
+        before = pad(rows.seen.cumsum(1), (1, 0))
+        low, high = low.expand_as(rows.count), high.expand_as(rows.count)
+        wanted = before.gather(1, high) - before.gather(1, low)
+    else:
+        wanted = high - low
+    inside = (rows.first >= low) & (rows.last < high)
+    return bool(((rows.count == wanted) & (inside | ~rows.some)).all())
+
+
+def _extents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the document of a token begins and ends, ``(batch, n)``; their numbers rise along the sequence."""
+    edges = documents.contiguous()
+    return torch.searchsorted(edges, edges), torch.searchsorted(edges, edges, right=True)
 
 
 def documents_of(visible: Tensor) -> Tensor:
@@ -73,44 +82,35 @@ def documents_of(visible: Tensor) -> Tensor:
     Returns:
         ``(batch, n)`` int64, rising along the sequence. Neighbours that neither see nor are seen share a number.
     """
-    n, marks = visible.shape[2], _bytes(visible)
-    place = torch.arange(n, device=visible.device)
-    first = marks.argmax(2)
-    sees = visible.gather(2, first[..., None]).squeeze(2)
-    first = torch.where(sees, first, place)
-    last = torch.where(sees, n - 1 - marks.flip(2).argmax(2), place)
+    return _documents(read_aten(visible))  # it stands in graphs, which are compiled
+
+
+def _documents(rows: Rows) -> Tensor:
+    n = rows.count.shape[1]
+    place = torch.arange(n, device=rows.count.device)
+    first, last = (torch.where(rows.some, x, place) for x in (rows.first, rows.last))
     # A document begins where no later query looks back beyond, and no earlier one ahead.
     back = first.flip(1).cummin(1).values.flip(1)[:, 1:] >= place[1:]
     ahead = last.cummax(1).values[:, :-1] < place[1:]
-    alone = ~(sees | (marks.amax(1) != 0))
+    alone = ~(rows.some | rows.seen)
     begins = back & ahead & ~(alone[:, 1:] & alone[:, :-1])
-    return torch.nn.functional.pad(begins.cumsum(1), (1, 0))
+    return pad(begins.cumsum(1), (1, 0))
 
 
-def any_along(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """``x.any(dim)`` of truth values, which CPUs do faster as a maximum of bytes."""
-    return _bytes(x).amax(dim, keepdim) != 0
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """Truth values as 0 and 1. Not as a view: Inductor then reads the bits that a comparison left in a vector."""
-    return x.to(torch.uint8)
-
-
-def _candidates(seen: Tensor, padded: bool, packed: bool) -> Iterator[MaskStructure]:
+def _candidates(visible: Tensor, rows: Rows, padded: bool, packed: bool) -> Iterator[MaskStructure]:
     """Structures to try, the simpler first.
 
     Args:
-        seen: ``(queries, keys)``, what is visible in any sequence.
+        visible: ``(batch, queries, keys)``, some of them visible.
+        rows: What was read of it.
         padded: As in ``structure_of``.
         packed: As in ``structure_of``.
     """
-    queries, keys = seen.shape
+    queries, keys = visible.shape[1:]
     # Of every query that sees a key the first and the last one, as distances.
-    marks, rows = seen.to(torch.uint8), torch.arange(queries, device=seen.device)
-    some = seen.any(1)
-    right = int((keys - 1 - marks.flip(1).argmax(1) - rows)[some].max())
-    left = int((rows - marks.argmax(1))[some].max())
+    place = torch.arange(queries, device=visible.device)
+    right = int((rows.last - place)[rows.some].max())
+    left = int((place - rows.first)[rows.some].max())
     offset = keys - queries
     # Documents are told where queries and keys are the same tokens.
     documents = (False,) if offset else (True,) if packed else (False, True)
@@ -131,9 +131,9 @@ def _candidates(seen: Tensor, padded: bool, packed: bool) -> Iterator[MaskStruct
     for padding, segments in itertools.product((True,) if padded else (False, True), documents):
         for back, ahead in ((None, None), (None, right), (left, None), (left, right)):
             yield from made(back, ahead, padding, segments)
-    first = int(seen[0].sum())
+    first = int(visible[:, 0].any(0).sum())
     if first > 1:
         yield from made(None, max(offset, 0), padded, prefix=first)
         # Where queries and keys are the same tokens, chunks are documents, and operators serve these.
         yield from made(None, None, padded, chunk=first)
-    yield from made(None, max(offset, 0), padded, chunk=max(1, int(seen[:, 0].sum())))
+    yield from made(None, max(offset, 0), padded, chunk=max(1, int(visible[:, :, 0].any(0).sum())))

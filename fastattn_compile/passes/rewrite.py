@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from fastattn_compile.kernels.masks import any_along
 from fastattn_compile.lowering.torch_call import CanonicalNodes, call_operator, call_sdpa
 from fastattn_compile.operators.base import Operator
 from fastattn_compile.passes.axes import Axes, leaves
@@ -18,7 +19,7 @@ from fastattn_compile.passes.contraction import Operand
 from fastattn_compile.passes.emission import emit_fx
 from fastattn_compile.passes.expression import Expression, axes_of
 from fastattn_compile.passes.functionalize import erase_dead
-from fastattn_compile.passes.mask_values import any_along, documents_of
+from fastattn_compile.passes.mask_values import documents_of
 from fastattn_compile.passes.relayout import FxWriter, Relayout
 from fastattn_compile.passes.site import Site
 from fastattn_compile.passes.temperature import scaled

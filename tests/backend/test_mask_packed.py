@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fastattn_compile as fa
 from fastattn_compile import backend
+from fastattn_compile.kernels.masks import any_along
 from fastattn_compile.operators.mask import MaskStructure
-from fastattn_compile.passes.mask_values import any_along, documents_of, has_structure, structure_of
+from fastattn_compile.passes.mask_values import documents_of, has_structure, structure_of
 
 LENGTHS = [[7, 25, 1, 15], [30, 18]]
 OTHERS = [[20, 20, 8], [3, 5, 40]]

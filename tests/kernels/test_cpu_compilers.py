@@ -26,7 +26,7 @@ LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4") if platform.machine() == "x86_6
 @pytest.mark.skipif(not COMPILERS, reason="no C++ compiler is installed")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    "name", ["fma", "pool", "ranges", "trees", pytest.param("barnes_hut", marks=pytest.mark.slow)]
+    "name", ["fma", "masks", "pool", "ranges", "trees", pytest.param("barnes_hut", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_sources_compile(compiler: str, name: str, level: str, tmp_path: Path) -> None:

@@ -22,23 +22,13 @@ TreeConfigT = TypeVar("TreeConfigT", bound=TreeConfig)
 
 def sight_of(inputs: AttentionInputs) -> Sight:
     """The mask as an interval of positions for every query, and the facts about tokens."""
-    mask, device = inputs.mask, inputs.query.device
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    place = torch.arange(queries, device=device) + (keys - queries if mask.end_aligned else 0)
-    low, high = torch.zeros_like(place), torch.full_like(place, keys)
-    if mask.left is not None:
-        low = place - mask.left
-    if mask.right is not None:
-        high = (place + mask.right + 1).clamp(min=mask.prefix or 0)
-    if mask.chunk is not None:
-        begin = torch.div(place, mask.chunk, rounding_mode="floor") * mask.chunk
-        low, high = torch.maximum(low, begin), torch.minimum(high, begin + mask.chunk)
-    low = low.clamp(0, keys)
-    high = torch.maximum(high.clamp(0, keys), low)
+    low, high = inputs.mask.interval(queries, keys, inputs.query.device)
     if inputs.segments is None:
         return Sight(low, high, keys, inputs.key_padding)
     _, segment = torch.unique(inputs.segments, return_inverse=True)
-    return Sight(low, high, keys, inputs.key_padding, segment, segment[:, place])
+    offset = keys - queries if inputs.mask.end_aligned else 0
+    return Sight(low, high, keys, inputs.key_padding, segment, segment[:, offset : offset + queries])
 
 
 def pair_bias(inputs: AttentionInputs, sight: Sight) -> PairBias | None:
