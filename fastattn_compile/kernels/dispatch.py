@@ -82,6 +82,17 @@ def select(kernel: str, offered: Mapping[str, Callable[[], str]]) -> str:
     return name
 
 
+def takes_step(name: str, why_not: Callable[[], str]) -> bool:
+    """Whether an implementation takes a step of a kernel, which no one chooses by itself: what it cannot do ATen does,
+    whatever was asked for.
+
+    Args:
+        name: The implementation.
+        why_not: Tells why it cannot take the step, ``""`` when it can.
+    """
+    return chosen_kernels() in ("auto", name) and not why_not()
+
+
 def give_way(kernel: str, name: str, reason: str) -> None:
     """Leaves a call to ATen after ``select`` gave it to another implementation, which found out from the values.
 

@@ -109,9 +109,10 @@ def _in_place(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, segme
         return False
     from fastattn_compile.kernels.gpu import fma_packed
 
-    # Where numbers rise, the tokens of a document stand side by side.
-    together = not bool((segments[:, 1:] < segments[:, :-1]).any())
-    return together and not fma_packed.obstacle(query, key, value, pattern)
+    if fma_packed.obstacle(query, key, value, pattern):
+        return False
+    # Where numbers rise, the tokens of a document stand side by side. Asked last: a GPU must be waited for.
+    return not bool((segments[:, 1:] < segments[:, :-1]).any())
 
 
 def backward(

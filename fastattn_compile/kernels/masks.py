@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.kernels.cpu import masks as cpu
-from fastattn_compile.kernels.dispatch import chosen_kernels
+from fastattn_compile.kernels.dispatch import takes_step
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read(visible: Tensor) -> Rows:
     Args:
         visible: ``(batch, queries, keys)`` boolean.
     """
-    if chosen_kernels() in ("auto", "cpp") and not cpu.why_not(visible):
+    if takes_step("cpp", lambda: cpu.why_not(visible)):
         return Rows(*cpu.read(visible))
     return read_aten(visible)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.cpu import build, trees
-from fastattn_compile.kernels.dispatch import chosen_kernels, gpu_obstacle
+from fastattn_compile.kernels.cpu import trees
+from fastattn_compile.kernels.dispatch import gpu_obstacle, takes_step
 
 
 def stable_order(code: Tensor, bins: int) -> Tensor:
@@ -24,7 +24,7 @@ def stable_order(code: Tensor, bins: int) -> Tensor:
     Returns:
         ``(u, n)`` int64.
     """
-    if chosen_kernels() in ("auto", "triton") and not gpu_obstacle(code):
+    if takes_step("triton", lambda: gpu_obstacle(code)):
         from fastattn_compile.kernels.gpu import counting_sort
 
         if not counting_sort.obstacle(code, bins):
@@ -84,12 +84,11 @@ def climb(
         gone: ``(u, m)`` boolean, keys that are in no node.
         segments: A node is one in each segment; units are those of one sequence after another.
     """
-    given = key_leaf, query_leaf, height, deepest, ancestors, low, high, gone, segments
-    if key_leaf.device.type == "cpu" and chosen_kernels() in ("auto", "cpp") and not build.obstacle("trees"):
-        return Levels(
-            *trees.climb(*given[:-1], *((s.count, s.key, s.query) if (s := segments) else (1, None, None)))
-        )
-    return _climb(*given)
+    given = key_leaf, query_leaf, height, deepest, ancestors, low, high, gone
+    if takes_step("cpp", lambda: trees.climbing_obstacle(key_leaf)):
+        named = (1, None, None) if segments is None else (segments.count, segments.key, segments.query)
+        return Levels(*trees.climb(*given, *named))
+    return _climb(*given, segments)
 
 
 def _climb(
@@ -110,7 +109,7 @@ def _climb(
             wanted = wanted + (segments.query << level).repeat_interleave(each, 0)[:, None]
         if gone is not None:
             code = code.masked_fill(gone, count << level)
-        order, first, last = _ranked(code, (count << level) + 1, wanted, low, high)
+        order, first, last = ranked(code, (count << level) + 1, wanted, low, high)
         here = waiting & (last > first) if ancestors and level > 0 else waiting
         base = len(orders) * length
         start, stop = torch.where(here, first + base, start), torch.where(here, last + base, stop)
@@ -122,10 +121,21 @@ def _climb(
     return Levels(torch.stack(orders, 1), start, stop, level_of, node)
 
 
-def _ranked(
+def ranked(
     code: Tensor, bins: int, wanted: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Items ``(u, m)`` sorted by number, and where those of a wanted number ``(u, r, n)`` between two positions stand."""
+    """Items sorted by number, and where in that order those of a wanted number between two positions stand.
+
+    Args:
+        code: ``(u, m)`` int64 from 0 to ``bins - 1``.
+        bins: Number of numbers.
+        wanted: ``(u, r, n)`` int64, a number for every query.
+        low: int64 that broadcasts to ``wanted``, first position that a query asks for.
+        high: Likewise, one past the last.
+
+    Returns:
+        ``(u, m)`` positions in order; ``(u, r, n)`` first place and one past the last.
+    """
     order = stable_order(code, bins)
     ladder = code.gather(-1, order) * code.shape[1] + order
     at = wanted * code.shape[1]

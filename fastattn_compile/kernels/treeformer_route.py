@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten import treeformer_route as aten
 from fastattn_compile.kernels.cpu import trees as cpu
-from fastattn_compile.kernels.dispatch import chosen_kernels
+from fastattn_compile.kernels.dispatch import takes_step
 
 
 def follow(x: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """``kernels.aten.treeformer_route.follow``."""
-    if chosen_kernels() in ("auto", "cpp") and not cpu.why_not(x, weight, offset):
+    if takes_step("cpp", lambda: cpu.why_not(x, weight, offset)):
         return cpu.follow(x, weight, offset, aten.height_of(weight))
     return aten.follow(x, weight, offset)

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten import treeformer_tc as aten
 from fastattn_compile.kernels.aten.treeformer_tc import Cut, Members, TreeGradients, Weighting
 from fastattn_compile.kernels.cpu import trees as cpu
-from fastattn_compile.kernels.dispatch import chosen_kernels, gpu_obstacle, select
+from fastattn_compile.kernels.dispatch import gpu_obstacle, select, takes_step
 
 
 def triton_obstacle(cut: Cut, value: Tensor) -> str:
@@ -22,7 +22,7 @@ def triton_obstacle(cut: Cut, value: Tensor) -> str:
 
 def takes_whole(value: Tensor) -> bool:
     """Whether a forward pass over these values takes whole sequences of all units at once: nothing need be cut for it."""
-    return chosen_kernels() in ("auto", "cpp") and not cpu.why_not(value)
+    return takes_step("cpp", lambda: cpu.why_not(value))
 
 
 def forward(cut: Cut, value: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:

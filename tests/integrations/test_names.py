@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,17 +105,8 @@ def test_exported_models_have_the_same_names(kind: str, tmp_path: Path) -> None:
     assert [line.name for line in scan_onnx(str(tmp_path / "model.onnx")).softmaxes] == SITES[kind]
 
 
-@pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process alone, with first buckets of DDP as small as the others."""
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("kind", SITES)
 def test_ddp_gives_the_same_names(kind: str, optimized: bool) -> None:

@@ -13,8 +13,9 @@ from fastattn_compile.kernels import masks
 from fastattn_compile.kernels.cpu import build
 from fastattn_compile.kernels.dispatch import use_kernels
 
+pytestmark = pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 600), st.sampled_from([0.0, 0.01, 0.5, 1.0]), st.booleans(),
@@ -39,7 +40,6 @@ def test_rows_are_read_alike(
         assert (int(ours.first[b, i]), int(ours.last[b, i])) == (places[0], places[-1])
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle() or "there is a C++ compiler")
 def test_many_queries_in_stretches() -> None:
     visible = torch.ones(2, 1300, 70, dtype=torch.bool).tril()
     visible[1, :, 60:] = False

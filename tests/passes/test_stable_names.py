@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,19 +168,11 @@ def test_compilation_gives_the_names_of_the_modules(kind: str) -> None:
     assert list(fa.capture(model, [(x,)]).sites) == wanted
 
 
-@pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process alone, with first buckets of DDP as small as the others."""
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("kind", ["blocks", "shared", "several", "broken several"])
-def test_ddp_gives_the_same_names(kind: str, optimized: bool, group: None) -> None:
+def test_ddp_gives_the_same_names(kind: str, optimized: bool) -> None:
     """Its optimizer cuts a graph between buckets of parameters, here between the attentions of one module."""
     build, wanted = BROKEN[kind[7:]] if kind.startswith("broken ") else WHOLE[kind]
     model = nn.parallel.DistributedDataParallel(build(), bucket_cap_mb=0.001)

@@ -63,8 +63,7 @@ class Buckets:
             torch.zeros_like(begin + stop[:, None]),
         )
         order = (self.order[:, None] + unit).flatten()
-        first = start[:, None] + begin
-        ranges = Ranges(order, first, stop[:, None] + begin, zero, (0,), node, first)
+        ranges = Ranges(order, start[:, None] + begin, stop[:, None] + begin, zero, (0,), node)
         return Part(ranges, self.size, self.size)
 
     @staticmethod

@@ -10,12 +10,12 @@ head ``i // (h // g)``. A key is named by its row in ``key.flatten(0, 2)``, a qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.sorting import Segments, climb, stable_order
+from fastattn_compile.kernels.sorting import Segments, climb, ranked
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ranges:
         level: ``(b, h, n)`` level of the node the query reads.
         levels: Level of each list of one unit, in order.
         node: ``(b, h, n)`` that node, with the segment before it.
-        uncut: ``(b, h, n)``, ``start`` before a capacity cut the range.
+        uncut: ``(b, h, n)``, ``start`` before a capacity cut the range; ``None`` where none did.
     """
 
     order: Tensor
@@ -64,21 +64,15 @@ class Ranges:
     level: Tensor
     levels: tuple[int, ...]
     node: Tensor
-    uncut: Tensor
+    uncut: Tensor | None = None
 
     def found(self) -> int:
         """Keys in the ranges before a capacity cut them."""
-        return int((self.stop - self.uncut).sum())
+        return int((self.stop - (self.start if self.uncut is None else self.uncut)).sum())
 
     def first(self, length: int) -> Tensor:
         """Position of the first key of each range, among ``length`` keys; ``(b, h, n)``."""
         return self.order[self.start.clamp(max=self.order.numel() - 1)] % length
-
-
-def _sorted_keys(code: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Positions sorted by code below ``codes``, ``(units, m)``, and the ascending numbers ``code * m + position``."""
-    order = stable_order(code, codes)
-    return order, code.gather(-1, order) * code.shape[-1] + order
 
 
 def node_ranges(
@@ -119,13 +113,13 @@ def node_ranges(
     )  # fmt: skip
     lists = found.order.shape[1]
     base = torch.arange(units, device=key_leaf.device).view(-1, 1, 1) * (lists * length)
-    uncut, stop, level, node = (
+    start, stop, level, node = (
         x.view(batch, heads, queries)
         for x in (found.start + base, found.stop + base, found.level, found.node)
     )
-    start = torch.maximum(uncut, stop - capacity) if capacity else uncut
     levels = tuple(range(deepest, deepest - lists, -1))
-    return Ranges(found.order.flatten(), start, stop, level, levels, node, uncut)
+    whole = Ranges(found.order.flatten(), start, stop, level, levels, node)
+    return replace(whole, start=torch.maximum(start, stop - capacity), uncut=start) if capacity else whole
 
 
 def near_ranges(
@@ -152,20 +146,16 @@ def near_ranges(
         code = code.masked_fill(~sight.real[:, None], sight.segments)
     if only is not None:
         code = code.masked_fill(~only, sight.segments)
-    order, ladder = _sorted_keys(code.flatten(0, 1), sight.segments + 1)
     low = torch.maximum(low, sight.low)
     high = torch.maximum(torch.minimum(high, sight.high), low)
-    start, stop = (
-        torch.searchsorted(ladder, (wanted * sight.length + edge).view(ladder.shape[0], -1)).view_as(wanted)
-        for edge in (low, high)
-    )
     units = batch * kv_heads
+    by_unit = units, heads // kv_heads, queries
+    edges = (edge.expand_as(wanted).reshape(by_unit) for edge in (low, high))
+    order, *found = ranked(code.flatten(0, 1), sight.segments + 1, wanted.view(by_unit), *edges)
     rows = sight.length * torch.arange(units, device=low.device)
-    base = rows.view(batch, kv_heads, 1).repeat_interleave(heads // kv_heads, 1)
+    start, stop = ((x + rows[:, None, None]).view_as(wanted) for x in found)
     zero = torch.zeros_like(start)
-    return Ranges(
-        (order + rows[:, None]).flatten(), start + base, stop + base, zero, (0,), zero, start + base
-    )
+    return Ranges((order + rows[:, None]).flatten(), start, stop, zero, (0,), zero)
 
 
 def sink_keys(sight: Sight, batch: int, sinks: int) -> Tensor:

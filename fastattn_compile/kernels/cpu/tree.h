@@ -38,7 +38,7 @@ bool meets_rows(const BarnesHutArgs& args) { return args.block.grad_out || !fill
 
 // Keys and values of one head, and the sums of leaves; false when a number is not finite.
 template <typename T>
-bool take_tokens(const BarnesHutArgs& args, Rows<T> key, Rows<T> value, const uint8_t* real, Tree& tree, Floats& counts) {
+bool take_tokens(const BarnesHutArgs& args, Rows<T> key, Rows<T> value, const uint8_t* real, Tree& tree) {
   const BlockArgs& a = args.block;
   const int64_t tokens = round_up(round_up(a.n, args.leaf), 4) + 4, dk = tree.dk, dv = tree.dv;
   const bool fours = fills_vectors(args), rows = meets_rows(args);
@@ -60,7 +60,7 @@ bool take_tokens(const BarnesHutArgs& args, Rows<T> key, Rows<T> value, const ui
       if (!tree.head.pooled[i]) continue;
       tree.bias[i] = 0.f;
       float* to = &tree.levels[0].key[i / args.leaf * tree.df];
-      counts[i / args.leaf] += 1.f;
+      tree.levels[0].log_count[i / args.leaf] += 1.f;
       for (int64_t c = 0; c < dk; c += W) store(to + c, load(to + c) + load(k + c));
       for (int64_t c = 0; c < dk && args.cumulant; c += W) store(to + dk + c, load(to + dk + c) + load(k + c) * load(k + c));
     }
@@ -80,32 +80,31 @@ bool build(const BarnesHutArgs& args, int64_t batch, int64_t g, Tree& tree) {
   tree.dk = round_up(a.d, W), tree.df = args.cumulant ? 2 * tree.dk : tree.dk, tree.dv = round_up(a.e, W);
   const int64_t dk = tree.dk, df = tree.df;
   tree.levels.resize(args.levels);
-  Floats counts, below_counts;
   int64_t width = args.leaf;
   for (int64_t l = 0; l < args.levels; l++, width *= args.fanout) {
     Nodes& nodes = tree.levels[l];
     nodes.width = width;
     nodes.count = l ? (tree.levels[l - 1].count + args.fanout - 1) / args.fanout : (a.n + args.leaf - 1) / args.leaf;
-    nodes.key.assign((nodes.count + 4) * df, 0.f);
-    counts.assign(nodes.count, 0.f);
-    // Sums first: of tokens and their squares, or of the sums that stand in the level below until it is done.
-    if (!l) {
-      const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
-      const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
-      if (!take_tokens(args, key, value, a.real ? a.real + batch * a.n : nullptr, tree, counts)) return false;
+    nodes.key.assign((nodes.count + 4) * df, 0.f), nodes.log_count.assign(nodes.count + 4, 0.f);
+  }
+  // Sums and counts first, of tokens and their squares, then level by level; then means and logarithms.
+  const Rows<T> key{(const T*)a.key + batch * a.key_strides[0] + g * a.key_strides[1], a.key_strides[2], a.d};
+  const Rows<T> value{(const T*)a.value + batch * a.value_strides[0] + g * a.value_strides[1], a.value_strides[2], a.e};
+  if (!take_tokens(args, key, value, a.real ? a.real + batch * a.n : nullptr, tree)) return false;
+  for (int64_t l = 1; l < args.levels; l++) {
+    const Nodes& below = tree.levels[l - 1];
+    Nodes& nodes = tree.levels[l];
+    for (int64_t i = 0; i < below.count; i++) {
+      nodes.log_count[i / args.fanout] += below.log_count[i];
+      add_row(&below.key[i * df], df, &nodes.key[i / args.fanout * df]);
     }
-    for (int64_t i = 0; l && i < tree.levels[l - 1].count; i++) {
-      counts[i / args.fanout] += below_counts[i];
-      add_row(&tree.levels[l - 1].key[i * df], df, &nodes.key[i / args.fanout * df]);
-    }
-    below_counts = counts;
-    nodes.log_count.assign(nodes.count + 4, NEG_INF);
-    for (int64_t i = 0; i < nodes.count; i++) nodes.log_count[i] = counts[i] > 0.f ? std::log2(counts[i]) : NEG_INF;
   }
   for (Nodes& nodes : tree.levels)
-    for (int64_t i = 0; i < nodes.count; i++) {
-      if (nodes.log_count[i] == NEG_INF) continue;
-      const float by = std::exp2(-nodes.log_count[i]);
+    for (int64_t i = 0; i < nodes.count + 4; i++) {
+      float& count = nodes.log_count[i];
+      count = count > 0.f ? std::log2(count) : NEG_INF;
+      if (count == NEG_INF) continue;
+      const float by = std::exp2(-count);
       float* feature = &nodes.key[i * df];
       for (int64_t c = 0; c < df; c += W) store(feature + c, load(feature + c) * by);
       for (int64_t c = dk; c < df; c += W) store(feature + c, load(feature + c) - load(feature + c - dk) * load(feature + c - dk));

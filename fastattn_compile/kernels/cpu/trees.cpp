@@ -123,7 +123,7 @@ void route(const RouteArgs& a) {
 // The keys of one unit sorted by node, a counting sort a level, and where its queries' nodes stand among them: from the deepest level
 // up as long as a query finds nothing. How many levels that took.
 int64_t climb(const ClimbArgs& a, int64_t unit) {
-  const int64_t lists = a.deepest + 1, base = unit * lists * a.m, sequence = unit / (a.u / a.b);
+  const int64_t lists = a.ancestors ? a.deepest + 1 : 1, base = unit * lists * a.m, sequence = unit / (a.u / a.b);
   const int64_t *key_leaf = a.key_leaf + unit * a.m, *query_leaf = a.query_leaf + unit * a.r * a.n;
   const int64_t *key_segment = a.key_segment ? a.key_segment + sequence * a.m : nullptr;
   const int64_t *query_segment = a.query_segment ? a.query_segment + sequence * a.n : nullptr;

@@ -19,7 +19,8 @@ struct ClimbArgs {
   const int64_t *key_segment, *query_segment;  // (b, m), (b, n) from 0 to segments - 1, or null
   const uint8_t* gone;                         // (u, m) or null: keys that are in no node
   const int64_t *low, *high;                   // (n): positions of the keys that a query may meet; neither ever falls
-  int64_t* order;                              // (u, deepest + 1, m): rows of keys, sorted by node, a list a level from the deepest on
+  int64_t* order;                              // (u, lists, m): rows of keys, sorted by node, a list a level from the deepest on;
+                                               // deepest + 1 lists with `ancestors`, else one
   int64_t *start, *stop;                       // (u, r, n) places in a unit's lists
   int64_t *level, *node;                       // (u, r, n): where that is, with the segment before the node; or null
   int64_t b, u, r, n, m, height, deepest, segments;

@@ -64,6 +64,15 @@ def why_not(*tensors: Tensor) -> str:
     return obstacle("trees")
 
 
+def climbing_obstacle(leaf: Tensor) -> str:
+    """Why C++ cannot climb these trees, ``""`` when it can."""
+    return (
+        f"it runs on a CPU, the trees are on {leaf.device.type}"
+        if leaf.device.type != "cpu"
+        else obstacle("trees")
+    )
+
+
 def follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Tensor, Tensor]:
     """As ``kernels.aten.treeformer_route.follow``."""
     x, weight, offset = dense_rows(x), weight.contiguous(), offset.contiguous()
@@ -90,7 +99,7 @@ def climb(
     }  # fmt: skip
     held = {name: x.contiguous() for name, x in given.items() if x is not None}
     units, length = key_leaf.shape
-    order = torch.empty(units, deepest + 1, length, dtype=torch.int64)
+    order = torch.empty(units, deepest + 1 if ancestors else 1, length, dtype=torch.int64)
     start, stop, level, node = (torch.empty(query_leaf.shape, dtype=torch.int64) for _ in range(4))
     held |= {"order": order, "start": start, "stop": stop, "level": level, "node": node}
     arguments = _Climb(**{name: x.data_ptr() for name, x in held.items()})

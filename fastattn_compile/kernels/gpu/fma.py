@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastattn_compile.kernels.aten.fma_plan import Pattern, level_count
 from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
-from fastattn_compile.kernels.gpu.fma_call import Call, step
+from fastattn_compile.kernels.gpu.fma_call import Call
 from fastattn_compile.kernels.gpu.fma_configs import chosen
 from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_runs, fma_sinks
 from fastattn_compile.kernels.gpu.fma_pool import spread
-from fastattn_compile.kernels.gpu.launch import LOG2_E, padded, tensor_obstacle
+from fastattn_compile.kernels.gpu.launch import LOG2_E, padded, step, tensor_obstacle
 
 # Positions of one program of fma_sinks; programs that keep a GPU busy.
 _STRETCH, _PROGRAMS = 2048, 512

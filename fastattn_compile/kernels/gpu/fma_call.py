@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastattn_compile.kernels.aten.fma_plan import Pattern, Plan, level_count, make_plan
 from fastattn_compile.kernels.aten.fma_pool import combine_levels, combine_levels_backward
 from fastattn_compile.kernels.gpu.fma_pool import pool_means
-from fastattn_compile.kernels.gpu.launch import channels, padded, precision
+from fastattn_compile.kernels.gpu.launch import channels, padded, precision, step
 
 # Blocks of queries of one walk of fma_far, as a power of two.
 LOG2_WALK = 4
@@ -241,8 +241,3 @@ class Call:
 def run_count(levels: int, log2_walk: int) -> int:
     """Runs of ``fma_far``: where those of the level after the last would begin (``fma_gradients.first_run``)."""
     return sum((2 << levels) >> min(level + 1, log2_walk) for level in range(levels))
-
-
-def step(x: Tensor | None) -> int:
-    """Stride between sequences, 0 where all share one."""
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)

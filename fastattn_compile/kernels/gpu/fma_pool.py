@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn_compile.kernels.gpu.fma_rows import document, first_row, whose
-from fastattn_compile.kernels.gpu.launch import padded, precision
+from fastattn_compile.kernels.gpu.launch import padded, precision, step
 from fastattn_compile.kernels.gpu.online import blemish, finite
 
 # Cells of one program, a power of two: the rows of all its levels are one product of 64 rows.
@@ -133,7 +133,7 @@ def pool_means(
         every = taken is None or level > 0
         fma_pool[(chunks, batch * heads, -(-c // bc))](
             source, None if every else taken, counts, pooled, sums, documents, heads, source.shape[2], nb, level, levels,
-            cell, counts.shape[1], *source.stride(), _step(taken), _step(counts), C=c, BC=bc, RANK=rank, ALL=every,
+            cell, counts.shape[1], *source.stride(), step(taken), step(counts), C=c, BC=bc, RANK=rank, ALL=every,
             PACKED=documents is not None, R=2 * CELLS, BT=64, PRECISION=precision(source.dtype),
             num_warps=4 if bc < 128 else 8, num_stages=2,
         )  # fmt: skip
@@ -159,11 +159,6 @@ def spread(
     batch, heads, rows, c = grad_rows.shape
     tile, units = 16, heads * (batch if documents is None else len(documents))
     fma_spread[(-(-rank * nb // tile), units)](
-        grad_rows, counts, documents, heads, nb, levels, rows, _step(counts), C=c, BC=padded(c), RANK=rank,
+        grad_rows, counts, documents, heads, nb, levels, rows, step(counts), C=c, BC=padded(c), RANK=rank,
         PACKED=documents is not None, B=tile,
     )  # fmt: skip
-
-
-def _step(x: Tensor | None) -> int:
-    """Stride between sequences, 0 where all share one."""
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)

@@ -47,3 +47,8 @@ def tensor_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
         return f"no kernel computes in {query.dtype}"
     widest = max(query.shape[-1], value.shape[-1])
     return f"{widest} channels, a tile holds up to {MOST_CHANNELS}" if widest > MOST_CHANNELS else ""
+
+
+def step(x: Tensor | None) -> int:
+    """Stride between sequences, 0 where all share one."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)

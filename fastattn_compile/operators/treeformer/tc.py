@@ -256,25 +256,32 @@ class TreeCoarseAttention(TreeOperator[TcConfig]):
     ) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = inputs.query.shape
         passes = list(self._passes(inputs, forward=True))
-        out = seen = None
-        for tree in range(self.config.n_trees):
+        if len(passes) == 1:
+            out, seen = self._read_units(inputs, routed, trees, value, passes[0])
+        else:
+            out = value.new_empty(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
+            seen = value.new_empty(out.shape[:3])
             for units in passes:
-                cut, v = self._cut(inputs, routed, tree, units), self._values(inputs, value, units)
-                part, count = kernel.forward(cut, v, self._weighting(inputs, trees, tree, units))
-                part, count = (x.flatten(2, 3)[:, :, :length] for x in (part, count))
-                if out is None and len(passes) == 1:
-                    out, seen = part, count
-                    continue
-                if out is None or seen is None:
-                    out = value.new_empty(batch * inputs.key.shape[1], inputs.group, length, value.shape[3])
-                    seen = value.new_empty(out.shape[:3])
-                if tree:
-                    out[units.rows] += part
-                else:
-                    out[units.rows], seen[units.rows] = part, count
-        if out is None or seen is None:
-            raise ValueError(f"there are no units of {tuple(inputs.key.shape)}")
+                out[units.rows], seen[units.rows] = self._read_units(inputs, routed, trees, value, units)
         return out.reshape(batch, heads, length, -1), seen.reshape(batch, heads, length)
+
+    def _read_units(
+        self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor, units: _Units
+    ) -> tuple[Tensor, Tensor]:
+        """What queries of some units read in all trees, and how many keys they see."""
+        values = self._values(inputs, value, units)
+        out, seen = self._read_tree(inputs, routed, trees, values, units, 0)
+        for tree in range(1, self.config.n_trees):
+            out += self._read_tree(inputs, routed, trees, values, units, tree)[0]
+        return out, seen
+
+    def _read_tree(
+        self, inputs: AttentionInputs, routed: Routed, trees: Trees, values: Tensor, units: _Units, tree: int
+    ) -> tuple[Tensor, Tensor]:
+        cut, weighting = self._cut(inputs, routed, tree, units), self._weighting(inputs, trees, tree, units)
+        found = kernel.forward(cut, values, weighting)
+        out, seen = (x.flatten(2, 3)[:, :, : inputs.query.shape[2]] for x in found)
+        return out, seen
 
     def _poison(
         self, inputs: AttentionInputs, routed: Routed, trees: Trees, value: Tensor, out: Tensor

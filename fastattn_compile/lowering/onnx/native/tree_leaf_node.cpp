@@ -67,7 +67,7 @@ class TreeLeaf {
     std::vector<uint8_t> gone(call.real ? units * m : 0);
     for (size_t i = 0; i < gone.size(); i++) gone[i] = !call.real[i / (call.g * m) * m + i % m];
     Lists made;
-    made.count = trees.height + 1;
+    made.count = climbs ? trees.height + 1 : 1;
     made.order.resize(units * made.count * m), made.start.resize(rows), made.stop.resize(rows);
     ClimbArgs a{};
     a.key_leaf = leaves.key.data(), a.query_leaf = leaves.query.data(), a.gone = call.real ? gone.data() : nullptr;
