@@ -19,7 +19,10 @@ EXACT = "the exact operator"
 
 
 def interleaved_ms(
-    calls: Sequence[Callable[[], Any]], repeats: int, after: Callable[[], None] = lambda: None
+    calls: Sequence[Callable[[], Any]],
+    repeats: int,
+    after: Callable[[], None] = lambda: None,
+    turns: Sequence[int] | None = None,
 ) -> list[float]:
     """Median time of each call in milliseconds. The calls take turns, so that a busy moment of the machine
     hits all.
@@ -28,11 +31,12 @@ def interleaved_ms(
         calls: What to time; each has run before, so that nothing is compiled here.
         repeats: Rounds.
         after: Called after every round.
+        turns: How often each call runs in its turn; once without it.
     """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        for call, spent in zip(calls, times):
-            spent.append(elapsed_ms(call))
+        for call, spent, often in zip(calls, times, turns or [1] * len(calls)):
+            spent.extend(elapsed_ms(call) for _ in range(often))
         after()
     return [statistics.median(spent) for spent in times]
 

@@ -47,3 +47,9 @@ def test_calls_take_turns():
     assert "".join(order) == "ab.ab.ab."
     assert len(times) == 2
     assert all(spent >= 0 for spent in times)
+
+
+def test_a_fast_call_runs_several_times_in_its_turn():
+    order = []
+    interleaved_ms([lambda: order.append("a"), lambda: order.append("b")], 2, turns=[3, 1])
+    assert "".join(order) == "aaabaaab"

@@ -279,6 +279,10 @@ void transpose_out(float* from, int64_t stride, int64_t queries, int64_t channel
   for (int64_t q = 0; q < queries; q++) narrow_row(rows + q * wide, channels, to + q * stride);
 }
 
+// The queries of a tile, numbered.
+constexpr float LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+static_assert(QT <= 32);
+
 // What scores of one head gain by distance, for the queries of a tile from `token` on.
 struct ByDistance {
   float slope = 0.f;
@@ -292,8 +296,6 @@ struct ByDistance {
 
   // Adds to the vectors of a row of scores from `lane` on, of what stands at `from`.
   void add(float* row, int64_t lane, int64_t from, int64_t at_level) const {
-    static constexpr float LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    static_assert(QT <= 32);
     for (int64_t q = lane; q < QT; q += W) {
       const vec distance = load(LANES + q) + (float)(token - from);
       const vec gain = table ? load(table + at_level * level - from + q) : vmax(distance, -distance) * -slope;
@@ -318,9 +320,24 @@ void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* que
       if (bias != 0.f)
         for (int j = run.vector; j < NV; j++) store(row + j * W, load(row + j * W) + bias);
       if (by) by_distance.add(row, lane, slots.from[run.slot + r], slots.level[run.slot + r]);
-      if (run.own >= 0)
-        for (int64_t q = lane, hidden = std::min<int64_t>(QT, run.own + r - first); q < hidden; q++) row[q] = NEG_INF;
+      if (run.own < 0) continue;
+      const vec hidden = splat((float)(run.own + r - first));
+      for (int j = run.vector; j < NV; j++) store(row + j * W, load(LANES + j * W) < hidden ? splat(NEG_INF) : load(row + j * W));
     }
+  }
+}
+
+// Sums over what a tile meets of rows, `wide` apart, times numbers (slot, query): (channel, query). Sums of some channels stay in registers
+// over all stretches.
+static inline void sum_rows(const std::vector<Run>& runs, const float* rows, int64_t wide, int64_t channels, const float* by, float* out) {
+  for (int64_t c = 0; c < channels; c += R) {
+    vec total[R][NV] = {};
+    for (const Run& run : runs)
+      by_vectors(run, [&](auto v) {
+        add_products<R, NV - v.value>(rows + run.slot * wide + c, wide, by + run.slot * QT, QT, run.rows, total);
+      });
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < NV; j++) store(out + (c + r) * QT + j * W, total[r][j]);
   }
 }
 
@@ -328,24 +345,25 @@ void score(const Slots<T>& slots, const std::vector<Run>& runs, const float* que
 // product with the values, (channel, query).
 template <typename T>
 void weigh(const Slots<T>& slots, const std::vector<Run>& runs, float* scores, float* out, vec* most, vec* sum) {
-  for (int j = 0; j < NV; j++) most[j] = splat(NEG_INF), sum[j] = vec{};
+  vec top[NV], weights[NV] = {};  // of our own, so that they stay in registers
+  for (int j = 0; j < NV; j++) top[j] = splat(NEG_INF);
   for (const Run& run : runs)
-    for (int64_t r = run.slot; r < run.slot + run.rows; r++)
-      for (int j = run.vector; j < NV; j++) most[j] = vmax(most[j], load(scores + r * QT + j * W));
-  for (int j = 0; j < NV; j++) most[j] = most[j] == NEG_INF ? vec{} : most[j];
-  for (const Run& run : runs) {
-    for (int64_t r = run.slot; r < run.slot + run.rows; r++)
-      for (int j = run.vector; j < NV; j++) {
-        const vec weight = exp2v(load(scores + r * QT + j * W) - most[j]);
-        store(scores + r * QT + j * W, weight);
-        sum[j] += weight;
-      }
-    const int64_t lane = run.vector * W;
     by_vectors(run, [&](auto v) {
-      product_transposed<v.value>(&slots.v[run.slot * slots.dv], slots.dv, scores + run.slot * QT + lane, out + lane, run.rows, slots.a.e,
-                                  &run != runs.data());
+      for (const float *row = scores + run.slot * QT, *end = row + run.rows * QT; row < end; row += QT)
+        for (int j = NV - v.value; j < NV; j++) top[j] = vmax(top[j], load(row + j * W));
     });
-  }
+  for (int j = 0; j < NV; j++) top[j] = top[j] == NEG_INF ? vec{} : top[j];
+  for (const Run& run : runs)
+    by_vectors(run, [&](auto v) {
+      for (float *row = scores + run.slot * QT, *end = row + run.rows * QT; row < end; row += QT)
+        for (int j = NV - v.value; j < NV; j++) {
+          const vec weight = exp2v(load(row + j * W) - top[j]);
+          store(row + j * W, weight);
+          weights[j] += weight;
+        }
+    });
+  for (int j = 0; j < NV; j++) most[j] = top[j], sum[j] = weights[j];
+  sum_rows(runs, slots.v.data(), slots.dv, slots.a.e, scores, out);
 }
 
 }  // namespace

@@ -89,7 +89,8 @@ void count(const BlockArgs& a, const Levels& levels, int64_t u, Head& head) {
   head.counts.assign(levels.rows, 0.f);
   head.bias.resize(side_count(a) * levels.rows);
   if (!levels.count) return;
-  for (int64_t i = 0; i < a.n; i++) head.counts[i / (a.m / a.p)] += head.pooled[i];
+  for (int64_t r = 0, first = 0; first < a.n; r++, first += levels.part)
+    head.counts[r] = std::accumulate(&head.pooled[first], &head.pooled[0] + std::min(a.n, first + levels.part), 0);
   for (int64_t l = 1; l < levels.count; l++)
     for (int64_t r = 0; r < levels.groups[l - 1] * a.p; r++)
       head.counts[levels.start[l] + r / 2] += head.counts[levels.start[l - 1] + r];
@@ -171,8 +172,9 @@ int run(const BlockArgs& a) {
   const int64_t sides = side_count(a);
   const int64_t heads = a.b * a.g;
   std::vector<Head> all(heads);
-  // Some heads at a time: their keys and values, read to be pooled, are then still in a cache.
-  const int64_t bytes = a.n * (a.d + a.e) * (int64_t)sizeof(T), wave = a.grad_out ? heads : std::clamp<int64_t>(CACHED / bytes, 1, heads);
+  // Some heads at a time, one a thread at least: their keys and values, read to be pooled, are then still in a cache.
+  const int64_t bytes = a.n * (a.d + a.e) * (int64_t)sizeof(T), least = std::clamp<int64_t>(a.threads, 1, heads);
+  const int64_t wave = a.grad_out ? heads : std::clamp<int64_t>(CACHED / bytes, least, heads);
   const int64_t parts = (a.n + levels.part - 1) / levels.part, stretch = std::max<int64_t>(64, (parts + a.threads - 1) / a.threads);
   const int64_t stretches = (parts + stretch - 1) / stretch;
   for (int64_t first = 0; first < heads; first += wave) {

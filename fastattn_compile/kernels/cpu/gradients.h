@@ -74,10 +74,8 @@ class TileGradients {
       }
       product_wide(p, &grad_rows[lane * dv], &slot_value[run.slot * dv], dv, run.rows, dv, depth);
       product_wide(s, &query_rows[lane * dk], &slot_key[run.slot * dk], dk, run.rows, dk, depth);
-      by_vectors(run, [&](auto v) {
-        product_transposed<v.value>(&slots.key_rows[run.slot * dk], dk, s, dq.data() + lane, run.rows, a.d, &run != runs.data());
-      });
     }
+    sum_rows(runs, slots.key_rows.data(), dk, a.d, slopes.data(), dq.data());
   }
 
   // Gives the tile's queries their gradients.
@@ -115,12 +113,14 @@ class TileGradients {
   void weigh(const std::vector<Run>& runs) {
     vec total[NV] = {};
     for (const Run& run : runs)
-      for (int64_t r = run.slot; r < run.slot + run.rows; r++)
-        for (int j = run.vector; j < NV; j++) {
-          const vec weight = exp2v(load(&weights[r * QT + j * W]) - load(lse + j * W));
-          store(&weights[r * QT + j * W], weight);
-          total[j] += weight;
-        }
+      by_vectors(run, [&](auto v) {
+        for (float *row = &weights[run.slot * QT], *end = row + run.rows * QT; row < end; row += QT)
+          for (int j = NV - v.value; j < NV; j++) {
+            const vec weight = exp2v(load(row + j * W) - load(lse + j * W));
+            store(row + j * W, weight);
+            total[j] += weight;
+          }
+      });
     if (!a.closed) return;
     alignas(64) float by[QT];
     for (int j = 0; j < NV; j++) {

@@ -44,14 +44,15 @@ static inline void meet(const RangeArgs& a, const Keys& keys, int64_t slot, int6
     for (int64_t c = 0; c < a.e; c++)
       for (int j = 0; j < NV; j++) store(&b.out[c * QT + j * W], load(&b.out[c * QT + j * W]) * by[j]);
   }
-  vec over[NV];
-  for (int j = 0; j < NV; j++) sums.most[j] = top[j], over[j] = top[j] == NEG_INF ? vec{} : top[j];
-  for (int64_t r = 0; r < rows; r++)
+  vec over[NV], total[NV];  // of our own, so that they stay in registers
+  for (int j = 0; j < NV; j++) sums.most[j] = top[j], over[j] = top[j] == NEG_INF ? vec{} : top[j], total[j] = sums.sum[j];
+  for (float *row = b.scores.data(), *end = row + rows * QT; row < end; row += QT)
     for (int j = 0; j < NV; j++) {
-      const vec weight = exp2v(load(&b.scores[r * QT + j * W]) - over[j]);
-      store(&b.scores[r * QT + j * W], weight);
-      sums.sum[j] += weight;
+      const vec weight = exp2v(load(row + j * W) - over[j]);
+      store(row + j * W, weight);
+      total[j] += weight;
     }
+  for (int j = 0; j < NV; j++) sums.sum[j] = total[j];
   product_transposed(&keys.value[slot * keys.dv], keys.dv, b.scores.data(), b.out.data(), rows, a.e, sums.any);
   sums.any = true;
 }

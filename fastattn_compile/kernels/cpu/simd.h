@@ -211,6 +211,19 @@ static inline void product_rows(const float* A, int64_t step, const float* B, in
     for (int j = 0; j < V; j++) store(C + r * ldc + j * W, c[r][j]);
 }
 
+// total (N rows, NV vectors) += sum over k < depth of A[k * step + r] * B[k * ldb + column], in vectors from FROM on.
+template <int N, int FROM>
+static inline void add_products(const float* A, int64_t step, const float* B, int64_t ldb, int64_t depth, vec (&total)[N][NV]) {
+  for (int64_t k = 0; k < depth; k++, A += step, B += ldb) {
+    vec b[NV];
+    for (int j = FROM; j < NV; j++) b[j] = load(B + j * W);
+    for (int r = 0; r < N; r++) {
+      const vec a = splat(A[r]);
+      for (int j = FROM; j < NV; j++) total[r][j] += a * b[j];
+    }
+  }
+}
+
 // Rows are packed in groups of G: element (row, k) at (row / G * depth + k) * G + row % G. Work goes by fours of rows.
 constexpr int G = 8;
 
@@ -273,7 +286,7 @@ class Ahead {
   }
 
   void some() {
-    for (const size_t end = std::min(lines.size(), next + 32); next < end; next++) __builtin_prefetch(lines[next]);
+    for (const size_t end = std::min(lines.size(), next + 16); next < end; next++) __builtin_prefetch(lines[next]);
   }
 
  private:
