@@ -18,6 +18,7 @@ from fastattn_compile.kernels.gpu.fma_configs import chosen
 from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_runs, fma_sinks
 from fastattn_compile.kernels.gpu.fma_pool import spread
 from fastattn_compile.kernels.gpu.launch import LOG2_E, padded, step, tensor_obstacle
+from fastattn_compile.kernels.gpu.sinks import give_to_sinks
 
 # Positions of one program of fma_sinks; programs that keep a GPU busy.
 _STRETCH, _PROGRAMS = 2048, 512
@@ -165,11 +166,11 @@ def _far(call: Call, rows_k: Tensor, rows_v: Tensor, *saved: Tensor) -> tuple[Te
 def _near(call: Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the near field, and from the cells where there are any."""
     config, tables, pattern = chosen("fma_dkv", call.query, call.value), call.tables, call.pattern
-    # What is added to later is kept in full.
-    exact = pattern.learned or tables.sink is not None
+    # What all tokens get more of later is kept in full.
     grads = [
-        x.new_empty(x.shape, dtype=torch.float32 if exact else x.dtype) for x in (call.key, call.value)
-    ]  # fmt: skip
+        x.new_empty(x.shape, dtype=torch.float32 if pattern.learned else x.dtype)
+        for x in (call.key, call.value)
+    ]
     for which in config.parts:
         fma_dkv[(-(-call.longest // config.columns), call.units)](
             call.query, call.key, call.value, tables.fine, tables.pooled, *(cells or (None, None)), *saved, *grads,
@@ -198,15 +199,7 @@ def _sinks(call: Call, grad_key: Tensor, grad_value: Tensor, *saved: Tensor) -> 
         *call.strides, step(sink), *call.window, call.scale * LOG2_E, **call.sizes, **call.of_sinks, **call.packed,
         **config.launch,
     )  # fmt: skip
-    place, real = sink.clamp(min=0).long().expand(number, -1), (sink >= 0).expand(number, -1)
-    sequence = torch.arange(number, device=sink.device)
-    if call.table is not None:
-        sequence, opening = call.table[:, :2].long().unbind(1)
-        place = place + opening[:, None]
-    for total, x in zip((grad_key, grad_value), grads):
-        # Sinks that do not exist bring 0, wherever they point.
-        found = x.sum(2).masked_fill(~real[:, None, :, None], 0).transpose(1, 2)
-        total.transpose(1, 2).index_put_((sequence[:, None], place), found, accumulate=True)
+    give_to_sinks((grad_key, grad_value), grads, sink, call.table)
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> str:

@@ -18,6 +18,7 @@ from fastattn_compile.kernels.gpu.fma_gradients import fma_sinks, give_part
 from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, padded, precision, tensor_obstacle
 from fastattn_compile.kernels.gpu.meet import heads_of, meet, meet_again, rows_of
 from fastattn_compile.kernels.gpu.online import finite, log2_sum
+from fastattn_compile.kernels.gpu.sinks import give_to_sinks
 
 # Positions of one program of fma_sinks.
 _STRETCH = 2048
@@ -290,12 +291,7 @@ def _sinks(
         call.steps[1], *call.window, scale * LOG2_E, BLOCK=0, CAUSAL=False, **call.sizes, **call.of_sinks, PACKED=False,
         **config.launch,
     )  # fmt: skip
-    place = sink.clamp(min=0).long().expand(call.batch, -1)[:, None, :, None]
-    real = (sink >= 0).expand(call.batch, -1)[:, None, :, None]
-    for total, x in zip(grads, made):
-        # Sinks that do not exist bring 0, wherever they point.
-        at, more = place.expand(-1, call.kv_heads, -1, x.shape[4]), x.sum(2).masked_fill(~real, 0)
-        total.scatter_add_(2, at, more.to(total.dtype))
+    give_to_sinks(grads, made, sink)
 
 
 def obstacle(query: Tensor, key: Tensor, value: Tensor, local: Local) -> str:
