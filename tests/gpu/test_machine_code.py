@@ -198,3 +198,9 @@ def test_kernels_with_one_configuration(name, architecture):
     given = {**constants, "PRECISION": precision("float", architecture)}
     given = {name: value for name, value in given.items() if name in kernel.arg_names}
     check(compiled(kernel, types, given, architecture, *launch.values()), architecture, products)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("name", [name for name in FIXED if name.startswith("scan_")])
+def test_scans_of_float64_masses_fit_older_and_newer_cards(name, architecture):
+    test_kernels_with_one_configuration(name, architecture)
