@@ -9,7 +9,7 @@ import pytest
 from fastattn_compile.kernels.gpu import barnes_hut_attend as attend
 from fastattn_compile.kernels.gpu import barnes_hut_gradients as of_keys
 from fastattn_compile.kernels.gpu import barnes_hut_tree as tree
-from fastattn_compile.kernels.gpu import cast, coarse, conv, counting_sort, leaf, leaf_decode
+from fastattn_compile.kernels.gpu import cast, cast_scan, coarse, conv, counting_sort, leaf, leaf_decode
 from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT
 from fastattn_compile.kernels.gpu.op_configs import configs
@@ -138,6 +138,9 @@ MIXED = {
     **dict.fromkeys(("LOGITS", "SUMMARY", "INSIDE", "MIXTURE", "LSE", "OUT", "X", "ROWS"), FLOAT),
     **dict.fromkeys(("FIRST", "SLOT"), INT),
 }  # fmt: skip
+SCANNED = {
+    **dict.fromkeys(("A", "WEIGHT", "QUERY", "VALUE", "SCORE", "STATE", "SCORED", "OUT"), FLOAT), "OWN": INT, "MASS": DOUBLE,
+}  # fmt: skip
 WAVES = {**dict.fromkeys(("Q", "K", "BIAS", "PROFILE", "TOP", "OUT", "X", "Y"), DOUBLE), "BOUNDS": LONG}
 CACHE = {
     **dict.fromkeys(("Q", "K", "V"), "*bf16"), **dict.fromkeys(("LEAF", "QUERY", "ORDER", "CUT"), LONG), "REAL": BOOL,
@@ -146,6 +149,9 @@ CACHE = {
 }  # fmt: skip
 SORT = {"CODE": LONG, "ORDER": LONG, "COUNT": INT, "BASE": INT}
 MIX = {"C": 64, "E": 128, "R": 4, "S": 256, "OWN_SUMMARY": False, "BT": 32, "BC": 64, "BE": 64}
+SCAN = {"C": 100, "E": 128, "R": 4, "SHARED": False, "HAS_SCORE": True, "T": 64, "BC": 64, "BE": 32}
+MIXES = {**SCAN, "BC": 32}
+WALK = {"C": 100, "W": 128, "SHARED": False, "REVERSE": True, "T": 64, "B": 256}
 MERGE = {
     "D": 128, "WIDTH": 4, "FANOUT": 4, "LEVELS": 3, "TOKENS": True, "KIND": 0, "ROWS": 64, "BD": 64, "x_d": 1
 }  # fmt: skip
@@ -163,6 +169,13 @@ FIXED = {
     "tc_give": (coarse.tc_give, COARSE, MEANS, HEAVY, True),
     "cast_mix": (cast.cast_mix, MIXED, MIX, LIGHT, True),
     "cast_sum": (cast.cast_sum, MIXED, {"W": 256, "BT": 32, "BW": 64}, LIGHT, False),
+    "scan_given": (cast_scan.scan_given, SCANNED, SCAN, HEAVY, True),
+    "scan_asked": (cast_scan.scan_asked, SCANNED, SCAN, HEAVY, True),
+    "scan_walk": (cast_scan.scan_walk, SCANNED, WALK, LIGHT, False),
+    "scan_mix": (cast_scan.scan_mix, SCANNED, MIXES, HEAVY, True),
+    "scan_score": (cast_scan.scan_score, SCANNED, MIXES, HEAVY, True),
+    "scan_transposed": (cast_scan.scan_transposed, SCANNED, SCAN, HEAVY, True),
+    "scan_logits": (cast_scan.scan_logits, SCANNED, SCAN, HEAVY, True),
     "bh_merge": (tree.bh_merge, {"X": "*bf16", "TAKEN": BOOL, "OUT": FLOAT}, MERGE, LIGHT, False),
     "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 0}, HEAVY, True),
     "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 1}, HEAVY, True),
@@ -185,3 +198,9 @@ def test_kernels_with_one_configuration(name, architecture):
     given = {**constants, "PRECISION": precision("float", architecture)}
     given = {name: value for name, value in given.items() if name in kernel.arg_names}
     check(compiled(kernel, types, given, architecture, *launch.values()), architecture, products)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("name", [name for name in FIXED if name.startswith("scan_")])
+def test_scans_of_float64_masses_fit_older_and_newer_cards(name, architecture):
+    test_kernels_with_one_configuration(name, architecture)

@@ -4,13 +4,20 @@ import pytest
 import torch
 from oracle import assert_as_good_as, cast, gradients, leaves, make_inputs, make_parameters, run
 
-from fastattn_compile.kernels import barnes_hut, conv_basis, sorting, treeformer_tc, treeformer_tf
+from fastattn_compile.kernels import (
+    barnes_hut,
+    cast_causal,
+    conv_basis,
+    sorting,
+    treeformer_tc,
+    treeformer_tf,
+)
 from fastattn_compile.kernels import cast as cast_kernels
 from fastattn_compile.kernels.aten import cast_bucket
 from fastattn_compile.kernels.dispatch import recorded_kernels, use_kernels
 from fastattn_compile.operators.registry import make_operator
 
-FACES = barnes_hut, cast_bucket, cast_kernels, conv_basis, sorting, treeformer_tc, treeformer_tf
+FACES = barnes_hut, cast_bucket, cast_causal, cast_kernels, conv_basis, sorting, treeformer_tc, treeformer_tf
 
 # Operator, its configuration, a mask, sizes, and the kernels that must have run on Triton.
 CASES = {
@@ -31,7 +38,7 @@ CASES = {
     ),
     "cast-causal": (
         {"clusters": 4, "clustering": "token_choice", "cluster_size": 5}, "causal", {},
-        {"cast buckets forward", "cast buckets backward"},
+        {"cast buckets forward", "cast buckets backward", "cast scan forward", "cast scan backward"},
     ),
     "conv_basis": (
         {"k": 4, "anchors": "strided", "form": "buckets"}, "causal", {}, {"conv_basis profiles", "conv_basis sums"}

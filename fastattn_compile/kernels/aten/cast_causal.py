@@ -51,7 +51,9 @@ def running_mass(log_weight: Tensor, assigned: Tensor, clusters: int) -> Tensor:
 class _Pass:
     """One forward pass with everything its backward pass reads."""
 
-    def __init__(self, tokens: Tokens, weights: Weights, rule: Rule, scale: float) -> None:
+    def __init__(
+        self, tokens: Tokens, weights: Weights, rule: Rule, scale: float, kind: type[ClusterScan]
+    ) -> None:
         self.tokens, self.rule, self.scale = tokens, rule, scale
         self.affinities = Affinities(tokens, weights, rule, scale)
         assigned = choose(self.affinities)
@@ -68,7 +70,7 @@ class _Pass:
             own_key = assigned.clamp(min=0)[None, ..., None].expand(kv_heads, -1, -1, 1)
             log_weight = self.affinities.summary_logits().gather(-1, own_key).squeeze(-1)
         self.mass = running_mass(log_weight, assigned, rule.clusters)
-        self.scan = ClusterScan(log_weight, self.mass, assigned)
+        self.scan = kind(log_weight, self.mass, assigned)
         logits = self._one_softmax_logits() if rule.lse else self._mixing_logits()
         self.log_sum_exp = logits.logsumexp(-1)
         self.mixture = logits.softmax(-1).masked_fill_((self.log_sum_exp == -torch.inf)[..., None], 0)
@@ -161,7 +163,7 @@ class _Pass:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
-    real: Tensor | None = None,
+    real: Tensor | None = None, kind: type[ClusterScan] = ClusterScan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal CAST (specification 5.2).
 
@@ -174,13 +176,14 @@ def forward(
         rule: How to choose clusters and combine.
         weights: Learned tensors.
         real: ``(b, n)`` boolean, true where a token is no padding. Padding is in no cluster.
+        kind: Who computes the running summaries.
 
     Returns:
         Output ``(b, h, n, e)``, the values' type, contiguous; log of the normaliser of the mixture ``(b, h,
         n)``.
     """
     tokens = Tokens.of(query, key, value, real)
-    done = _Pass(tokens.finite(), weights.to(work_dtype(query, key, value)), rule, scale)
+    done = _Pass(tokens.finite(), weights.to(work_dtype(query, key, value)), rule, scale, kind)
     out, log_sum_exp = done.out(), done.log_sum_exp
     if done.tokens is not tokens:
         _poison(out, log_sum_exp, tokens)
@@ -203,6 +206,7 @@ def _poison(out: Tensor, log_sum_exp: Tensor, tokens: Tokens) -> None:
 def backward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, rule: Rule, weights: Weights,
     grad_out: Tensor, grad_log_sum_exp: Tensor | None = None, real: Tensor | None = None,
+    kind: type[ClusterScan] = ClusterScan,
 ) -> tuple[Tensor, Tensor, Tensor, Weights | None]:  # fmt: skip
     """Gradients of ``forward``, which is computed again. No gradient passes the choice of clusters.
 
@@ -216,12 +220,13 @@ def backward(
         grad_out: Gradient of the output.
         grad_log_sum_exp: Gradient of the log of the normaliser; ``None`` is zero.
         real: As in ``forward``.
+        kind: As in ``forward``.
 
     Returns:
         As ``cast_aten.backward``.
     """
     tokens = Tokens.of(query, key, value, real)
-    done = _Pass(tokens.finite(), weights.to(work_dtype(query, key, value)), rule, scale)
+    done = _Pass(tokens.finite(), weights.to(work_dtype(query, key, value)), rule, scale, kind)
     kv_heads, dtype = key.shape[1], tokens.query.dtype
     grad = split_heads(grad_out.to(dtype), kv_heads)
     grad_lse = None if grad_log_sum_exp is None else split_heads(grad_log_sum_exp.to(dtype), kv_heads)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn_compile.kernels.aten import cast_causal, cast_decode
+from fastattn_compile.kernels import cast_causal
+from fastattn_compile.kernels.aten import cast_decode
 from fastattn_compile.kernels.aten.cast_affinity import Rule
 from fastattn_compile.operators.base import AttentionInputs, AttentionOutput, Decoder
 from fastattn_compile.operators.cast.config import CastConfig

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn_compile.kernels import cast as cast_kernel
-from fastattn_compile.kernels.aten import cast_causal
+from fastattn_compile.kernels import cast_causal
 from fastattn_compile.kernels.aten.cast_affinity import Rule
 from fastattn_compile.operators.base import (
     YES,
