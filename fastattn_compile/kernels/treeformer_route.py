@@ -17,3 +17,10 @@ def follow(x: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     if takes_step("cpp", lambda: cpu.why_not(x, weight, offset)):
         return cpu.follow(x, weight, offset, aten.height_of(weight))
     return aten.follow(x, weight, offset)
+
+
+def path_gradients(x: Tensor, weight: Tensor, leaf: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``kernels.aten.treeformer_route.path_gradients``."""
+    if takes_step("cpp", lambda: cpu.why_not(x, weight, slopes)):
+        return cpu.path_gradients(x, weight, leaf, slopes)
+    return aten.path_gradients(x, weight, leaf, slopes)

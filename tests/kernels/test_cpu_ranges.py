@@ -173,6 +173,29 @@ def test_routing_follows_the_same_planes(shape: tuple[int, ...]) -> None:
     assert torch.equal(leaf, wanted)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5, 3), (2, 4, 2, 61, 24), (1, 2, 1, 4500, 64)])
+def test_gradients_of_planes_and_vectors(shape: tuple[int, ...]) -> None:
+    batch, heads, number, length, channels = shape
+    x = torch.randn(batch, length, heads, channels).transpose(1, 2)
+    weight = torch.randn(heads, number, 15, channels)
+    leaf = torch.randint(16, (batch, heads, number, length))
+    slopes = torch.randn(*leaf.shape, 4)
+    got = trees.path_gradients(x, weight, leaf, slopes)
+    wanted = treeformer_route.path_gradients(x.double(), weight.double(), leaf, slopes.double())
+    plain = treeformer_route.path_gradients(x, weight, leaf, slopes)
+    for ours, exact, typical in zip(got, wanted, plain):
+        assert ours.shape == exact.shape
+        error, allowed = ((each.double() - exact).norm() / exact.norm() for each in (ours, typical))
+        assert error <= max(2 * allowed, 1e-6)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 2)
+    try:
+        again = trees.path_gradients(x, weight, leaf, slopes)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 60), st.integers(1, 60), st.integers(0, 5),

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from oracle import gradients, leaves, make_inputs, make_parameters, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn_compile.kernels.aten.treeformer_route import Estimator, dense_backward, follow, path_backward
+from fastattn_compile.kernels.aten.treeformer_route import (
+    Estimator,
+    dense_backward,
+    follow,
+    path_gradients,
+    score_gradients,
+)
 from fastattn_compile.operators.base import AttentionInputs
 from fastattn_compile.operators.mask import CAUSAL, NO_MASK
 from fastattn_compile.operators.registry import make_operator
@@ -137,7 +143,7 @@ def test_the_sparse_backward_of_routing_is_the_dense_one_on_paths(kind, surrogat
         dense.append(
             torch.zeros(40, 2**level).double().scatter(1, node[:, None], grad[0, 0, 0, :, level, None])
         )
-    got = path_backward(x, weight, leaf, scores, estimator, grad)
+    got = path_gradients(x, weight, leaf, score_gradients(scores, estimator, grad))
     wanted = dense_backward(x[0, 0], weight[0, 0], offset[0, 0], estimator, dense)
     for g, w in zip(got, wanted):
         assert relative_error(g.squeeze(), w) < 1e-13

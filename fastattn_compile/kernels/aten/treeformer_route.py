@@ -95,23 +95,16 @@ def _follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Ten
     return node, scores
 
 
-def path_backward(
-    x: Tensor,
-    weight: Tensor,
-    leaf: Tensor,
+def score_gradients(
     scores: Tensor,
     estimator: Estimator,
     grad_member: Tensor,
     grad_log_mass: Tensor | None = None,
     grad_last: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the planes and vectors when only the nodes on a vector's own path carry any: O(n height
-    d).
+) -> Tensor:
+    """Gradients of the scores at the nodes passed, when only those of a vector's own path carry any.
 
     Args:
-        x: As in ``follow``.
-        weight: As in ``follow``.
-        leaf: From ``follow``.
         scores: From ``follow``.
         estimator: The straight-through estimator.
         grad_member: ``(b, h, t, n, height + 1)``, gradient of the membership in the path's node at each
@@ -121,9 +114,8 @@ def path_backward(
             directly.
 
     Returns:
-        Gradients of ``x``, ``weight`` and the offsets.
+        ``(b, h, t, n, height)``.
     """
-    height = scores.shape[-1]
     sign = torch.where(scores > 0, 1.0, -1.0).to(scores.dtype)
     refused = torch.sigmoid(-estimator.beta * scores.abs())
     below = grad_member[..., 1:]
@@ -140,16 +132,32 @@ def path_backward(
             grad_scores = grad_scores + sign * estimator.beta * refused * _suffix_sum(grad_log_mass[..., 1:])
     if grad_last is not None:
         grad_scores[..., -1] += grad_last
+    return grad_scores
+
+
+def path_gradients(x: Tensor, weight: Tensor, leaf: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of vectors and planes from those of the scores at the nodes passed: O(n height d).
+
+    Args:
+        x: As in ``follow``.
+        weight: As in ``follow``.
+        leaf: From ``follow``.
+        slopes: From ``score_gradients``.
+
+    Returns:
+        Gradients of ``x``, ``weight`` and the offsets.
+    """
+    height = slopes.shape[-1]
     heads, trees, planes, channels = weight.shape
     grad_x = torch.zeros_like(x)
     grad_weight, grad_offset = weight.new_zeros(weight.shape), weight.new_zeros(heads, trees, planes)
     tree = torch.arange(heads * trees, device=x.device).view(heads, trees, 1) * planes
     for level in range(height):
         at = (tree + (1 << level) - 1 + (leaf >> (height - level))).flatten()
-        slopes = grad_scores[..., level]
-        grad_offset.view(-1).index_add_(0, at, slopes.flatten())
-        grad_x += (slopes[..., None] * weight.flatten(0, 2)[at].view(*leaf.shape, channels)).sum(2)
-        spread = (slopes[..., None] * x[:, :, None]).flatten(0, 3)
+        here = slopes[..., level]
+        grad_offset.view(-1).index_add_(0, at, here.flatten())
+        grad_x += (here[..., None] * weight.flatten(0, 2)[at].view(*leaf.shape, channels)).sum(2)
+        spread = (here[..., None] * x[:, :, None]).flatten(0, 3)
         grad_weight.view(-1, channels).index_add_(0, at, spread)
     return grad_x, grad_weight, grad_offset
 

@@ -120,6 +120,39 @@ void route(const RouteArgs& a) {
   });
 }
 
+// What the vectors from `first` to before `last` of one head of a sequence give and take. `planes` of all trees, then their offsets: sums of
+// this stretch.
+void path(const PathArgs& a, int64_t batch, int64_t head, int64_t first, int64_t last, float* planes) {
+  const int64_t each = (1ll << a.height) - 1, passed = a.t * a.height, row = batch * a.h + head;
+  const float* weight = a.weight + head * a.t * each * a.d;
+  std::vector<int64_t> node(passed);
+  Floats slope(passed);
+  for (int64_t i = first; i < last; i++) {
+    const float* x = a.x + batch * a.x_strides[0] + head * a.x_strides[1] + i * a.x_strides[2];
+    float* grad = a.grad_x + (row * a.n + i) * a.d;
+    for (int64_t t = 0, k = 0; t < a.t; t++)
+      for (int64_t l = 0, at = (row * a.t + t) * a.n + i; l < a.height; l++, k++) {
+        node[k] = t * each + (1ll << l) - 1 + (a.leaf[at] >> (a.height - l)), slope[k] = a.slopes[at * a.height + l];
+        planes[a.t * each * a.d + node[k]] += slope[k];
+      }
+    int64_t c = 0;
+    for (; c + W <= a.d; c += W) {
+      const vec here = load(x + c);
+      vec sum = {};
+      for (int64_t k = 0; k < passed; k++) {
+        float* plane = planes + node[k] * a.d + c;
+        sum += load(weight + node[k] * a.d + c) * slope[k];
+        store(plane, load(plane) + here * slope[k]);
+      }
+      store(grad + c, sum);
+    }
+    for (; c < a.d; c++) {
+      grad[c] = 0.f;
+      for (int64_t k = 0; k < passed; k++) grad[c] += weight[node[k] * a.d + c] * slope[k], planes[node[k] * a.d + c] += x[c] * slope[k];
+    }
+  }
+}
+
 // The keys of one unit sorted by node, a counting sort a level, and where its queries' nodes stand among them: from the deepest level
 // up as long as a query finds nothing. How many levels that took.
 int64_t climb(const ClimbArgs& a, int64_t unit) {
@@ -166,6 +199,25 @@ int64_t climb(const ClimbArgs& a, int64_t unit) {
 }  // namespace
 
 extern "C" void trees_route(const RouteArgs* args) { args->dtype ? route<double>(*args) : route<float>(*args); }
+
+extern "C" void trees_path(const PathArgs* args) {
+  const PathArgs& a = *args;
+  // Stretches that do not follow the threads: their sums are added in order, the same on any number of them.
+  const int64_t planes = a.t * ((1ll << a.height) - 1), stretch = std::max<int64_t>(2048, 16 * planes), parts = (a.n + stretch - 1) / stretch;
+  const int64_t size = planes * (a.d + 1);
+  std::vector<Floats> sums(a.h * a.b * parts);
+  parallel(a, sums.size(), [&](int64_t task) {
+    const int64_t first = task % parts * stretch, batch = task / parts % a.b, head = task / parts / a.b;
+    sums[task].assign(size, 0.f);
+    path(a, batch, head, first, std::min(a.n, first + stretch), sums[task].data());
+  });
+  parallel(a, a.h, [&](int64_t head) {
+    Floats& total = sums[head * a.b * parts];
+    for (int64_t part = 1; part < a.b * parts; part++) add_row(sums[head * a.b * parts + part].data(), size, total.data());
+    std::copy_n(total.data(), planes * a.d, a.grad_weight + head * planes * a.d);
+    std::copy_n(total.data() + planes * a.d, planes, a.grad_offset + head * planes);
+  });
+}
 
 extern "C" int64_t trees_climb(const ClimbArgs* args) {
   const ClimbArgs& a = *args;

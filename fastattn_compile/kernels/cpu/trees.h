@@ -14,6 +14,18 @@ struct RouteArgs {
   void* pool;
 };
 
+// Gradients of vectors and planes from those of the scores at the nodes that the vectors passed.
+struct PathArgs {
+  const float *x, *weight, *slopes;             // as in RouteArgs; (b, h, t, n, height)
+  const int64_t* leaf;                          // (b, h, t, n)
+  float *grad_x, *grad_weight, *grad_offset;    // (b, h, n, d), and as weight and offset; contiguous, written
+  int64_t x_strides[3];
+  int64_t b, h, t, n, d, height;
+  int32_t threads;
+  Spread spread;
+  void* pool;
+};
+
 struct ClimbArgs {
   const int64_t *key_leaf, *query_leaf;        // (u, m), (u, r, n)
   const int64_t *key_segment, *query_segment;  // (b, m), (b, n) from 0 to segments - 1, or null
@@ -43,6 +55,7 @@ struct CoarseArgs {
   void* pool;
 };
 void trees_route(const RouteArgs* args);
+void trees_path(const PathArgs* args);
 int64_t trees_climb(const ClimbArgs* args);  // how many of the lists are sorted; those after are as keys stand
 void trees_coarse(const CoarseArgs* args);
 }

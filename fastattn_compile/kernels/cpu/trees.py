@@ -27,6 +27,21 @@ class _Route(ctypes.Structure):
     )
 
 
+class _Path(ctypes.Structure):
+    """``PathArgs`` of ``trees.cpp``."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "weight", "slopes", "leaf", "grad_x", "grad_weight", "grad_offset")
+        ),
+        ("x_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("b", "h", "t", "n", "d", "height")),
+        ("threads", ctypes.c_int32),
+        *_OWN_THREADS,
+    )
+
+
 class _Climb(ctypes.Structure):
     """``ClimbArgs`` of ``trees.cpp``."""
 
@@ -86,6 +101,19 @@ def follow(x: Tensor, weight: Tensor, offset: Tensor, height: int) -> tuple[Tens
     arguments.t, arguments.height, arguments.threads = trees, height, torch.get_num_threads()
     library("trees").trees_route(ctypes.byref(arguments))
     return leaf, scores
+
+
+def path_gradients(x: Tensor, weight: Tensor, leaf: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``kernels.aten.treeformer_route.path_gradients``."""
+    x, weight, leaf, slopes = dense_rows(x), weight.contiguous(), leaf.contiguous(), slopes.contiguous()
+    made = fresh(*x.shape), torch.empty_like(weight), torch.empty(weight.shape[:3])
+    arguments = _Path(*(t.data_ptr() for t in (x, weight, slopes, leaf, *made)))
+    arguments.x_strides[:] = x.stride()[:3]
+    arguments.b, arguments.h, arguments.n, arguments.d = x.shape
+    arguments.t, arguments.height = weight.shape[1], slopes.shape[-1]
+    arguments.threads = torch.get_num_threads()
+    library("trees").trees_path(ctypes.byref(arguments))
+    return made
 
 
 def climb(

@@ -16,8 +16,9 @@ from torch.nn.functional import logsigmoid
 from fastattn_compile.kernels import treeformer_tf as kernel
 from fastattn_compile.kernels.aten.treeformer_bias import PairBias
 from fastattn_compile.kernels.aten.treeformer_ranges import Ranges, Sight, near_ranges, node_ranges, sink_keys
-from fastattn_compile.kernels.aten.treeformer_route import path_backward
+from fastattn_compile.kernels.aten.treeformer_route import score_gradients
 from fastattn_compile.kernels.aten.treeformer_tf import Gate, Hidden, NearPairs, Part, PartGradients
+from fastattn_compile.kernels.treeformer_route import path_gradients
 from fastattn_compile.operators.base import (
     AttentionInputs,
     AttentionOutput,
@@ -311,13 +312,10 @@ class TreeLeafAttention(TreeOperator[TfConfig]):
                 gated = part.ranges.level == config.height - 1
                 of_last[:, :, tree] = gated * slope * (same * (1 - sure) - other * sure)
         estimator = config.straight_through()
-        query_x, *of_queries = path_backward(
-            routed.query, trees.query_planes, routed.query_leaf, routed.query_scores, estimator,
-            of_query, of_mass, of_last,
-        )  # fmt: skip
-        key_x, *of_keys = path_backward(
-            routed.key, trees.key_planes, routed.key_leaf, routed.key_scores, estimator, of_key
-        )
+        slopes = score_gradients(routed.query_scores, estimator, of_query, of_mass, of_last)
+        query_x, *of_queries = path_gradients(routed.query, trees.query_planes, routed.query_leaf, slopes)
+        slopes = score_gradients(routed.key_scores, estimator, of_key)
+        key_x, *of_keys = path_gradients(routed.key, trees.key_planes, routed.key_leaf, slopes)
         grads[0] += routed.turns[0].redo(query_x)
         grads[1] += routed.turns[1].redo(key_x)
         return plane_gradients(config, inputs.group, (of_keys[0], of_keys[1]), (of_queries[0], of_queries[1]))
