@@ -45,10 +45,8 @@ LEAF = {
 }
 GROUP = {"R": 4, "LEAF": 4, "OPEN": 64, "SINKS": 4, "CAUSAL": True, "BLOCK": 64, "BO": 64, "BS": 16}
 POOL = {"POOL": True}
-NO_POOL = {
-    "POOL": False,
-    **dict.fromkeys(("NODE_K", "NODE_V", "NODE_WEIGHT", "CLOSED", "CLOSED_COUNT", "MET")),
-}
+NODES = "NODE_K", "NODE_V", "NODE_WEIGHT", "CLOSED", "CLOSED_COUNT", "MET", "room", "nodes", "weight_row"
+NO_POOL = {"POOL": False, **dict.fromkeys(NODES)}
 FAR_KEYS = {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16, **NO_POOL}
 FAR_NODES = {"R": 4, "GROUP": 16, "LEAF": 16, "OPEN": 1, "BL": 16, "FINE": None, **POOL}
 NO_SLOPE = {"HAS_GRAD_LSE": False, "GRAD_LSE": None}
@@ -140,9 +138,8 @@ MEANS = {"E": 128, "BE": 32, "H": 6, "BT": 64, "CAUSAL": True}
 CHOICE = {
     "D": 128, "BD": 32, "R": 4, "SAMPLES": 0, "GROUP": 1, "BLOCK": 64, "FANOUT": 4, "CAUSAL": True, "TOP": False,
     "KEEP_ABOVE": 32, "KEEP": 64, "BK": 256, "BV": 16, "q_d": 1,
-    "REST": False, "CLOSED": None, "CLOSED_ABOVE": None, "CLOSED_COUNT": None,
 }  # fmt: skip
-REST = {**{name: x for name, x in CHOICE.items() if not name.startswith("CLOSED")}, "REST": True}
+DROP = {"REST": False, **dict.fromkeys(("CLOSED", "CLOSED_ABOVE", "CLOSED_COUNT", "room", "first_node"))}
 CHOSEN = {
     "Q": "*bf16",
     "MAIN": FLOAT,
@@ -185,10 +182,10 @@ FIXED = {
     "cast_mix": (cast.cast_mix, MIXED, MIX, LIGHT, True),
     "cast_sum": (cast.cast_sum, MIXED, {"W": 256, "BT": 32, "BW": 64}, LIGHT, False),
     "bh_merge": (tree.bh_merge, {"X": "*bf16", "TAKEN": BOOL, "OUT": FLOAT}, MERGE, LIGHT, False),
-    "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 0}, HEAVY, True),
-    "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 1}, HEAVY, True),
-    "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 2}, HEAVY, True),
-    "bh_descend_rest": (tree.bh_descend, CHOSEN, {**REST, "STATISTIC": 0}, HEAVY, True),
+    "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 0}, HEAVY, True),
+    "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 1}, HEAVY, True),
+    "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 2}, HEAVY, True),
+    "bh_descend_rest": (tree.bh_descend, CHOSEN, {**CHOICE, "REST": True, "STATISTIC": 0}, HEAVY, True),
     "bh_far_sum": (of_keys.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
     "conv_profile": (conv.conv_profile, {**WAVES, "scale": "fp64", "uncovered": "fp64"}, PROFILE, LIGHT, False),
     "conv_weights": (conv.conv_weights, {**WAVES, "limit": "fp64"}, {"B": 256}, LIGHT, False),

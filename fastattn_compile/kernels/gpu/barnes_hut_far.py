@@ -111,7 +111,7 @@ def _add(
     parts = [x.new_empty(tiles, width, x.shape[2]) for x in totals]
     bh_far_dkv[(tiles,)](
         *given, *parts, call.fine, pair, tile, of_leaf,
-        *((None, None, 0, 0) if pooled is None else (pooled.weight, met, rows, step(pooled.weight))), unit, leaves,
+        *((None,) * 4 if pooled is None else (pooled.weight, met, rows, step(pooled.weight))), unit, leaves,
         *call.sizes, call.groups, *query.stride(), *key.stride(), *value.stride(), call.fine_row, call.scale,
         **call.channels, R=call.speakers, GROUP=pattern.group, LEAF=width, OPEN=slots, POOL=pooled is not None,
         BL=padded(width), **config.launch,

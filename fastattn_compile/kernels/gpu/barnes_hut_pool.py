@@ -13,8 +13,8 @@ from torch import Tensor
 from fastattn_compile.kernels.gpu.barnes_hut_tree import SUM, Closed, NodeTree, merged
 from fastattn_compile.kernels.gpu.launch import step
 
-# What kernels that own a group take where no node is met.
-NO_NODES = None, None, None, None, None, 0, 0, 0
+# What kernels that own a group take where no node is met: no number either, or the kernel would hold it in vain.
+NO_NODES = (None,) * 8
 
 
 @dataclass(frozen=True)

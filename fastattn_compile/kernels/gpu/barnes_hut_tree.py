@@ -400,10 +400,11 @@ def descend(
     for level in range(top, -1, -1):
         keep, nodes = keeps[level], levels[level]
         kept = torch.empty(choosers, groups, keep, dtype=torch.int32, device=query.device)
+        lists: tuple[Tensor | int | None, ...] = (None,) * 5
+        if counts is not None:
+            lists = closed, counts[level + 1], counts[level], room, sum(each.total for each in levels[:level])
         bh_descend[(groups, choosers)](
-            query, nodes.main, nodes.more, nodes.count, above, kept, closed,
-            *((None, None) if counts is None else (counts[level + 1], counts[level])),
-            room, sum(each.total for each in levels[:level]), heads, per_unit, length, start, q_start,
+            query, nodes.main, nodes.more, nodes.count, above, kept, *lists, heads, per_unit, length, start, q_start,
             *query.stride(), nodes.count.stride(0) if nodes.count.shape[0] > 1 else 0,
             nodes.main.shape[0] // nodes.count.shape[0], *nodes.main.stride()[:2], *nodes.more.stride()[:2], nodes.total,
             pattern.width(level), groups, left, right, scale,
