@@ -14,21 +14,21 @@ from fastattn_compile.kernels.dispatch import give_way, gpu_obstacle, select
 NOT_FINITE = "keys or values hold an infinity or NaN, whose queries ATen tells apart"
 
 
-def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool) -> str:
+def triton_obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern) -> str:
     """Why Triton cannot serve a call; empty when it can."""
     reason = gpu_obstacle(query, key, value)
     if reason:
         return reason
     from fastattn_compile.kernels.gpu import barnes_hut
 
-    return barnes_hut.obstacle(query, key, value, pattern, pool)
+    return barnes_hut.obstacle(query, key, value, pattern)
 
 
 def _offered(
     query: Tensor, key: Tensor, value: Tensor, pattern: TreePattern, pool: bool
 ) -> dict[str, Callable[[], str]]:
     return {
-        "triton": lambda: triton_obstacle(query, key, value, pattern, pool),
+        "triton": lambda: triton_obstacle(query, key, value, pattern),
         "cpp": lambda: cpu.why_not(query, key, value, pattern, pool),
     }
 

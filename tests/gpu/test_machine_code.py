@@ -28,8 +28,12 @@ TREE = {
     "LEAF_OF": INT,
     "DK": FLOAT,
     "DV": FLOAT,
+    "NODE_WEIGHT": FLOAT,
+    "CLOSED": INT,
+    "CLOSED_COUNT": INT,
+    "MET": INT,
 }
-TENSORS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV")
+TENSORS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV", "NODE_K", "NODE_V")
 LEAF = {
     "HAS_BIAS": False,
     "BIAS": None,
@@ -40,6 +44,11 @@ LEAF = {
     "SINK": None,
 }
 GROUP = {"R": 4, "LEAF": 4, "OPEN": 64, "SINKS": 4, "CAUSAL": True, "BLOCK": 64, "BO": 64, "BS": 16}
+POOL = {"POOL": True}
+NODES = "NODE_K", "NODE_V", "NODE_WEIGHT", "CLOSED", "CLOSED_COUNT", "MET", "room", "nodes", "weight_row"
+NO_POOL = {"POOL": False, **dict.fromkeys(NODES)}
+FAR_KEYS = {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16, **NO_POOL}
+FAR_NODES = {"R": 4, "GROUP": 16, "LEAF": 16, "OPEN": 1, "BL": 16, "FINE": None, **POOL}
 NO_SLOPE = {"HAS_GRAD_LSE": False, "GRAD_LSE": None}
 
 # Of each kernel of the table: itself, types that are not those of its tensors, constants.
@@ -47,15 +56,20 @@ KERNELS = {
     "leaf_fwd": (leaf.leaf_fwd, LISTS, LEAF),
     "leaf_dq": (leaf.leaf_dq, LISTS, {**LEAF, **NO_SLOPE}),
     "leaf_dkv": (leaf.leaf_dkv, LISTS, {**LEAF, "ADD": False}),
-    "bh_fwd": (attend.bh_fwd, TREE, {**GROUP, "GROUP": 16}),
-    "bh_fwd_few": (attend.bh_fwd, TREE, {**GROUP, "GROUP": 1}),
-    "bh_dq": (attend.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 16}),
-    "bh_dq_few": (attend.bh_dq, TREE, {**GROUP, **NO_SLOPE, "GROUP": 1}),
+    "bh_fwd": (attend.bh_fwd, TREE, {**GROUP, **NO_POOL, "GROUP": 16}),
+    "bh_fwd_few": (attend.bh_fwd, TREE, {**GROUP, **NO_POOL, "GROUP": 1}),
+    "bh_fwd_pool": (attend.bh_fwd, TREE, {**GROUP, **POOL, "GROUP": 16}),
+    "bh_fwd_few_pool": (attend.bh_fwd, TREE, {**GROUP, **POOL, "GROUP": 1}),
+    "bh_dq": (attend.bh_dq, TREE, {**GROUP, **NO_POOL, **NO_SLOPE, "GROUP": 16}),
+    "bh_dq_few": (attend.bh_dq, TREE, {**GROUP, **NO_POOL, **NO_SLOPE, "GROUP": 1}),
+    "bh_dq_pool": (attend.bh_dq, TREE, {**GROUP, **POOL, **NO_SLOPE, "GROUP": 16}),
+    "bh_dq_few_pool": (attend.bh_dq, TREE, {**GROUP, **POOL, **NO_SLOPE, "GROUP": 1}),
     "bh_dkv": (of_keys.bh_dkv, TREE, {"BLOCK": 64, "SINKS": 0, "CAUSAL": True, "SINK": None}),
-    "bh_far_dkv": (of_keys.bh_far_dkv, TREE, {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16}),
+    "bh_far_dkv": (of_keys.bh_far_dkv, TREE, FAR_KEYS),
+    "bh_far_dkv_pool": (of_keys.bh_far_dkv, TREE, FAR_NODES),
 }  # fmt: skip
 # Kernels whose tiles of products have fewer rows than Hopper's instruction takes.
-SMALL = {"bh_fwd_few", "bh_dq_few", "bh_far_dkv"}
+SMALL = {"bh_fwd_few", "bh_dq_few", "bh_far_dkv", "bh_fwd_few_pool", "bh_dq_few_pool", "bh_far_dkv_pool"}
 
 
 def precision(kind, architecture):
@@ -125,6 +139,7 @@ CHOICE = {
     "D": 128, "BD": 32, "R": 4, "SAMPLES": 0, "GROUP": 1, "BLOCK": 64, "FANOUT": 4, "CAUSAL": True, "TOP": False,
     "KEEP_ABOVE": 32, "KEEP": 64, "BK": 256, "BV": 16, "q_d": 1,
 }  # fmt: skip
+DROP = {"REST": False, **dict.fromkeys(("CLOSED", "CLOSED_ABOVE", "CLOSED_COUNT", "room", "first_node"))}
 CHOSEN = {
     "Q": "*bf16",
     "MAIN": FLOAT,
@@ -132,6 +147,9 @@ CHOSEN = {
     "COUNT": FLOAT,
     "KEPT_ABOVE": INT,
     "KEPT": INT,
+    "CLOSED": INT,
+    "CLOSED_ABOVE": INT,
+    "CLOSED_COUNT": INT,
     "scale": "fp32",
 }
 MIXED = {
@@ -177,9 +195,10 @@ FIXED = {
     "scan_transposed": (cast_scan.scan_transposed, SCANNED, SCAN, HEAVY, True),
     "scan_logits": (cast_scan.scan_logits, SCANNED, SCAN, HEAVY, True),
     "bh_merge": (tree.bh_merge, {"X": "*bf16", "TAKEN": BOOL, "OUT": FLOAT}, MERGE, LIGHT, False),
-    "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 0}, HEAVY, True),
-    "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 1}, HEAVY, True),
-    "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, "STATISTIC": 2}, HEAVY, True),
+    "bh_descend": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 0}, HEAVY, True),
+    "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 1}, HEAVY, True),
+    "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 2}, HEAVY, True),
+    "bh_descend_rest": (tree.bh_descend, CHOSEN, {**CHOICE, "REST": True, "STATISTIC": 0}, HEAVY, True),
     "bh_far_sum": (of_keys.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
     "conv_profile": (conv.conv_profile, {**WAVES, "scale": "fp64", "uncovered": "fp64"}, PROFILE, LIGHT, False),
     "conv_weights": (conv.conv_weights, {**WAVES, "limit": "fp64"}, {"B": 256}, LIGHT, False),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.gpu
 OPERATORS = {
     "barnes_hut": {"group": 16},
     "barnes_hut-single": {"group": 1},
+    "barnes_hut-pool": {"group": 16, "rest": "pool"},
     "tf_attention": {"height": 4},
     "tc_attention": {"height": 4},
     "cast": {"clusters": 8, "clustering": "topk"},

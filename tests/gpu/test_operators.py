@@ -25,6 +25,10 @@ CASES = {
         {"block": 16, "leaf": 2, "fanout": 2, "group": 16, "open": 4, "beam": 4}, "causal & key_padding", {"length": 60},
         {"barnes_hut forward", "barnes_hut backward"},
     ),
+    "barnes_hut-pool": (
+        {"block": 16, "leaf": 2, "fanout": 2, "group": 16, "open": 4, "beam": 4, "rest": "pool"}, "causal", {"length": 75},
+        {"barnes_hut forward", "barnes_hut backward"},
+    ),
     "tf_attention": (
         {"height": 2}, "causal & key_padding", {}, {"tf_attention forward", "tf_attention backward"}
     ),
@@ -84,10 +88,10 @@ def test_an_operator_on_triton(case, device, on_gpu):
 
 
 def test_triton_by_name_never_falls_back(device, on_gpu):
-    operator = make_operator("barnes_hut", block=16, leaf=2, fanout=2, rest="pool")
+    operator = make_operator("barnes_hut", block=16, leaf=2, fanout=3)
     inputs = make_inputs("causal", batch=1, length=60, head_dim=16)
     inputs = type(inputs)(
         *(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(inputs).values())
     )
-    with use_kernels("triton"), pytest.raises(RuntimeError, match="pool"):
+    with use_kernels("triton"), pytest.raises(RuntimeError, match="power of two"):
         run(operator, inputs)

@@ -256,32 +256,43 @@ def unopened_log_mass(
     return tiles.results(room).squeeze(-1)
 
 
-def opened_leaves(
-    query: Tensor, key: Tensor, scale: float, pattern: TreePattern, key_padding: Tensor | None = None
-) -> Tensor:
-    """What every group of queries opens.
+def choices(
+    query: Tensor, key: Tensor, scale: float, pattern: TreePattern, rest: bool, key_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What every group of queries opens, and what it leaves closed.
 
     Args:
         query: As in ``forward``.
         key: As in ``forward``.
         scale: As in ``forward``.
         pattern: As in ``forward``.
+        rest: Whether the closed nodes are wanted.
         key_padding: As in ``forward``.
 
     Returns:
-        ``(b * h / heads of a chooser, groups, open)`` int32 numbers of leaves, best first; -1 fills up.
+        ``(b * h / heads of a chooser, groups, open)`` int32 numbers of leaves, best first, -1 fills up; ``(b * h / heads
+        of a chooser, groups, k)`` int32 numbers of the closed nodes, among the nodes of all levels, in any order, -1
+        between them.
     """
     attention = _Attention(query, key, key, scale, pattern, False, key_padding)
     (units, length, _), group = attention.keys.shape, pattern.group
-    shape = units, attention.far.choosers, -(-length // group), pattern.open
-    found = torch.full(shape, -1, dtype=torch.int32, device=query.device)
+
+    def room(width: int) -> Tensor:
+        shape = units, attention.far.choosers, -(-length // group), width
+        return torch.full(shape, -1, dtype=torch.int32, device=query.device)
+
+    found, closed = room(pattern.open), None
     for tile, first in attention.walk():
         first = first[first < length]
-        choice = attention.far.choose(first, tile.units)
+        choice = attention.far.choose(first, tile.units, rest)
         leaves = choice.leaves.int().masked_fill_(~choice.opened, -1)
         begin = int(first[0]) // group
-        found[tile.units, :, begin : begin + len(first), : leaves.shape[3]] = leaves
-    return found.flatten(0, 1)
+        place = tile.units, slice(None), slice(begin, begin + len(first))
+        found[place][..., : leaves.shape[3]] = leaves
+        if choice.rest is not None and choice.closed is not None:
+            closed = room(choice.rest.shape[3]) if closed is None else closed
+            closed[place] = choice.rest.int().masked_fill_(~choice.closed, -1)
+    return found.flatten(0, 1), None if closed is None else closed.flatten(0, 1)
 
 
 def opened_keys(

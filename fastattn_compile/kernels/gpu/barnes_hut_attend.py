@@ -1,9 +1,12 @@
 """Barnes-Hut attention in Triton, the walks of queries: output, and the gradient of queries.
 
-A tile of queries is one group of every head that shares its choice. Near blocks, opened leaves and sinks share one online
-softmax; opened leaves are gathered key by key through the list of their numbers.
+A tile of queries is one group of every head that shares its choice. Near blocks, opened leaves, closed nodes and sinks
+share one online softmax; opened leaves are gathered key by key through the list of their numbers, closed nodes row by
+row: a node is one mean key and value that counts as often as it has tokens.
 
-Sizes as in ``barnes_hut_tree``; ``D`` channels of query and key, ``E`` of value.
+Sizes as in ``barnes_hut_tree``; ``D`` channels of query and key, ``E`` of value. ``NODE_K``, ``NODE_V`` and
+``NODE_WEIGHT`` are the rows of ``barnes_hut_pool``, ``CLOSED`` and ``CLOSED_COUNT`` the lists of ``barnes_hut_tree.Closed``,
+each with ``room`` for as many; without ``POOL`` no node is met and these are ``None``.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from fastattn_compile.kernels.gpu.online import COUNTS, log2_sum
 
 @triton.jit(do_not_specialize=COUNTS)
 def bh_fwd(
-    Q, K, V, OUT, LSE, FINE, SINK, LEAVES, heads, per_unit, length, groups, start,
+    Q, K, V, OUT, LSE, FINE, SINK, LEAVES, NODE_K, NODE_V, NODE_WEIGHT, CLOSED, CLOSED_COUNT, room, nodes, weight_row,
+    heads, per_unit, length, groups, start,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, sink_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, LEAF: tl.constexpr, OPEN: tl.constexpr, SINKS: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
+    BLOCK: tl.constexpr, LEAF: tl.constexpr, OPEN: tl.constexpr, POOL: tl.constexpr, SINKS: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
+    BS: tl.constexpr,
 ):  # fmt: skip
     """Output and natural log-sum-exp of one group of the ``R`` heads of a chooser; ``scale`` carries log2 e.
 
@@ -60,6 +65,18 @@ def bh_fwd(
             there = there & (tl.load(FINE + key, mask=there, other=0) != 0)
             k, v = rows_of(KEY, key, k_n, k_d, there, D, BD), rows_of(VALUE, key, v_n, v_d, there, E, BE)
             largest, mass, acc = meet(q, k, v, None, there[None, :], scale, largest, mass, acc, PRECISION)
+    if POOL:
+        choice = chooser.to(tl.int64) * groups + group
+        NODE_K += unit.to(tl.int64) * nodes * D
+        NODE_V += unit.to(tl.int64) * nodes * E
+        slots = tl.load(CLOSED_COUNT + choice)
+        for begin in range(0, slots, BN):
+            slot = begin + tl.arange(0, BN)
+            there = slot < slots
+            node = tl.load(CLOSED + choice * room + slot, mask=there, other=0)
+            weight = tl.load(NODE_WEIGHT + batch * weight_row + node, mask=there, other=0.0)
+            k, v = rows_of(NODE_K, node, D, 1, there, D, BD), rows_of(NODE_V, node, E, 1, there, E, BE)
+            largest, mass, acc = meet(q, k, v, weight, there[None, :], scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
         i = tl.arange(0, BS)
         key = tl.load(SINK + batch * sink_b + i, mask=i < SINKS, other=-1)
@@ -80,12 +97,13 @@ def bh_fwd(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bh_dq(
-    Q, K, V, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, FINE, SINK, LEAVES, heads, per_unit, length, groups,
+    Q, K, V, OUT, LSE, GRAD, GRAD_LSE, DQ, DELTA, FINE, SINK, LEAVES, NODE_K, NODE_V, NODE_WEIGHT, CLOSED, CLOSED_COUNT,
+    room, nodes, weight_row, heads, per_unit, length, groups,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, sink_b, left, right, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, LEAF: tl.constexpr, OPEN: tl.constexpr, SINKS: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
-    BS: tl.constexpr,
+    BLOCK: tl.constexpr, LEAF: tl.constexpr, OPEN: tl.constexpr, POOL: tl.constexpr, SINKS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BO: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one group's queries, and ``delta = <grad, out> - grad_lse``."""
     group, chooser, m = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BM + tl.arange(0, BM)
@@ -129,6 +147,20 @@ def bh_dq(
             there = there & (tl.load(FINE + key, mask=there, other=0) != 0)
             k, v = rows_of(KEY, key, k_n, k_d, there, D, BD), rows_of(VALUE, key, v_n, v_d, there, E, BE)
             acc = meet_again(q, k, v, None, grad, lse, delta, there[None, :], scale, acc, PRECISION)
+    if POOL:
+        choice = chooser.to(tl.int64) * groups + group
+        NODE_K += unit.to(tl.int64) * nodes * D
+        NODE_V += unit.to(tl.int64) * nodes * E
+        slots = tl.load(CLOSED_COUNT + choice)
+        for begin in range(0, slots, BN):
+            slot = begin + tl.arange(0, BN)
+            there = slot < slots
+            node = tl.load(CLOSED + choice * room + slot, mask=there, other=0)
+            weight = tl.load(NODE_WEIGHT + batch * weight_row + node, mask=there, other=0.0)
+            k, v = rows_of(NODE_K, node, D, 1, there, D, BD), rows_of(NODE_V, node, E, 1, there, E, BE)
+            acc = meet_again(
+                q, k, v, weight[None, :], grad, lse, delta, there[None, :], scale, acc, PRECISION
+            )
     if SINKS > 0:
         i = tl.arange(0, BS)
         key = tl.load(SINK + batch * sink_b + i, mask=i < SINKS, other=-1)

@@ -2,7 +2,8 @@
 
 ``bh_dkv`` owns a tile of keys (or, ``SINKS``, the sinks for a stretch of the queries) and walks the queries near it.
 ``bh_far_dkv`` owns some of the groups that opened one leaf, found by sorting the opened leaves, and ``bh_far_sum`` adds
-what these gave to the tokens of the leaf. No atomics: gradients are the same bits every time.
+what these gave to the tokens of the leaf. Rows of nodes are dealt with as tokens are: a stretch of consecutive nodes is a
+leaf of which a group met only some rows. No atomics: gradients are the same bits every time.
 """
 
 from __future__ import annotations
@@ -70,22 +71,32 @@ def bh_dkv(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bh_far_dkv(
-    Q, K, V, LSE, GRAD, DELTA, DK, DV, FINE, PAIR, TILE, LEAF_OF, unit, leaves, heads, per_unit, length, groups,
+    Q, K, V, LSE, GRAD, DELTA, DK, DV, FINE, PAIR, TILE, LEAF_OF, NODE_WEIGHT, MET, nodes, weight_row, unit, leaves,
+    heads, per_unit, length, groups,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, fine_b, scale,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
-    LEAF: tl.constexpr, OPEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr,
+    LEAF: tl.constexpr, OPEN: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one leaf from some of the groups that opened it: ``DK`` and ``DV`` are ``(tiles, LEAF, *)``.
 
     ``PAIR`` lists places in the unit's ``(c, g, open)`` by leaf; a tile of it holds those of one leaf.
+    With ``POOL`` keys and values are rows of nodes, as many as ``nodes``, and bit i of ``MET`` tells of a place whether
+    it met row i of the leaf.
     """
     tile, i = tl.program_id(0), tl.arange(0, BL)
     first, last = tl.load(TILE + tile), tl.load(TILE + tile + 1)
     leaf, kv_heads = tl.load(LEAF_OF + first), heads // per_unit
     batch, kv_head = (unit // kv_heads).to(tl.int64), (unit % kv_heads).to(tl.int64)
     key = leaf * LEAF + i
-    there = (leaf < leaves) & (i < LEAF) & (key < length)
-    there = there & (tl.load(FINE + batch * fine_b + key, mask=there, other=0) != 0)
+    there = (leaf < leaves) & (i < LEAF)
+    if POOL:
+        there = there & (key < nodes)
+        weight = tl.load(NODE_WEIGHT + batch * weight_row + key, mask=there, other=0.0)[:, None]
+    else:
+        there = there & (key < length)
+        there = there & (tl.load(FINE + batch * fine_b + key, mask=there, other=0) != 0)
+        weight = None
     k = finite(rows_of(K + batch * k_b + kv_head * k_h, key, k_n, k_d, there, D, BD))
     v = finite(rows_of(V + batch * v_b + kv_head * v_h, key, v_n, v_d, there, E, BE))
     dk, dv, e = tl.zeros([BL, BD], tl.float32), tl.zeros([BL, BE], tl.float32), tl.arange(0, BE)
@@ -101,9 +112,11 @@ def bh_far_dkv(
         grad = tl.load(GRAD + at[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
         lse = tl.load(LSE + at, mask=real, other=0.0) * 1.4426950408889634
         delta = tl.load(DELTA + at, mask=real, other=0.0)
-        dk, dv = give(
-            q, k, v, None, grad, lse, delta, there[:, None] & real[None, :], scale, dk, dv, PRECISION
-        )
+        seen = there[:, None] & real[None, :]
+        if POOL:
+            met = tl.load(MET + first + m // (R * GROUP), mask=m < rows, other=0)
+            seen = seen & (((met[None, :] >> i[:, None]) & 1) != 0)
+        dk, dv = give(q, k, v, weight, grad, lse, delta, seen, scale, dk, dv, PRECISION)
     d = tl.arange(0, BD)
     at = tile.to(tl.int64) * LEAF + i
     dk *= scale * 0.6931471805599453

@@ -76,13 +76,18 @@ def bh_merge(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bh_descend(
-    Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, heads, per_unit, length, start, q_start, q_b, q_h, q_n, q_d, count_row,
-    count_units, main_b, main_n, more_b, more_n, total, width, groups, left, right, scale,
+    Q, MAIN, MORE, COUNT, KEPT_ABOVE, KEPT, CLOSED, CLOSED_ABOVE, CLOSED_COUNT, room, first_node, heads, per_unit, length,
+    start, q_start, q_b, q_h, q_n, q_d, count_row, count_units, main_b, main_n, more_b, more_n, total, width, groups,
+    left, right, scale,
     D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, SAMPLES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, CAUSAL: tl.constexpr, STATISTIC: tl.constexpr, TOP: tl.constexpr, KEEP_ABOVE: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEEP: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One level of the descent for one group of queries: the numbers of the best ``KEEP`` candidates, -1 fills up.
+
+    With ``REST`` the other candidates, numbered among the nodes of all levels, are appended to the group's list in
+    ``CLOSED``, which has ``room`` for all of them. The levels above left ``CLOSED_ABOVE`` there; how many there are now
+    is written elsewhere, so that no thread reads what another has already counted up.
 
     ``R`` heads choose together; ``left`` and ``right`` are -1 where the mask has no bound. The groups
     begin at position ``start``, ``Q`` at ``q_start``. A row of counts serves ``count_units`` units.
@@ -210,6 +215,10 @@ def bh_descend(
     # What is there is above -inf, whose integer is this.
     found = tl.where((ordered >> 32) > -2139095041, (ordered & 0xFFFFFFFF).to(tl.int32), -1)
     tl.store(KEPT + choice * KEEP + i, found, mask=i < KEEP)
+    if REST:
+        listed, lost = tl.load(CLOSED_ABOVE + choice), (i >= KEEP) & (found >= 0)
+        tl.store(CLOSED + choice * room + listed + i - KEEP, found + first_node, mask=lost)
+        tl.store(CLOSED_COUNT + choice, listed + tl.sum(lost.to(tl.int32), 0))
 
 
 @dataclass(frozen=True)
@@ -257,13 +266,26 @@ def build_tree(pattern: TreePattern, key: Tensor, taken: Tensor) -> NodeTree:
     kinds = {"mean": (SUM,), "cumulant": (SUM, SQUARES), "bound": (LARGEST_NEGATED, LARGEST)}[
         pattern.statistic
     ]
-    made = [_merged(pattern, key, taken, total, first, kind) for kind in kinds]
+    made = [merged(pattern, key, taken, total, first, kind) for kind in kinds]
     return NodeTree(pattern, total, first, count.contiguous(), made[0], made[-1])
 
 
-def _merged(
+def merged(
     pattern: TreePattern, x: Tensor, taken: Tensor, total: tuple[int, ...], first: tuple[int, ...], kind: int
 ) -> Tensor:
+    """What all nodes hold of their tokens.
+
+    Args:
+        pattern: The pattern.
+        x: ``(b, g, n, channels)``, any strides.
+        taken: As of ``build_tree``.
+        total: Nodes of each level.
+        first: Number of each level's first node.
+        kind: ``SUM`` or another of the kinds.
+
+    Returns:
+        ``(u, N, channels)`` float32.
+    """
     batch, heads, length, channels = x.shape
     out = x.new_empty(batch * heads, sum(total), channels, dtype=torch.float32)
     block = min(64, padded(channels))
@@ -281,7 +303,27 @@ def _merged(
     return out
 
 
-def choose(tree: NodeTree, query: Tensor, kv_heads: int, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Closed:
+    """The nodes that groups of queries leave closed: with the opened leaves they tile the far field.
+
+    Args:
+        nodes: ``(choosers, groups, room)`` int32 numbers among the nodes of all levels; those of a group stand first.
+        count: ``(choosers, groups)`` int32, how many.
+    """
+
+    nodes: Tensor
+    count: Tensor
+
+    @staticmethod
+    def sorted(nodes: Tensor) -> Closed:
+        """From numbers with -1 between them."""
+        return Closed(nodes.sort(-1, descending=True).values, (nodes >= 0).sum(-1, dtype=torch.int32))
+
+
+def choose(
+    tree: NodeTree, query: Tensor, kv_heads: int, scale: float, rest: bool = False
+) -> tuple[Tensor, Closed | None]:
     """What every group of queries opens.
 
     Args:
@@ -289,16 +331,18 @@ def choose(tree: NodeTree, query: Tensor, kv_heads: int, scale: float) -> Tensor
         query: ``(b, h, n, d)``, any strides.
         kv_heads: Key heads.
         scale: Factor on the scores.
+        rest: Whether the closed nodes are wanted.
 
     Returns:
-        ``(b * h / heads of a chooser, groups, open)`` int32 numbers of leaves, best first; -1 fills up.
+        ``(b * h / heads of a chooser, groups, open)`` int32 numbers of leaves, best first, -1 fills up; the closed
+        nodes, ``None`` where not wanted or where every candidate of such a sequence is kept.
     """
     pattern, length = tree.pattern, query.shape[2]
     levels = [
         Nodes(tree.main[:, first:], tree.more[:, first:], tree.count[:, first:], total)
         for first, total in zip(tree.first, tree.total)
     ]
-    return descend(pattern, levels, query, kv_heads, scale, length)
+    return descend(pattern, levels, query, kv_heads, scale, length, rest=rest)
 
 
 @dataclass(frozen=True)
@@ -320,8 +364,8 @@ class Nodes:
 
 def descend(
     pattern: TreePattern, levels: Sequence[Nodes], query: Tensor, kv_heads: int, scale: float, length: int,
-    start: int = 0, q_start: int = 0,
-) -> Tensor:  # fmt: skip
+    start: int = 0, q_start: int = 0, rest: bool = False,
+) -> tuple[Tensor, Closed | None]:  # fmt: skip
     """What groups of queries open, from the levels of a tree.
 
     Args:
@@ -333,6 +377,7 @@ def descend(
         length: Tokens.
         start: Position of the first query of the first group.
         q_start: Position of the first query given; none before it is needed.
+        rest: Whether the closed nodes are wanted; they are numbered through ``levels``.
 
     Returns:
         As ``choose``.
@@ -344,15 +389,22 @@ def descend(
     choosers, groups = batch * heads // speakers, -(-(length - start) // pattern.group)
     block = min(32, padded(channels))
     left, right = (-1 if x is None else x for x in (pattern.left, pattern.right))
-    top = len(levels) - 1
+    top, cuts = len(levels) - 1, 2 if pattern.causal else 4
+    keeps = [pattern.keep(level) for level in range(top + 1)]
+    listed = [pattern.fanout * (keep + cuts) for keep in keeps[1:]] + [levels[top].total]
+    room = sum(max(0, many - keep) for many, keep in zip(listed, keeps)) if rest else 0
+    # Closed nodes so far: a level reads what the one above it wrote.
+    counts = query.new_zeros(top + 2, choosers, groups, dtype=torch.int32) if room else None
+    closed = query.new_empty(choosers, groups, room, dtype=torch.int32) if room else None
     above, kept_above = query.new_empty(0, dtype=torch.int32), 0
     for level in range(top, -1, -1):
-        keep = pattern.keep(level)
-        nodes = levels[level]
-        listed = nodes.total if level == top else pattern.fanout * (kept_above + (2 if pattern.causal else 4))
+        keep, nodes = keeps[level], levels[level]
         kept = torch.empty(choosers, groups, keep, dtype=torch.int32, device=query.device)
+        lists: tuple[Tensor | int | None, ...] = (None,) * 5
+        if counts is not None:
+            lists = closed, counts[level + 1], counts[level], room, sum(each.total for each in levels[:level])
         bh_descend[(groups, choosers)](
-            query, nodes.main, nodes.more, nodes.count, above, kept, heads, per_unit, length, start, q_start,
+            query, nodes.main, nodes.more, nodes.count, above, kept, *lists, heads, per_unit, length, start, q_start,
             *query.stride(), nodes.count.stride(0) if nodes.count.shape[0] > 1 else 0,
             nodes.main.shape[0] // nodes.count.shape[0], *nodes.main.stride()[:2], *nodes.more.stride()[:2], nodes.total,
             pattern.width(level), groups, left, right, scale,
@@ -360,8 +412,8 @@ def descend(
             FANOUT=pattern.fanout, CAUSAL=pattern.causal,
             STATISTIC=("mean", "cumulant", "bound").index(pattern.statistic), TOP=level == top,
             PRECISION=precision(torch.float32),
-            KEEP_ABOVE=kept_above, KEEP=keep, BK=padded(max(listed, keep)),
+            KEEP_ABOVE=kept_above, KEEP=keep, REST=room > 0, BK=padded(max(listed[level], keep)),
             BV=padded(speakers * max(1, samples)), **HEAVY,
         )  # fmt: skip
         above, kept_above = kept, keep
-    return above
+    return above, None if closed is None or counts is None else Closed(closed, counts[0])

@@ -9,8 +9,8 @@ import triton.language as tl
 # put into the code, where it has no type, and every multiple of 16 makes a kernel of its own.
 COUNTS = (
     "batch", "bins", "channels", "chunks", "count", "count_units", "entries", "first", "first_in",
-    "first_out", "group", "groups", "heads", "high", "k_heads", "k_len", "leaves", "left", "length", "level",
-    "list_len", "lists", "low", "n", "nodes", "per_unit", "q_heads", "q_len", "q_start", "right", "rows",
+    "first_node", "first_out", "group", "groups", "heads", "high", "k_heads", "k_len", "leaves", "left", "length",
+    "level", "list_len", "lists", "low", "n", "nodes", "per_unit", "q_heads", "q_len", "q_start", "right", "room", "rows",
     "fallback", "size", "slots", "start", "stretch", "summed", "terms", "tiles", "tokens", "total", "trees", "unit", "width",
     "window",
 )  # fmt: skip

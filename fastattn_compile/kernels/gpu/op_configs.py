@@ -105,6 +105,46 @@ _ROWS = """
     bh_far_dkv sm_100 half 128 64 0 4 2 174
     bh_far_dkv gfx942 half 64 64 0 4 1 172
     bh_far_dkv gfx942 half 128 64 0 4 1 280
+    bh_fwd_pool sm_80 half 64 64 64 4 2 255
+    bh_fwd_pool sm_80 half 128 32 64 8 2 222
+    bh_fwd_pool sm_90 half 64 64 64 4 2 185
+    bh_fwd_pool sm_90 half 128 64 64 8 2 191
+    bh_fwd_pool sm_100 half 64 64 64 4 2 245
+    bh_fwd_pool sm_100 half 128 64 64 8 2 188
+    bh_fwd_pool gfx942 half 64 64 64 4 1 236
+    bh_fwd_pool gfx942 half 128 64 64 4 1 335
+    bh_fwd_few_pool sm_80 half 64 16 64 4 2 128
+    bh_fwd_few_pool sm_80 half 128 16 64 8 2 160
+    bh_fwd_few_pool sm_90 half 64 16 64 4 2 144
+    bh_fwd_few_pool sm_90 half 128 16 64 4 2 178
+    bh_fwd_few_pool sm_100 half 64 16 64 8 2 94
+    bh_fwd_few_pool sm_100 half 128 16 64 4 2 176
+    bh_fwd_few_pool gfx942 half 64 16 64 4 1 165
+    bh_fwd_few_pool gfx942 half 128 16 64 4 1 223
+    bh_dq_pool sm_80 half 64 64 32 4 2 255
+    bh_dq_pool sm_80 half 128 32 64 8 2 255
+    bh_dq_pool sm_90 half 64 64 64 4 2 248
+    bh_dq_pool sm_90 half 128 64 32 8 2 225
+    bh_dq_pool sm_100 half 64 64 64 4 2 244
+    bh_dq_pool sm_100 half 128 64 64 8 2 247
+    bh_dq_pool gfx942 half 64 64 64 4 1 256
+    bh_dq_pool gfx942 half 128 64 64 4 1 476
+    bh_dq_few_pool sm_80 half 64 16 64 4 2 128
+    bh_dq_few_pool sm_80 half 128 16 64 8 2 176
+    bh_dq_few_pool sm_90 half 64 16 64 8 2 102
+    bh_dq_few_pool sm_90 half 128 16 64 8 2 178
+    bh_dq_few_pool sm_100 half 64 16 64 4 2 135
+    bh_dq_few_pool sm_100 half 128 16 64 4 2 188
+    bh_dq_few_pool gfx942 half 64 16 64 4 1 199
+    bh_dq_few_pool gfx942 half 128 16 64 4 1 284
+    bh_far_dkv_pool sm_80 half 64 64 0 4 2 128
+    bh_far_dkv_pool sm_80 half 128 64 0 4 2 168
+    bh_far_dkv_pool sm_90 half 64 64 0 4 2 148
+    bh_far_dkv_pool sm_90 half 128 64 0 4 2 168
+    bh_far_dkv_pool sm_100 half 64 64 0 8 2 100
+    bh_far_dkv_pool sm_100 half 128 64 0 4 2 171
+    bh_far_dkv_pool gfx942 half 64 64 0 4 1 176
+    bh_far_dkv_pool gfx942 half 128 64 0 4 1 283
 """
 
 
@@ -158,7 +198,7 @@ def chosen(kernel: str, query: Tensor, value: Tensor) -> Config:
         query: ``(..., d)``.
         value: ``(..., e)``.
     """
-    small = Config(16, 0 if kernel == "bh_far_dkv" else 16)
+    small = Config(16, 0 if kernel.startswith("bh_far_dkv") else 16)
     if not query.is_cuda:
         # The interpreter runs tile by tile; tests are to see several.
         return small

@@ -83,6 +83,8 @@ class BarnesHutDecoder(Decoder):
         self._pool = operator.config.rest == "pool"
         # Mean keys and values of the closed nodes of the choice, and their biases.
         self._closed: tuple[Tensor, Tensor, Tensor] | None = None
+        # The same as Triton takes them, once a step has asked for it.
+        self._closed_rows: tuple[Tensor, ...] | None = None
 
     def prefill(self, inputs: AttentionInputs) -> AttentionOutput:
         """Attends a first stretch of tokens; its mask (causal, perhaps a sliding window, padding) stays in
@@ -192,7 +194,7 @@ class BarnesHutDecoder(Decoder):
 
     def _choose(self, queries: Tensor, first: int) -> None:
         """Makes the choice of the group that begins at a position, from the queries up to it."""
-        pattern = self._pattern
+        pattern, self._closed_rows = self._pattern, None
         if first < 2 * pattern.block or pattern.open == 0:
             self._choice = self._closed = None
             if first < 2 * pattern.block or not self._pool:
@@ -208,15 +210,17 @@ class BarnesHutDecoder(Decoder):
         levels = tuple(each.level(begin) for each, begin in zip(nodes, begins))
         if self._by_triton(queries) and not pattern.tolerance:
             self._choice = self._descend(queries, first)
-            return
-        near = None
-        if pattern.tolerance:
-            rows, seen = self._near(first)
-            scores = (voices * self.scale) @ self._taken(self._keys, rows)[:, None, None].mT
-            near = scores.masked_fill(~seen[:, None, None, None], -torch.inf).logsumexp(-1)
-        self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near, self._pool)
-        if self._choice.rest is not None and self._choice.closed is not None:
-            self._closed = self._pooled(nodes, begins, self._choice.rest, self._choice.closed)
+        else:
+            near = None
+            if pattern.tolerance:
+                rows, seen = self._near(first)
+                scores = (voices * self.scale) @ self._taken(self._keys, rows)[:, None, None].mT
+                near = scores.masked_fill(~seen[:, None, None, None], -torch.inf).logsumexp(-1)
+            self._choice = choose(pattern, levels, voices, self.scale, place, first + 1, near, self._pool)
+        rest, closed = self._choice.rest, self._choice.closed
+        self._closed = None
+        if rest is not None and closed is not None:
+            self._closed = self._pooled(nodes, begins, rest, closed)
 
     def _pooled(
         self, nodes: list[_Nodes], begins: list[int], rest: Tensor, closed: Tensor
@@ -238,9 +242,7 @@ class BarnesHutDecoder(Decoder):
         return keys, values, bias.squeeze(-1).masked_fill(~closed[:, :, 0], -torch.inf)
 
     def _by_triton(self, query: Tensor) -> bool:
-        obstacle = partial(
-            triton_obstacle, query, self._keys.rows, self._values.rows, self._pattern, self._pool
-        )
+        obstacle = partial(triton_obstacle, query, self._keys.rows, self._values.rows, self._pattern)
         return select("barnes_hut decode", {"triton": obstacle}) == "triton"
 
     def _descend(self, queries: Tensor, first: int) -> Choice:
@@ -248,12 +250,18 @@ class BarnesHutDecoder(Decoder):
         from fastattn_compile.kernels.gpu import barnes_hut_tree
 
         levels = [nodes.in_triton() for nodes in self._nodes[: self._pattern.levels(first + 1)]]
-        leaves = barnes_hut_tree.descend(
+        leaves, left = barnes_hut_tree.descend(
             self._pattern, levels, queries, self._kv_heads, self.scale, first + 1, first,
-            first + 1 - queries.shape[2],
+            first + 1 - queries.shape[2], self._pool,
         )  # fmt: skip
-        leaves = leaves.view(self._keys.rows.shape[0], -1, 1, leaves.shape[2])
-        return Choice(leaves.clamp(min=0), leaves >= 0, None, None)
+        choosers = self._keys.rows.shape[0], leaves.shape[0] // self._keys.rows.shape[0]
+        leaves, rest, closed = leaves.unflatten(0, choosers), None, None
+        if left is not None:
+            closed = torch.arange(left.nodes.shape[2], device=leaves.device) < left.count[..., None]
+            rest, closed = (
+                x.unflatten(0, choosers) for x in (left.nodes.long().masked_fill(~closed, 0), closed)
+            )
+        return Choice(leaves.clamp(min=0), leaves >= 0, rest, closed)
 
     def _near(self, now: int) -> tuple[Tensor, Tensor]:
         """Rows of the near field and the sinks at a position, ``(u, k)``, and whether each is there and
@@ -278,9 +286,12 @@ class BarnesHutDecoder(Decoder):
         if self._choice is not None:
             chosen = self._choice.leaves.masked_fill(~self._choice.opened, -1)
             leaves = chosen.int().flatten(0, 1).contiguous()
+        if self._closed is not None and self._closed_rows is None:
+            self._closed_rows = barnes_hut_decode.rows_of_nodes(*self._closed, self._keys.rows.dtype)
         out, log_sum_exp = barnes_hut_decode.attend_one(
-            query, self._keys.rows, self._values.rows, self._fine.rows[..., 0], self._sinks, leaves, self.scale,
-            pattern.block, pattern.leaf, pattern.share, -1 if pattern.left is None else pattern.left,
+            query, self._keys.rows, self._values.rows, self._fine.rows[..., 0], self._sinks, leaves,
+            *(self._closed_rows or (None,) * 5), self.scale, pattern.block, pattern.leaf, pattern.share,
+            -1 if pattern.left is None else pattern.left,
         )  # fmt: skip
         return AttentionOutput(out, log_sum_exp)
 
