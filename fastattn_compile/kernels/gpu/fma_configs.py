@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.launch import padded
+from fastattn_compile.kernels.gpu.launch import cells, padded
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,11 @@ _ROWS = """
     fma_fwd sm_80 float 64 64 16 16 8 2
 """
 
-# Where the search found none: they may spill, and are right all the same.
+# Where the search found none, down to tiles of 16 of 8 warps.
+_NONE = """
+"""
+
+# What serves where there is no row: they may spill, and are right all the same.
 _SMALL = {
     "fma_fwd": Config(16, 16, 16), "fma_dq": Config(16, 16, 16), "fma_far": Config(16, 0, 16),
     "fma_dkv": Config(16, 16, 0), "fma_sinks": Config(16, 0, 0), "window_fwd": Config(16, 16, 0),
@@ -175,6 +179,12 @@ def configs() -> dict[tuple[str, str, str, int], Config]:
         split = sizes[5:] == ["split"]
         found[name, architecture, kind, int(width)] = Config(rows, columns, far, warps, stages, split)
     return found
+
+
+@cache
+def without() -> frozenset[tuple[str, str, str, int]]:
+    """Cells that have no row because the search found none."""
+    return cells(_NONE)
 
 
 @cache

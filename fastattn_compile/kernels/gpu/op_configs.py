@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.launch import padded
+from fastattn_compile.kernels.gpu.launch import cells, padded
 
 # kernel, architecture, type, channels up to, rows, columns, warps, stages, registers of a thread
 _ROWS = """
@@ -107,6 +107,10 @@ _ROWS = """
     bh_far_dkv gfx942 half 128 64 0 4 1 280
 """
 
+# Where the search found none, down to tiles of 16 by 16 of 8 warps: small tiles serve, and may spill.
+_NONE = """
+"""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -127,10 +131,14 @@ class Config:
     registers: int = 255
 
     @property
+    def tiles(self) -> dict[str, int]:
+        """The constants of the kernel."""
+        return {"BM": self.rows, "BN": self.columns} if self.columns else {"BM": self.rows}
+
+    @property
     def launch(self) -> dict[str, int]:
         """As keywords of a launch."""
-        tiles = {"BM": self.rows, "BN": self.columns} if self.columns else {"BM": self.rows}
-        return {**tiles, "num_warps": self.warps, "num_stages": self.stages}
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
 
 
 @cache
@@ -138,6 +146,12 @@ def configs() -> dict[tuple[str, str, str, int], Config]:
     """All rows by kernel, architecture, ``"half"`` or ``"float"``, and channels."""
     rows = (row.split() for row in _ROWS.strip().splitlines())
     return {(name, arch, kind, int(d)): Config(*map(int, sizes)) for name, arch, kind, d, *sizes in rows}
+
+
+@cache
+def without() -> frozenset[tuple[str, str, str, int]]:
+    """Cells that have no row because the search found none."""
+    return cells(_NONE)
 
 
 @cache
