@@ -23,28 +23,35 @@ from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, Report
 Cell = tuple[str, str, str, int]
 Config = fma_configs.Config | op_configs.Config
 PACKED = "_packed"
+# Bytes of a thread that spill where another tile may yet fit.
+_CLOSE = 160
 
 # Of kernels of fast multipole and window attention: rows, columns, far, warps, stages, split.
 _WALKS = [
     (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 1), (64, 32, 32, 4, 2), (64, 32, 32, 8, 2), (64, 32, 32, 8, 1),
     (64, 32, 32, 4, 1), (64, 16, 16, 8, 2), (64, 16, 16, 8, 1), (32, 32, 32, 4, 1), (32, 32, 32, 8, 1), (16, 32, 32, 4, 1),
-    (16, 32, 32, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 4, 1), (16, 16, 16, 8, 1),
+    (16, 32, 32, 8, 2), (16, 32, 32, 8, 1), (32, 16, 16, 8, 2), (32, 16, 16, 8, 1), (16, 16, 16, 4, 2), (16, 16, 16, 8, 2),
+    (16, 16, 16, 4, 1), (16, 16, 16, 8, 1),
 ]  # fmt: skip
 _FAR = [
     (64, 0, 64, 4, 2), (64, 0, 64, 8, 2), (64, 0, 64, 4, 1), (64, 0, 64, 8, 1), (32, 0, 64, 8, 1), (64, 0, 64, 8, 2, True),
     (64, 0, 64, 8, 1, True), (32, 0, 64, 8, 1, True), (32, 0, 32, 4, 1), (32, 0, 32, 8, 1), (32, 0, 32, 8, 1, True),
-    (16, 0, 64, 8, 1, True), (16, 0, 16, 4, 1), (16, 0, 16, 8, 1), (16, 0, 16, 4, 1, True), (16, 0, 16, 8, 1, True),
+    (16, 0, 64, 8, 1, True), (16, 0, 16, 4, 2), (16, 0, 16, 8, 2), (16, 0, 16, 4, 1), (16, 0, 16, 8, 1),
+    (16, 0, 16, 4, 2, True), (16, 0, 16, 8, 2, True), (16, 0, 16, 4, 1, True), (16, 0, 16, 8, 1, True),
 ]  # fmt: skip
 _KEYS = [
     (64, 64, 0, 4, 2), (64, 64, 0, 8, 2), (32, 64, 0, 8, 2), (64, 64, 0, 8, 1), (32, 64, 0, 8, 1), (64, 64, 0, 8, 2, True),
     (64, 64, 0, 8, 1, True), (32, 64, 0, 8, 1, True), (32, 32, 0, 4, 1), (32, 32, 0, 8, 1), (32, 32, 0, 8, 1, True),
-    (16, 64, 0, 8, 1, True), (16, 16, 0, 4, 1), (16, 16, 0, 8, 1), (16, 16, 0, 4, 1, True), (16, 16, 0, 8, 1, True),
+    (16, 64, 0, 8, 1, True), (16, 16, 0, 4, 2), (16, 16, 0, 8, 2), (16, 16, 0, 4, 1), (16, 16, 0, 8, 1),
+    (16, 16, 0, 4, 2, True), (16, 16, 0, 8, 2, True), (16, 16, 0, 4, 1, True), (16, 16, 0, 8, 1, True),
 ]  # fmt: skip
 _SINKS = [
-    (64, 0, 0, 4, 2), (64, 0, 0, 4, 1), (32, 0, 0, 4, 2), (32, 0, 0, 4, 1), (16, 0, 0, 4, 1), (16, 0, 0, 8, 1)
+    (64, 0, 0, 4, 2), (64, 0, 0, 4, 1), (32, 0, 0, 4, 2), (32, 0, 0, 4, 1), (16, 0, 0, 4, 2),
+    (16, 0, 0, 8, 2), (16, 0, 0, 4, 1), (16, 0, 0, 8, 1)
 ]  # fmt: skip
 _STEPS = [
-    (16, 64, 64, 4, 2), (16, 64, 64, 8, 2), (16, 32, 32, 8, 2), (16, 16, 16, 8, 2), (16, 16, 16, 8, 1), (16, 16, 16, 4, 1)
+    (16, 64, 64, 4, 2), (16, 64, 64, 8, 2), (16, 32, 32, 8, 2), (16, 16, 16, 8, 2), (16, 16, 16, 8, 1), (16, 16, 16, 4, 2),
+    (16, 16, 16, 4, 1)
 ]  # fmt: skip
 _BANDS = list(dict.fromkeys((rows, columns, 0, *rest) for rows, columns, _, *rest in _WALKS))
 # Of operator kernels: rows, columns, warps, stages.
@@ -52,33 +59,21 @@ _TILES = list(dict.fromkeys((rows, columns, *rest) for rows, columns, _, *rest i
 _OF_KEYS = [
     (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1),
     (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 1), (16, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 2),
-    (16, 16, 4, 1), (16, 16, 8, 1),
+    (16, 16, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
 ]  # fmt: skip
 _FEW = [
     (16, 64, 4, 2), (16, 64, 8, 2), (16, 64, 4, 1), (16, 64, 8, 1), (16, 32, 4, 2), (16, 32, 8, 2), (16, 32, 8, 1),
-    (16, 16, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
+    (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 4, 1), (16, 16, 8, 1),
 ]  # fmt: skip
 _LEAVES = [
-    (64, 0, 4, 2), (64, 0, 8, 2), (64, 0, 4, 1), (64, 0, 8, 1), (32, 0, 4, 2), (32, 0, 8, 2), (32, 0, 8, 1), (16, 0, 4, 1),
-    (16, 0, 8, 1),
+    (64, 0, 4, 2), (64, 0, 8, 2), (64, 0, 4, 1), (64, 0, 8, 1), (32, 0, 4, 2), (32, 0, 8, 2), (32, 0, 8, 1), (16, 0, 4, 2),
+    (16, 0, 8, 2), (16, 0, 4, 1), (16, 0, 8, 1),
 ]  # fmt: skip
 CANDIDATES = {
     "fma_fwd": _WALKS, "fma_dq": _WALKS, "fma_far": _FAR, "fma_dkv": _KEYS, "fma_sinks": _SINKS,
     "fma_decode": _STEPS, "window_fwd": _BANDS, "window_dq": _BANDS, "window_dkv": _KEYS,
     "leaf_fwd": _TILES, "leaf_dq": _TILES, "leaf_dkv": _OF_KEYS, "bh_fwd": _TILES, "bh_fwd_few": _FEW,
     "bh_dq": _TILES, "bh_dq_few": _FEW, "bh_dkv": _OF_KEYS, "bh_far_dkv": _LEAVES,
-}  # fmt: skip
-# The least of each kernel, by 16 and by 64 rows: where float32 or 256 channels fit neither, nothing larger is tried.
-_LEAST_TILES, _LEAST_OF_KEYS = [(16, 16, 8, 1), (64, 16, 8, 1)], [(16, 16, 8, 1), (16, 64, 8, 1)]
-_LEAST_WALKS, _LEAST_BANDS = [(16, 16, 16, 8, 1), (64, 16, 16, 8, 1)], [(16, 16, 0, 8, 1), (64, 16, 0, 8, 1)]
-_LEAST_KEYS = [(16, 16, 0, 8, 1, True), (16, 64, 0, 8, 1, True)]
-LEAST = {
-    "fma_fwd": _LEAST_WALKS, "fma_dq": _LEAST_WALKS, "fma_far": [(16, 0, 16, 8, 1, True), (16, 0, 64, 8, 1, True)],
-    "fma_dkv": _LEAST_KEYS, "fma_sinks": _SINKS[-2:], "fma_decode": _STEPS[-2:], "window_fwd": _LEAST_BANDS,
-    "window_dq": _LEAST_BANDS, "window_dkv": _LEAST_KEYS,
-    "leaf_fwd": _LEAST_TILES, "leaf_dq": _LEAST_TILES, "leaf_dkv": _LEAST_OF_KEYS, "bh_fwd": _LEAST_TILES,
-    "bh_fwd_few": _FEW[-2:], "bh_dq": _LEAST_TILES, "bh_dq_few": _FEW[-2:], "bh_dkv": _LEAST_OF_KEYS,
-    "bh_far_dkv": _LEAVES[-2:],
 }  # fmt: skip
 
 
@@ -95,8 +90,10 @@ def candidates(cell: Cell) -> list[Config]:
 
 
 def least(cell: Cell) -> list[Config]:
-    """Of what is tried, the least."""
-    return [_config(cell, sizes) for sizes in LEAST[cell[0].removesuffix(PACKED)]]
+    """Of what is tried, tiles of 16, and of 64 rows or keys what Hopper's instruction takes with least around it."""
+    listed = candidates(cell)
+    wide = [c for c in listed if 64 in (c.rows, c.columns, getattr(c, "far", 0)) and c.warps == 8][-1:]
+    return [c for c in listed if {c.rows, c.columns, getattr(c, "far", 0)} <= {0, 16}][::-1] + wide
 
 
 def _config(cell: Cell, sizes: tuple) -> Config:
@@ -108,7 +105,7 @@ def fits(cell: Cell, made: list[Report]) -> bool:
     name, architecture, kind, width = cell
     small = name.removesuffix(PACKED) in {*fma_compile.SMALL, *op_compile.SMALL}
     groups = architecture == "sm_90" and kind == "half" and width <= 128 and not small
-    return all(
+    return bool(made) and all(
         r.fits(SHARED_MEMORY[architecture])
         and (not groups or (r.products["HGMMA"] > 0 and not r.products["HMMA"]))
         for r in made
@@ -125,23 +122,28 @@ def row(cell: Cell, config: Config, made: list[Report]) -> str:
 
 
 def tried(cell: Cell, config: Config) -> list[Report]:
-    """What the compiler says of a configuration that fits the cell; nothing where it does not fit."""
+    """What the compiler says of each launch; nothing where it breaks."""
     try:
-        made = reports(cell, config)
+        return reports(cell, config)
     except Exception as error:
         print("#", *cell, config, type(error).__name__, flush=True)
         return []
-    return made if fits(cell, made) else []
+
+
+def hopeless(cell: Cell) -> bool:
+    """Whether even what needs least spills more than a few numbers: all that is larger takes the compiler long."""
+    made = (tried(cell, config) for config in least(cell))
+    return not any(each and max(max(r.spilled, r.stack) for r in each) <= _CLOSE for each in made)
 
 
 def search(cell: Cell) -> str:
     name, _, kind, width = cell
     plain = fma_configs.configs().get((name.removesuffix(PACKED), *cell[1:]))
-    if name.endswith(PACKED) and plain and (made := tried(cell, plain)):
+    if name.endswith(PACKED) and plain and fits(cell, made := tried(cell, plain)):
         return f"# as without documents: {' '.join(map(str, cell))}  # {'; '.join(map(str, made))}"
-    if (kind == "half" and width < 256) or any(tried(cell, config) for config in least(cell)):
+    if (kind == "half" and width < 256) or not hopeless(cell):
         for config in candidates(cell):
-            if made := tried(cell, config):
+            if fits(cell, made := tried(cell, config)):
                 return f"    {row(cell, config, made)}  # {'; '.join(map(str, made))}"
     return f"# none: {' '.join(map(str, cell))}"
 

@@ -12,7 +12,7 @@ from fastattn_compile.kernels.gpu import cast, coarse, conv, counting_sort, leaf
 from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled, precision
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT
 from fastattn_compile.kernels.gpu.op_compile import SMALL, reports
-from fastattn_compile.kernels.gpu.op_configs import configs
+from fastattn_compile.kernels.gpu.op_configs import configs, without
 
 INT, FLOAT, BOOL, LONG, DOUBLE = "*i32", "*fp32", "*i1", "*i64", "*fp64"
 
@@ -41,6 +41,10 @@ def test_every_row_of_the_table(row):
     assert report.registers <= config.registers, f"{report}; {config.registers} registers were recorded"
     if architecture == "sm_90" and kind == "half" and width <= 128 and name not in SMALL:
         assert report.products["HGMMA"] and not report.products["HMMA"], report
+
+
+def test_a_row_is_not_known_to_be_none():
+    assert not without() & configs().keys()
 
 
 @pytest.mark.parametrize("name", ["leaf_fwd", "leaf_dq", "leaf_dkv"])

@@ -155,10 +155,46 @@ _ROWS = """
     fma_sinks sm_100 float 64 64 0 0 4 2
     fma_dq sm_100 float 64 64 32 32 8 2
     fma_fwd sm_80 float 64 64 16 16 8 2
+    window_fwd sm_80 half 64 64 64 0 4 2
+    window_dq sm_80 half 64 64 32 0 4 2
+    window_dkv sm_80 half 64 32 64 0 8 2
+    window_fwd sm_80 half 128 64 64 0 8 2
+    window_dq sm_80 half 128 64 32 0 8 2
+    window_dkv sm_80 half 128 32 64 0 8 2
+    fma_fwd_packed sm_80 half 256 16 32 32 8 1
+    fma_dkv_packed sm_90 half 256 64 64 0 8 2 split
+    fma_fwd_packed sm_90 float 64 32 32 32 8 1
+    fma_dq_packed sm_90 float 64 16 32 32 8 1
+    fma_far_packed sm_90 float 64 32 0 32 8 1
+    fma_dkv_packed sm_90 float 64 32 64 0 8 1
+    fma_fwd sm_90 float 128 16 32 32 8 2
+    window_fwd sm_100 half 64 64 64 0 4 2
+    window_dq sm_100 half 64 64 64 0 4 2
+    window_dkv sm_100 half 64 64 64 0 4 2
+    window_fwd sm_100 half 128 64 64 0 4 2
+    window_dq sm_100 half 128 64 64 0 8 2
+    window_dkv sm_100 half 128 64 64 0 4 2
+    fma_fwd_packed sm_100 float 64 64 32 32 8 2
+    fma_far_packed sm_100 float 64 64 0 64 8 2 split
+    window_fwd gfx942 half 64 64 64 0 4 2
+    window_dq gfx942 half 64 64 64 0 4 2
+    window_dkv gfx942 half 64 64 64 0 4 2
+    fma_fwd gfx942 half 128 64 64 64 4 2
+    fma_dq gfx942 half 128 64 32 32 4 2
+    fma_far gfx942 half 128 64 0 64 4 1
+    fma_dkv gfx942 half 128 32 64 0 8 1
+    fma_sinks gfx942 half 128 64 0 0 4 2
+    window_fwd gfx942 half 128 64 64 0 4 2
+    window_dq gfx942 half 128 64 64 0 4 2
+    window_dkv gfx942 half 128 32 64 0 8 1
+    fma_fwd_packed sm_90 float 128 16 16 16 8 2
 """
 
 # Where the search found none, down to tiles of 16 of 8 warps.
 _NONE = """
+    fma_dq sm_90 float 128
+    window_fwd sm_90 float 128
+    window_dq sm_90 float 64 128
 """
 
 # What serves where there is no row: they may spill, and are right all the same.
