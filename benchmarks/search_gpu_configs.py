@@ -89,13 +89,6 @@ def candidates(cell: Cell) -> list[Config]:
     return [_config(cell, sizes) for sizes in CANDIDATES[cell[0].removesuffix(PACKED)]]
 
 
-def least(cell: Cell) -> list[Config]:
-    """Of what is tried, tiles of 16, and of 64 rows or keys what Hopper's instruction takes with least around it."""
-    listed = candidates(cell)
-    wide = [c for c in listed if 64 in (c.rows, c.columns, getattr(c, "far", 0)) and c.warps == 8][-1:]
-    return [c for c in listed if {c.rows, c.columns, getattr(c, "far", 0)} <= {0, 16}][::-1] + wide
-
-
 def _config(cell: Cell, sizes: tuple) -> Config:
     made = op_configs.Config if cell[0] in op_compile.KERNELS else fma_configs.Config
     return made(*sizes)
@@ -130,21 +123,37 @@ def tried(cell: Cell, config: Config) -> list[Report]:
         return []
 
 
-def hopeless(cell: Cell) -> bool:
-    """Whether even what needs least spills more than a few numbers: all that is larger takes the compiler long."""
-    made = (tried(cell, config) for config in least(cell))
-    return not any(each and max(max(r.spilled, r.stack) for r in each) <= _CLOSE for each in made)
+def promising(cell: Cell) -> list[Config]:
+    """What is worth a try: of float32 and 256 channels nothing where the least tiles spill, which large ones do slowly.
+
+    Where they spill a few numbers only, tiles of up to 32 may yet fit.
+    """
+    listed = candidates(cell)
+    if cell[2] == "half" and cell[3] < 256:
+        return listed
+    # Tiles of 16, and the least of 64 rows or keys, which Hopper's instruction takes.
+    least = [c for c in listed if _widest(c) == 16][::-1]
+    least += [c for c in listed if _widest(c) == 64 and c.warps == 8][-1:]
+    close = False
+    for config in least:
+        if fits(cell, made := tried(cell, config)):
+            return listed
+        close |= bool(made) and max(max(r.spilled, r.stack) for r in made) <= _CLOSE
+    return [c for c in listed if close and _widest(c) <= 32]
+
+
+def _widest(config: Config) -> int:
+    return max(config.rows, config.columns, getattr(config, "far", 0))
 
 
 def search(cell: Cell) -> str:
-    name, _, kind, width = cell
+    name = cell[0]
     plain = fma_configs.configs().get((name.removesuffix(PACKED), *cell[1:]))
     if name.endswith(PACKED) and plain and fits(cell, made := tried(cell, plain)):
         return f"# as without documents: {' '.join(map(str, cell))}  # {'; '.join(map(str, made))}"
-    if (kind == "half" and width < 256) or not hopeless(cell):
-        for config in candidates(cell):
-            if fits(cell, made := tried(cell, config)):
-                return f"    {row(cell, config, made)}  # {'; '.join(map(str, made))}"
+    for config in promising(cell):
+        if fits(cell, made := tried(cell, config)):
+            return f"    {row(cell, config, made)}  # {'; '.join(map(str, made))}"
     return f"# none: {' '.join(map(str, cell))}"
 
 

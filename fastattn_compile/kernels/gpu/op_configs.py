@@ -105,6 +105,7 @@ _ROWS = """
     bh_dq_few sm_100 half 256 16 64 8 2 180
     bh_dq_few gfx942 half 64 16 64 4 1 187
     bh_dq_few gfx942 half 128 16 64 4 1 255
+    bh_dq_few gfx942 half 256 16 32 4 2 370
     bh_dkv sm_80 half 64 32 64 4 2 241
     bh_dkv sm_80 half 128 64 64 8 1 219
     bh_dkv sm_80 half 256 32 32 8 2 253
@@ -132,14 +133,12 @@ _ROWS = """
     bh_far_dkv gfx942 half 128 64 0 4 1 280
 """
 
-# Where the search found none, down to tiles of 16 by 16 of 8 warps: small tiles serve, and may spill.
+# Where the search found none: tiles of 16 spill already, with 4 and 8 warps, and are what serves.
 _NONE = """
-    leaf_dq sm_90 float 128
     bh_fwd sm_90 float 128
     bh_fwd_few sm_90 float 128
-    bh_dq sm_90 float 64 128
-    bh_dq_few sm_90 float 64 128
-    bh_dkv sm_90 float 128
+    bh_dq sm_90 float 128
+    bh_dq_few sm_90 float 128
 """
 
 
