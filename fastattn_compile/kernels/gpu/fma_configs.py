@@ -189,13 +189,22 @@ _ROWS = """
     window_dkv gfx942 half 128 32 64 0 8 1
     fma_fwd_packed sm_90 float 128 16 16 16 8 2
     window_fwd sm_80 half 256 64 32 0 8 1
+    window_dq sm_80 half 256 32 32 0 8 1
+    window_dkv sm_80 half 256 32 64 0 8 1 split
+    window_fwd sm_100 half 256 64 64 0 8 2
+    window_dq sm_100 half 256 64 32 0 8 2
+    window_dkv sm_100 half 256 32 64 0 8 2
+    window_fwd gfx942 half 256 64 32 0 4 2
+    window_dq gfx942 half 256 32 32 0 4 1
+    window_dkv gfx942 half 256 32 32 0 4 1
 """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps.
 _NONE = """
     fma_dq sm_90 float 128
+    fma_decode sm_100 half 256
     window_fwd sm_90 float 128
-    window_dq sm_90 float 128
+    window_dq sm_90 float 64 128
 """
 
 # What serves where there is no row: they may spill, and are right all the same.

@@ -19,6 +19,7 @@ _ROWS = """
     leaf_fwd sm_80 half 64 64 64 4 2 180
     leaf_fwd sm_80 half 128 64 64 8 2 178
     leaf_fwd sm_80 half 256 64 16 8 2 192
+    leaf_fwd sm_80 float 64 64 32 8 2 255
     leaf_fwd sm_90 half 64 64 64 4 2 152
     leaf_fwd sm_90 half 128 64 64 4 2 198
     leaf_fwd sm_90 half 256 64 32 8 2 242
@@ -94,6 +95,7 @@ _ROWS = """
     bh_dq sm_100 half 256 64 32 8 2 249
     bh_dq gfx942 half 64 64 64 4 1 255
     bh_dq gfx942 half 128 64 64 4 1 455
+    bh_dq gfx942 half 256 32 32 4 1 417
     bh_dq_few sm_80 half 64 16 64 4 2 128
     bh_dq_few sm_80 half 128 16 64 8 2 170
     bh_dq_few sm_80 half 256 16 64 8 1 180
@@ -118,6 +120,7 @@ _ROWS = """
     bh_dkv sm_100 half 256 32 32 8 2 250
     bh_dkv gfx942 half 64 64 64 4 1 280
     bh_dkv gfx942 half 128 64 64 4 1 446
+    bh_dkv gfx942 half 256 32 32 4 1 460
     bh_far_dkv sm_80 half 64 64 0 4 2 126
     bh_far_dkv sm_80 half 128 64 0 4 2 186
     bh_far_dkv sm_80 half 256 32 0 4 2 210
@@ -131,14 +134,17 @@ _ROWS = """
     bh_far_dkv sm_100 half 256 64 0 8 2 170
     bh_far_dkv gfx942 half 64 64 0 4 1 172
     bh_far_dkv gfx942 half 128 64 0 4 1 280
+    bh_far_dkv gfx942 half 256 32 0 4 2 494
 """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps, and are what serves.
 _NONE = """
+    leaf_dq sm_90 float 128
     bh_fwd sm_90 float 128
     bh_fwd_few sm_90 float 128
     bh_dq sm_90 float 128
-    bh_dq_few sm_90 float 128
+    bh_dq_few sm_90 float 64 128
+    bh_dkv sm_90 float 128
 """
 
 
