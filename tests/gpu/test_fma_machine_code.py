@@ -6,17 +6,13 @@ from pathlib import Path
 import pytest
 
 from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
-from fastattn_compile.kernels.gpu.fma_compile import reports
-from fastattn_compile.kernels.gpu.fma_configs import configs
+from fastattn_compile.kernels.gpu.fma_compile import PACKED, SMALL, reports
+from fastattn_compile.kernels.gpu.fma_configs import configs, without
 from fastattn_compile.kernels.gpu.fma_gradients import fma_runs
 from fastattn_compile.kernels.gpu.fma_pool import fma_pool, fma_spread
 
 # Registers and programs on a multiprocessor of each launch of a row, as they were when the row was chosen.
 RECORDED = json.loads((Path(__file__).parent / "fma_recorded.json").read_text())
-# Sinks are 16 keys at most by default, and queries of one step 16: less than Hopper's instruction takes.
-SMALL = {"fma_sinks", "window_sinks", "fma_decode"}
-# Kernels that serve packed documents, too.
-PACKED = {"fma_fwd", "fma_dq", "fma_far", "fma_dkv", "fma_sinks"}
 
 
 def rows():
@@ -30,12 +26,11 @@ def rows():
 
 
 def packed_rows():
-    """The cells of packed documents: those of the narrowest heads, and of the GPU that most have at the next width."""
+    """The same cells where documents are packed, but those for which the search found none."""
     for row in configs():
         name, architecture, kind, width = row
-        served = name in PACKED and kind == "half"
-        if served and (width == 64 or (width == 128 and architecture == "sm_90")):
-            usual = architecture == "sm_90" and width == 64
+        if name in PACKED and (f"{name}_packed", *row[1:]) not in without():
+            usual = architecture == "sm_90" and kind == "half" and width == 64
             yield pytest.param(row, id="-".join(map(str, row)), marks=[] if usual else [pytest.mark.slow])
 
 
@@ -47,6 +42,10 @@ def test_every_row_of_the_table(row):
 @pytest.mark.parametrize("row", list(packed_rows()))
 def test_packed_documents_fit_the_same_tiles(row):
     judge(row, RECORDED["-".join(map(str, (*row, "packed")))], packed=True)
+
+
+def test_a_row_is_not_known_to_be_none():
+    assert not without() & configs().keys()
 
 
 def judge(row, recorded, packed):

@@ -6,76 +6,15 @@ without ``TRITON_INTERPRET``: a kernel is made for the interpreter or for the co
 
 import pytest
 
-from fastattn_compile.kernels.gpu import barnes_hut_attend as attend
 from fastattn_compile.kernels.gpu import barnes_hut_gradients as of_keys
 from fastattn_compile.kernels.gpu import barnes_hut_tree as tree
-from fastattn_compile.kernels.gpu import cast, cast_scan, coarse, conv, counting_sort, leaf, leaf_decode
-from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled
+from fastattn_compile.kernels.gpu import cast, cast_scan, coarse, conv, counting_sort, leaf_decode, sinks
+from fastattn_compile.kernels.gpu.aot import SHARED_MEMORY, compiled, precision
 from fastattn_compile.kernels.gpu.launch import HEAVY, LIGHT
-from fastattn_compile.kernels.gpu.op_configs import configs
+from fastattn_compile.kernels.gpu.op_compile import SMALL, reports
+from fastattn_compile.kernels.gpu.op_configs import configs, without
 
 INT, FLOAT, BOOL, LONG, DOUBLE = "*i32", "*fp32", "*i1", "*i64", "*fp64"
-LISTS = dict.fromkeys(
-    ("QUERY_ROW", "OUT_ROW", "START", "STOP", "TILE", "KEY_ROW", "GRAD_ROW", "FIRST", "LAST"), INT
-)
-STATISTICS = dict.fromkeys(("LSE", "GRAD_LSE", "DELTA", "SUM", "BIAS"), FLOAT)
-TREE = {
-    "FINE": BOOL,
-    "SINK": INT,
-    "LEAVES": INT,
-    "PAIR": LONG,
-    "TILE": INT,
-    "LEAF_OF": INT,
-    "DK": FLOAT,
-    "DV": FLOAT,
-    "NODE_WEIGHT": FLOAT,
-    "CLOSED": INT,
-    "CLOSED_COUNT": INT,
-    "MET": INT,
-}
-TENSORS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV", "NODE_K", "NODE_V")
-LEAF = {
-    "HAS_BIAS": False,
-    "BIAS": None,
-    "HIDDEN": False,
-    "SINKS": False,
-    "LOW": None,
-    "HIGH": None,
-    "SINK": None,
-}
-GROUP = {"R": 4, "LEAF": 4, "OPEN": 64, "SINKS": 4, "CAUSAL": True, "BLOCK": 64, "BO": 64, "BS": 16}
-POOL = {"POOL": True}
-NODES = "NODE_K", "NODE_V", "NODE_WEIGHT", "CLOSED", "CLOSED_COUNT", "MET", "room", "nodes", "weight_row"
-NO_POOL = {"POOL": False, **dict.fromkeys(NODES)}
-FAR_KEYS = {"R": 4, "GROUP": 16, "LEAF": 4, "OPEN": 64, "BL": 16, **NO_POOL}
-FAR_NODES = {"R": 4, "GROUP": 16, "LEAF": 16, "OPEN": 1, "BL": 16, "FINE": None, **POOL}
-NO_SLOPE = {"HAS_GRAD_LSE": False, "GRAD_LSE": None}
-
-# Of each kernel of the table: itself, types that are not those of its tensors, constants.
-KERNELS = {
-    "leaf_fwd": (leaf.leaf_fwd, LISTS, LEAF),
-    "leaf_dq": (leaf.leaf_dq, LISTS, {**LEAF, **NO_SLOPE}),
-    "leaf_dkv": (leaf.leaf_dkv, LISTS, {**LEAF, "ADD": False}),
-    "bh_fwd": (attend.bh_fwd, TREE, {**GROUP, **NO_POOL, "GROUP": 16}),
-    "bh_fwd_few": (attend.bh_fwd, TREE, {**GROUP, **NO_POOL, "GROUP": 1}),
-    "bh_fwd_pool": (attend.bh_fwd, TREE, {**GROUP, **POOL, "GROUP": 16}),
-    "bh_fwd_few_pool": (attend.bh_fwd, TREE, {**GROUP, **POOL, "GROUP": 1}),
-    "bh_dq": (attend.bh_dq, TREE, {**GROUP, **NO_POOL, **NO_SLOPE, "GROUP": 16}),
-    "bh_dq_few": (attend.bh_dq, TREE, {**GROUP, **NO_POOL, **NO_SLOPE, "GROUP": 1}),
-    "bh_dq_pool": (attend.bh_dq, TREE, {**GROUP, **POOL, **NO_SLOPE, "GROUP": 16}),
-    "bh_dq_few_pool": (attend.bh_dq, TREE, {**GROUP, **POOL, **NO_SLOPE, "GROUP": 1}),
-    "bh_dkv": (of_keys.bh_dkv, TREE, {"BLOCK": 64, "SINKS": 0, "CAUSAL": True, "SINK": None}),
-    "bh_far_dkv": (of_keys.bh_far_dkv, TREE, FAR_KEYS),
-    "bh_far_dkv_pool": (of_keys.bh_far_dkv, TREE, FAR_NODES),
-}  # fmt: skip
-# Kernels whose tiles of products have fewer rows than Hopper's instruction takes.
-SMALL = {"bh_fwd_few", "bh_dq_few", "bh_far_dkv", "bh_fwd_few_pool", "bh_dq_few_pool", "bh_far_dkv_pool"}
-
-
-def precision(kind, architecture):
-    if kind == "half":
-        return "tf32"
-    return "ieee" if architecture == "gfx942" else "tf32x3"
 
 
 def check(report, architecture, tensor_cores=True):
@@ -96,37 +35,22 @@ def each_row():
 @pytest.mark.parametrize("row", each_row())
 def test_every_row_of_the_table(row):
     name, architecture, kind, width = row
-    config, (kernel, types, constants) = configs()[row], KERNELS[name]
-    tensors = dict.fromkeys(TENSORS, "*bf16" if kind == "half" else FLOAT)
-    sizes = {"D": width, "E": width, "BD": width, "BE": width, "PRECISION": precision(kind, architecture)}
-    tiles = {name: size for name, size in config.launch.items() if name in ("BM", "BN")}
-    given = {**constants, **sizes, **tiles, "q_d": 1, "k_d": 1, "v_d": 1}
-    report = compiled(
-        kernel, {**tensors, **STATISTICS, **types, "scale": "fp32"},
-        {name: value for name, value in given.items() if name in kernel.arg_names},
-        architecture, config.warps, config.stages,
-    )  # fmt: skip
+    config = configs()[row]
+    (report,) = reports(*row, config)
     check(report, architecture)
     assert report.registers <= config.registers, f"{report}; {config.registers} registers were recorded"
     if architecture == "sm_90" and kind == "half" and width <= 128 and name not in SMALL:
         assert report.products["HGMMA"] and not report.products["HMMA"], report
 
 
+def test_a_row_is_not_known_to_be_none():
+    assert not without() & configs().keys()
+
+
 @pytest.mark.parametrize("name", ["leaf_fwd", "leaf_dq", "leaf_dkv"])
 def test_what_a_window_hides_from_leaves_fits_the_same_tiles(name):
     row = name, "sm_90", "half", 64
-    config, (kernel, types, constants) = configs()[row], KERNELS[name]
-    near = {**dict.fromkeys(("LOW", "HIGH"), INT), "SINK": BOOL}
-    tensors = dict.fromkeys(TENSORS, "*bf16")
-    given = {
-        **{name: value for name, value in constants.items() if name not in near}, **config.launch, "D": 64, "E": 64,
-        "BD": 64, "BE": 64, "PRECISION": "tf32", "HIDDEN": True, "SINKS": True, "q_d": 1, "k_d": 1, "v_d": 1,
-    }  # fmt: skip
-    report = compiled(
-        kernel, {**tensors, **STATISTICS, **types, **near, "scale": "fp32"},
-        {name: value for name, value in given.items() if name in kernel.arg_names},
-        "sm_90", config.warps, config.stages,
-    )  # fmt: skip
+    (report,) = reports(*row, configs()[row], hidden=True)
     check(report, "sm_90")
 
 
@@ -199,6 +123,10 @@ FIXED = {
     "bh_descend_cumulant": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 1}, HEAVY, True),
     "bh_descend_bound": (tree.bh_descend, CHOSEN, {**CHOICE, **DROP, "STATISTIC": 2}, HEAVY, True),
     "bh_descend_rest": (tree.bh_descend, CHOSEN, {**CHOICE, "REST": True, "STATISTIC": 0}, HEAVY, True),
+    "add_sinks": (
+        sinks.add_sinks, {"FOUND": FLOAT, "SINK": INT, "TOTAL": "*bf16"},
+        {"C": 128, "SINKS": 4, "PACKED": False, "DOCUMENT": None, "BC": 64, "BS": 16}, LIGHT, False,
+    ),
     "bh_far_sum": (of_keys.bh_far_sum, {"PART": FLOAT, "OUT": FLOAT, "FIRST": INT}, FAR, LIGHT, False),
     "conv_profile": (conv.conv_profile, {**WAVES, "scale": "fp64", "uncovered": "fp64"}, PROFILE, LIGHT, False),
     "conv_weights": (conv.conv_weights, {**WAVES, "limit": "fp64"}, {"B": 256}, LIGHT, False),

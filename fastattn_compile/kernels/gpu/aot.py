@@ -66,6 +66,18 @@ class Report:
         )
 
 
+def precision(kind: str, architecture: str) -> str:
+    """How a kernel makes its products; ``launch.precision`` says it of tensors that are there.
+
+    Args:
+        kind: ``"half"`` or ``"float"``.
+        architecture: A key of ``TARGETS``.
+    """
+    if kind == "half":
+        return "tf32"
+    return "ieee" if architecture == "gfx942" else "tf32x3"
+
+
 def compiled(
     kernel: Any,
     types: Mapping[str, str],

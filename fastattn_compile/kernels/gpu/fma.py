@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn_compile.kernels.aten.fma_plan import Pattern, level_count
 from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
 from fastattn_compile.kernels.gpu.fma_call import Call
-from fastattn_compile.kernels.gpu.fma_configs import chosen
+from fastattn_compile.kernels.gpu.fma_configs import Config, chosen
 from fastattn_compile.kernels.gpu.fma_gradients import fma_dkv, fma_far, fma_runs, fma_sinks
 from fastattn_compile.kernels.gpu.fma_pool import spread
 from fastattn_compile.kernels.gpu.launch import LOG2_E, padded, step, tensor_obstacle
@@ -30,6 +30,10 @@ def _of_keys(weights: Sequence[Tensor]) -> list[Tensor]:
 
 def _of_values(weights: Sequence[Tensor]) -> list[Tensor]:
     return [w for at, w in enumerate(weights) if at % 4 >= 2]
+
+
+def _config(kernel: str, call: Call) -> Config:
+    return chosen(kernel, call.query, call.value, packed=call.table is not None)
 
 
 def forward(
@@ -83,7 +87,7 @@ def backward(
 def attend(call: Call, weights: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """``forward`` of a call, of sequences or of documents."""
     query, key, value, tables = call.query, call.key, call.value, call.tables
-    config = chosen("fma_fwd", query, value, call.table is not None)
+    config = _config("fma_fwd", call)
     rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
     out = value.new_empty(*query.shape[:3], value.shape[3])
     log_sum_exp = value.new_empty(query.shape[:3], dtype=torch.float32)
@@ -101,7 +105,7 @@ def differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """``backward`` of a call, of sequences or of documents."""
     query, key, value, tables, pattern = call.query, call.key, call.value, call.tables, call.pattern
-    config = chosen("fma_dq", query, value)
+    config = _config("fma_dq", call)
     rows_k, rows_v = call.pool(key, _of_keys(weights)), call.pool(value, _of_values(weights))
     out, log_sum_exp, grad = out.contiguous(), log_sum_exp.contiguous(), grad_out.to(query.dtype).contiguous()
     slope = None if grad_log_sum_exp is None else grad_log_sum_exp.float().contiguous()
@@ -139,7 +143,7 @@ def differentiate(
 
 def _far(call: Call, rows_k: Tensor, rows_v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the pooled rows, float32."""
-    config, pattern = chosen("fma_far", call.query, call.value), call.pattern
+    config, pattern = _config("fma_far", call), call.pattern
     slots, all_rows = (2 if pattern.causal else 4) * pattern.rank, rows_k.shape[2]
     kept = [
         x.new_empty(*x.shape[:2], call.runs, slots, x.shape[3], dtype=torch.float32) for x in (rows_k, rows_v)
@@ -165,7 +169,7 @@ def _far(call: Call, rows_k: Tensor, rows_v: Tensor, *saved: Tensor) -> tuple[Te
 
 def _near(call: Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values from the near field, and from the cells where there are any."""
-    config, tables, pattern = chosen("fma_dkv", call.query, call.value), call.tables, call.pattern
+    config, tables, pattern = _config("fma_dkv", call), call.tables, call.pattern
     # What all tokens get more of later is kept in full.
     grads = [
         x.new_empty(x.shape, dtype=torch.float32 if pattern.learned else x.dtype)
@@ -184,7 +188,7 @@ def _near(call: Call, cells: Sequence[Tensor], *saved: Tensor) -> tuple[Tensor, 
 
 def _sinks(call: Call, grad_key: Tensor, grad_value: Tensor, *saved: Tensor) -> None:
     """Adds what the sinks get from the queries beyond their near field, stretch after stretch."""
-    config, sink = chosen("fma_sinks", call.query, call.value), call.tables.sink
+    config, sink = _config("fma_sinks", call), call.tables.sink
     assert sink is not None
     parts, stretch = -(-call.longest // _STRETCH), _STRETCH
     number = call.units // call.kv_heads

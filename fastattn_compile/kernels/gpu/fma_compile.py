@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn_compile.kernels.gpu.aot import Report, compiled
+from fastattn_compile.kernels.gpu.aot import Report, compiled, precision
 from fastattn_compile.kernels.gpu.fma_attend import fma_dq, fma_fwd
 from fastattn_compile.kernels.gpu.fma_configs import Config
 from fastattn_compile.kernels.gpu.fma_decode import fma_decode
@@ -22,6 +22,10 @@ KERNELS = {
     "window_dq": window_dq,
     "window_dkv": window_dkv,
 }
+# Those that serve packed documents, too.
+PACKED = frozenset({"fma_fwd", "fma_dq", "fma_far", "fma_dkv", "fma_sinks"})
+# Sinks are 16 keys at most by default, and queries of one step 16: less than Hopper's instruction takes.
+SMALL = frozenset({"fma_sinks", "fma_decode"})
 
 _FLOATS = "MASS", "LSE", "DELTA", "RUNS_K", "RUNS_V", "CELLS_K", "CELLS_V", "SUMS_K", "SUMS_V", "COUNT"
 _LEARNED = "FACTOR_K", "FACTOR_V", "SHIFT_K", "SHIFT_V"
@@ -61,14 +65,14 @@ def reports(
         learned: Whether pooled rows are learned.
     """
     kernel, of_kind = KERNELS[name], "*bf16" if kind == "half" else "*fp32"
-    exact = "ieee" if architecture == "gfx942" else "tf32x3"
-    # Gradients of keys are float32 where the sinks are added to them.
-    types = {**dict.fromkeys(_OF_KIND, of_kind), **_TYPES, "DK": "*fp32", "DV": "*fp32"}
+    # What sinks get from stretches of queries is added in float32.
+    of_keys = "*fp32" if name == "fma_sinks" else of_kind
+    types = {**dict.fromkeys(_OF_KIND, of_kind), **_TYPES, "DK": of_keys, "DV": of_keys}
     made = []
     for which in config.parts:
         given = {
             **_CASE, **config.tiles, "D": width, "E": width, "BD": width, "BE": width, "CAUSAL": causal,
-            "PACKED": packed, "LEARNED": learned, "WHICH": which, "PRECISION": "tf32" if kind == "half" else exact,
+            "PACKED": packed, "LEARNED": learned, "WHICH": which, "PRECISION": precision(kind, architecture),
         }  # fmt: skip
         for absent in (("DOCUMENT",) if packed else ()) + (_LEARNED if learned else ()):
             del given[absent]

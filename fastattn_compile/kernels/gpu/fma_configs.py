@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.launch import padded
+from fastattn_compile.kernels.gpu.launch import cells, padded
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,59 @@ _ROWS = """
     fma_sinks sm_100 float 64 64 0 0 4 2
     fma_dq sm_100 float 64 64 32 32 8 2
     fma_fwd sm_80 float 64 64 16 16 8 2
+    window_fwd sm_80 half 64 64 64 0 4 2
+    window_dq sm_80 half 64 64 32 0 4 2
+    window_dkv sm_80 half 64 32 64 0 8 2
+    window_fwd sm_80 half 128 64 64 0 8 2
+    window_dq sm_80 half 128 64 32 0 8 2
+    window_dkv sm_80 half 128 32 64 0 8 2
+    fma_fwd_packed sm_80 half 256 16 32 32 8 1
+    fma_dkv_packed sm_90 half 256 64 64 0 8 2 split
+    fma_fwd_packed sm_90 float 64 32 32 32 8 1
+    fma_dq_packed sm_90 float 64 16 32 32 8 1
+    fma_far_packed sm_90 float 64 32 0 32 8 1
+    fma_dkv_packed sm_90 float 64 32 64 0 8 1
+    fma_fwd sm_90 float 128 16 32 32 8 2
+    window_fwd sm_100 half 64 64 64 0 4 2
+    window_dq sm_100 half 64 64 64 0 4 2
+    window_dkv sm_100 half 64 64 64 0 4 2
+    window_fwd sm_100 half 128 64 64 0 4 2
+    window_dq sm_100 half 128 64 64 0 8 2
+    window_dkv sm_100 half 128 64 64 0 4 2
+    fma_fwd_packed sm_100 float 64 64 32 32 8 2
+    fma_far_packed sm_100 float 64 64 0 64 8 2 split
+    window_fwd gfx942 half 64 64 64 0 4 2
+    window_dq gfx942 half 64 64 64 0 4 2
+    window_dkv gfx942 half 64 64 64 0 4 2
+    fma_fwd gfx942 half 128 64 64 64 4 2
+    fma_dq gfx942 half 128 64 32 32 4 2
+    fma_far gfx942 half 128 64 0 64 4 1
+    fma_dkv gfx942 half 128 32 64 0 8 1
+    fma_sinks gfx942 half 128 64 0 0 4 2
+    window_fwd gfx942 half 128 64 64 0 4 2
+    window_dq gfx942 half 128 64 64 0 4 2
+    window_dkv gfx942 half 128 32 64 0 8 1
+    fma_fwd_packed sm_90 float 128 16 16 16 8 2
+    window_fwd sm_80 half 256 64 32 0 8 1
+    window_dq sm_80 half 256 32 32 0 8 1
+    window_dkv sm_80 half 256 32 64 0 8 1 split
+    window_fwd sm_100 half 256 64 64 0 8 2
+    window_dq sm_100 half 256 64 32 0 8 2
+    window_dkv sm_100 half 256 32 64 0 8 2
+    window_fwd gfx942 half 256 64 32 0 4 2
+    window_dq gfx942 half 256 32 32 0 4 1
+    window_dkv gfx942 half 256 32 32 0 4 1
 """
 
-# Where the search found none: they may spill, and are right all the same.
+# Where the search found none: tiles of 16 spill already, with 4 and 8 warps.
+_NONE = """
+    fma_dq sm_90 float 128
+    fma_decode sm_100 half 256
+    window_fwd sm_90 float 128
+    window_dq sm_90 float 64 128
+"""
+
+# What serves where there is no row: they may spill, and are right all the same.
 _SMALL = {
     "fma_fwd": Config(16, 16, 16), "fma_dq": Config(16, 16, 16), "fma_far": Config(16, 0, 16),
     "fma_dkv": Config(16, 16, 0), "fma_sinks": Config(16, 0, 0), "window_fwd": Config(16, 16, 0),
@@ -175,6 +225,12 @@ def configs() -> dict[tuple[str, str, str, int], Config]:
         split = sizes[5:] == ["split"]
         found[name, architecture, kind, int(width)] = Config(rows, columns, far, warps, stages, split)
     return found
+
+
+@cache
+def without() -> frozenset[tuple[str, str, str, int]]:
+    """Cells that have no row because the search found none."""
+    return cells(_NONE)
 
 
 @cache

@@ -30,6 +30,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+def cells(text: str) -> frozenset[tuple[str, str, str, int]]:
+    """Cells of a table of configurations, from lines of a kernel, an architecture, a type and some widths."""
+    lines = (line.split() for line in text.strip().splitlines())
+    return frozenset((name, arch, kind, int(d)) for name, arch, kind, *widths in lines for d in widths)
+
+
 def tensor_obstacle(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why the attention kernels cannot take these tensors, whatever is asked; empty when they can.
 

@@ -12,12 +12,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastattn_compile.kernels.gpu.launch import padded
+from fastattn_compile.kernels.gpu.launch import cells, padded
 
 # kernel, architecture, type, channels up to, rows, columns, warps, stages, registers of a thread
 _ROWS = """
     leaf_fwd sm_80 half 64 64 64 4 2 180
     leaf_fwd sm_80 half 128 64 64 8 2 178
+    leaf_fwd sm_80 half 256 64 16 8 2 192
+    leaf_fwd sm_80 float 64 64 32 8 2 255
     leaf_fwd sm_90 half 64 64 64 4 2 152
     leaf_fwd sm_90 half 128 64 64 4 2 198
     leaf_fwd sm_90 half 256 64 32 8 2 242
@@ -25,20 +27,26 @@ _ROWS = """
     leaf_fwd sm_90 float 128 32 32 8 2 242
     leaf_fwd sm_100 half 64 64 64 4 2 164
     leaf_fwd sm_100 half 128 64 64 4 2 202
+    leaf_fwd sm_100 half 256 64 64 8 2 190
     leaf_fwd gfx942 half 64 64 64 4 1 199
     leaf_fwd gfx942 half 128 64 64 4 1 328
+    leaf_fwd gfx942 half 256 64 64 4 2 505
     leaf_dq sm_80 half 64 64 64 4 2 213
     leaf_dq sm_80 half 128 64 64 8 2 182
+    leaf_dq sm_80 half 256 64 16 8 1 255
     leaf_dq sm_90 half 64 64 64 4 2 138
     leaf_dq sm_90 half 128 64 64 4 2 236
     leaf_dq sm_90 half 256 32 64 8 2 162
     leaf_dq sm_90 float 64 64 64 8 2 255
     leaf_dq sm_100 half 64 64 64 8 2 99
     leaf_dq sm_100 half 128 64 64 4 2 210
+    leaf_dq sm_100 half 256 64 64 8 2 251
     leaf_dq gfx942 half 64 64 64 4 1 256
     leaf_dq gfx942 half 128 64 64 4 1 418
+    leaf_dq gfx942 half 256 64 32 4 1 511
     leaf_dkv sm_80 half 64 64 64 8 2 255
     leaf_dkv sm_80 half 128 64 64 8 1 192
+    leaf_dkv sm_80 half 256 32 32 8 2 210
     leaf_dkv sm_90 half 64 64 64 4 2 212
     leaf_dkv sm_90 half 128 64 64 8 2 238
     leaf_dkv sm_90 half 256 64 32 8 2 210
@@ -46,65 +54,87 @@ _ROWS = """
     leaf_dkv sm_90 float 128 16 16 4 2 255
     leaf_dkv sm_100 half 64 64 64 4 2 135
     leaf_dkv sm_100 half 128 64 64 4 2 151
+    leaf_dkv sm_100 half 256 32 64 4 2 208
     leaf_dkv gfx942 half 64 64 64 4 1 349
     leaf_dkv gfx942 half 128 64 64 4 1 505
+    leaf_dkv gfx942 half 256 32 32 4 1 480
     bh_fwd sm_80 half 64 64 64 4 2 255
     bh_fwd sm_80 half 128 64 64 8 2 178
+    bh_fwd sm_80 half 256 64 32 8 1 254
     bh_fwd sm_90 half 64 64 64 4 2 193
     bh_fwd sm_90 half 128 64 64 8 2 201
     bh_fwd sm_90 half 256 64 16 8 2 255
     bh_fwd sm_90 float 64 64 32 4 2 255
     bh_fwd sm_100 half 64 64 64 4 2 210
     bh_fwd sm_100 half 128 64 64 8 2 182
+    bh_fwd sm_100 half 256 64 64 8 2 201
     bh_fwd gfx942 half 64 64 64 4 1 236
     bh_fwd gfx942 half 128 64 64 4 1 333
+    bh_fwd gfx942 half 256 64 32 4 2 415
     bh_fwd_few sm_80 half 64 16 64 4 2 128
     bh_fwd_few sm_80 half 128 16 64 4 2 148
+    bh_fwd_few sm_80 half 256 16 64 4 2 255
     bh_fwd_few sm_90 half 64 16 64 4 2 114
     bh_fwd_few sm_90 half 128 16 64 4 2 143
     bh_fwd_few sm_90 half 256 16 64 8 2 146
     bh_fwd_few sm_90 float 64 16 64 8 2 255
     bh_fwd_few sm_100 half 64 16 64 8 2 86
     bh_fwd_few sm_100 half 128 16 64 4 2 143
+    bh_fwd_few sm_100 half 256 16 64 4 2 193
     bh_fwd_few gfx942 half 64 16 64 4 1 165
     bh_fwd_few gfx942 half 128 16 64 4 1 219
+    bh_fwd_few gfx942 half 256 16 64 4 1 361
     bh_dq sm_80 half 64 64 32 4 2 255
     bh_dq sm_80 half 128 64 64 8 1 242
+    bh_dq sm_80 half 256 32 32 8 1 188
     bh_dq sm_90 half 64 64 64 4 2 225
     bh_dq sm_90 half 128 64 32 8 2 228
+    bh_dq sm_90 half 256 32 32 8 1 196
     bh_dq sm_100 half 64 64 64 4 2 166
     bh_dq sm_100 half 128 64 64 8 2 163
+    bh_dq sm_100 half 256 64 32 8 2 249
     bh_dq gfx942 half 64 64 64 4 1 255
     bh_dq gfx942 half 128 64 64 4 1 455
+    bh_dq gfx942 half 256 32 32 4 1 417
     bh_dq_few sm_80 half 64 16 64 4 2 128
     bh_dq_few sm_80 half 128 16 64 8 2 170
+    bh_dq_few sm_80 half 256 16 64 8 1 180
     bh_dq_few sm_90 half 64 16 64 4 2 140
     bh_dq_few sm_90 half 128 16 64 4 2 189
     bh_dq_few sm_90 half 256 16 64 8 2 182
     bh_dq_few sm_100 half 64 16 64 4 2 138
     bh_dq_few sm_100 half 128 16 64 4 2 180
+    bh_dq_few sm_100 half 256 16 64 8 2 180
     bh_dq_few gfx942 half 64 16 64 4 1 187
     bh_dq_few gfx942 half 128 16 64 4 1 255
+    bh_dq_few gfx942 half 256 16 32 4 2 370
     bh_dkv sm_80 half 64 32 64 4 2 241
     bh_dkv sm_80 half 128 64 64 8 1 219
+    bh_dkv sm_80 half 256 32 32 8 2 253
     bh_dkv sm_90 half 64 64 64 8 2 241
     bh_dkv sm_90 half 128 32 64 8 2 235
     bh_dkv sm_90 half 256 32 32 8 2 250
     bh_dkv sm_90 float 64 32 64 8 1 255
     bh_dkv sm_100 half 64 64 64 4 2 254
     bh_dkv sm_100 half 128 64 64 8 1 155
+    bh_dkv sm_100 half 256 32 32 8 2 250
     bh_dkv gfx942 half 64 64 64 4 1 280
     bh_dkv gfx942 half 128 64 64 4 1 446
+    bh_dkv gfx942 half 256 32 32 4 1 460
     bh_far_dkv sm_80 half 64 64 0 4 2 126
     bh_far_dkv sm_80 half 128 64 0 4 2 186
+    bh_far_dkv sm_80 half 256 32 0 4 2 210
     bh_far_dkv sm_90 half 64 64 0 4 2 124
     bh_far_dkv sm_90 half 128 64 0 4 2 168
     bh_far_dkv sm_90 half 256 64 0 8 2 176
     bh_far_dkv sm_90 float 64 64 0 8 2 204
+    bh_far_dkv sm_90 float 128 32 0 8 2 234
     bh_far_dkv sm_100 half 64 64 0 8 2 100
     bh_far_dkv sm_100 half 128 64 0 4 2 174
+    bh_far_dkv sm_100 half 256 64 0 8 2 170
     bh_far_dkv gfx942 half 64 64 0 4 1 172
     bh_far_dkv gfx942 half 128 64 0 4 1 280
+    bh_far_dkv gfx942 half 256 32 0 4 2 494
     bh_fwd_pool sm_80 half 64 64 64 4 2 255
     bh_fwd_pool sm_80 half 128 32 64 8 2 222
     bh_fwd_pool sm_90 half 64 64 64 4 2 185
@@ -147,6 +177,16 @@ _ROWS = """
     bh_far_dkv_pool gfx942 half 128 64 0 4 1 283
 """
 
+# Where the search found none: tiles of 16 spill already, with 4 and 8 warps, and are what serves.
+_NONE = """
+    leaf_dq sm_90 float 128
+    bh_fwd sm_90 float 128
+    bh_fwd_few sm_90 float 128
+    bh_dq sm_90 float 128
+    bh_dq_few sm_90 float 64 128
+    bh_dkv sm_90 float 128
+"""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -167,10 +207,14 @@ class Config:
     registers: int = 255
 
     @property
+    def tiles(self) -> dict[str, int]:
+        """The constants of the kernel."""
+        return {"BM": self.rows, "BN": self.columns} if self.columns else {"BM": self.rows}
+
+    @property
     def launch(self) -> dict[str, int]:
         """As keywords of a launch."""
-        tiles = {"BM": self.rows, "BN": self.columns} if self.columns else {"BM": self.rows}
-        return {**tiles, "num_warps": self.warps, "num_stages": self.stages}
+        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
 
 
 @cache
@@ -178,6 +222,12 @@ def configs() -> dict[tuple[str, str, str, int], Config]:
     """All rows by kernel, architecture, ``"half"`` or ``"float"``, and channels."""
     rows = (row.split() for row in _ROWS.strip().splitlines())
     return {(name, arch, kind, int(d)): Config(*map(int, sizes)) for name, arch, kind, d, *sizes in rows}
+
+
+@cache
+def without() -> frozenset[tuple[str, str, str, int]]:
+    """Cells that have no row because the search found none."""
+    return cells(_NONE)
 
 
 @cache
