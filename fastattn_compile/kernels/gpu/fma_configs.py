@@ -61,8 +61,7 @@ _ROWS = """
     fma_far sm_90 half 64 64 0 64 4 2
     fma_dkv sm_90 half 64 64 64 0 4 2
     fma_sinks sm_90 half 64 64 0 0 4 2
-    fma_fwd sm_90 half 128 64 64 64 4 2
-    fma_fwd_packed sm_90 half 128 64 64 32 4 2
+    fma_fwd sm_90 half 128 64 64 32 4 2
     fma_dq sm_90 half 128 64 32 32 4 2
     fma_far sm_90 half 128 64 0 64 8 2
     fma_dkv sm_90 half 128 64 64 0 8 2
@@ -101,7 +100,7 @@ _ROWS = """
     fma_fwd sm_90 half 256 64 16 16 8 2
     fma_dq sm_90 half 256 16 16 16 8 1
     fma_far sm_90 half 256 32 0 32 8 1
-    fma_dkv sm_90 half 256 32 64 0 8 1 split
+    fma_dkv sm_90 half 256 32 64 0 8 2 split
     fma_sinks sm_90 half 256 64 0 0 4 1
     fma_dq sm_90 float 64 16 32 32 4 1
     fma_far sm_90 float 64 32 0 32 4 1
@@ -130,7 +129,7 @@ _ROWS = """
     fma_decode gfx942 float 256 16 16 16 8 2
     window_fwd sm_90 half 256 64 32 0 8 2
     window_dq sm_90 half 256 64 16 0 8 2
-    window_dkv sm_90 half 256 64 64 0 8 2 split
+    window_dkv sm_90 half 256 32 64 0 8 2 split
     window_fwd sm_90 float 64 64 32 0 4 2
     window_dkv sm_90 float 64 32 64 0 8 2
     window_dkv sm_90 float 128 16 16 0 4 1
@@ -162,7 +161,6 @@ _ROWS = """
     window_dq sm_80 half 128 64 32 0 8 2
     window_dkv sm_80 half 128 32 64 0 8 2
     fma_fwd_packed sm_80 half 256 16 32 32 8 1
-    fma_dkv_packed sm_90 half 256 64 64 0 8 2 split
     fma_fwd_packed sm_90 float 64 32 32 32 8 1
     fma_dq_packed sm_90 float 64 16 32 32 8 1
     fma_far_packed sm_90 float 64 32 0 32 8 1
