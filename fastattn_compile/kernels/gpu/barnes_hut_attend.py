@@ -18,6 +18,20 @@ from fastattn_compile.kernels.gpu.meet import heads_of, meet, meet_again, rows_o
 from fastattn_compile.kernels.gpu.online import COUNTS, log2_sum
 
 
+@triton.jit
+def closed_rows(
+    NODE_K, NODE_V, NODE_WEIGHT, CLOSED, begin, slots, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and weights of some closed nodes of a list, and which of them are there."""
+    slot = begin + tl.arange(0, BN)
+    there = slot < slots
+    node = tl.load(CLOSED + slot, mask=there, other=0)
+    weight = tl.load(NODE_WEIGHT + node, mask=there, other=0.0)
+    k, v = rows_of(NODE_K, node, D, 1, there, D, BD), rows_of(NODE_V, node, E, 1, there, E, BE)
+    return k, v, weight, there
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def bh_fwd(
     Q, K, V, OUT, LSE, FINE, SINK, LEAVES, NODE_K, NODE_V, NODE_WEIGHT, CLOSED, CLOSED_COUNT, room, nodes, weight_row,
@@ -69,13 +83,12 @@ def bh_fwd(
         choice = chooser.to(tl.int64) * groups + group
         NODE_K += unit.to(tl.int64) * nodes * D
         NODE_V += unit.to(tl.int64) * nodes * E
+        NODE_WEIGHT += batch * weight_row
         slots = tl.load(CLOSED_COUNT + choice)
         for begin in range(0, slots, BN):
-            slot = begin + tl.arange(0, BN)
-            there = slot < slots
-            node = tl.load(CLOSED + choice * room + slot, mask=there, other=0)
-            weight = tl.load(NODE_WEIGHT + batch * weight_row + node, mask=there, other=0.0)
-            k, v = rows_of(NODE_K, node, D, 1, there, D, BD), rows_of(NODE_V, node, E, 1, there, E, BE)
+            k, v, weight, there = closed_rows(
+                NODE_K, NODE_V, NODE_WEIGHT, CLOSED + choice * room, begin, slots, D, E, BD, BE, BN
+            )
             largest, mass, acc = meet(q, k, v, weight, there[None, :], scale, largest, mass, acc, PRECISION)
     if SINKS > 0:
         i = tl.arange(0, BS)
@@ -151,13 +164,12 @@ def bh_dq(
         choice = chooser.to(tl.int64) * groups + group
         NODE_K += unit.to(tl.int64) * nodes * D
         NODE_V += unit.to(tl.int64) * nodes * E
+        NODE_WEIGHT += batch * weight_row
         slots = tl.load(CLOSED_COUNT + choice)
         for begin in range(0, slots, BN):
-            slot = begin + tl.arange(0, BN)
-            there = slot < slots
-            node = tl.load(CLOSED + choice * room + slot, mask=there, other=0)
-            weight = tl.load(NODE_WEIGHT + batch * weight_row + node, mask=there, other=0.0)
-            k, v = rows_of(NODE_K, node, D, 1, there, D, BD), rows_of(NODE_V, node, E, 1, there, E, BE)
+            k, v, weight, there = closed_rows(
+                NODE_K, NODE_V, NODE_WEIGHT, CLOSED + choice * room, begin, slots, D, E, BD, BE, BN
+            )
             acc = meet_again(
                 q, k, v, weight[None, :], grad, lse, delta, there[None, :], scale, acc, PRECISION
             )
