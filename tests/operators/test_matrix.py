@@ -143,12 +143,22 @@ def test_gradients_are_as_accurate_as_their_type(case, mask, dtype):
         given, params, sources = leaves(given, params)
         return gradients(evaluate(given, params), sources, tuple(s.to(given.value.dtype) for s in seeds))
 
-    got = of(lambda i, p: run(operator, i, p), inputs, parameters)
+    with recorded_kernels() as ran:
+        got = of(lambda i, p: run(operator, i, p), inputs, parameters)
     formula = of(operator.reference, inputs, parameters)
     oracle = of(operator.reference, cast(inputs, torch.float64), tuple(p.double() for p in parameters))
-    for name, g, f, o in zip(
-        ["query", "key", "value"] + ["parameter"] * len(parameters) + ["bias"], got, formula, oracle
-    ):
+    names = ["query", "key", "value"] + ["parameter"] * len(parameters) + ["bias"]
+    if set(ran.values()) != {"aten"}:
+        # Sums of few numbers that cancel err by luck: what ATen errs, which is judged first, is a second draw of what the
+        # type explains.
+        with use_kernels("aten"):
+            plain = of(lambda i, p: run(operator, i, p), inputs, parameters)
+        for name, g, f, o in zip(names, plain, formula, oracle):
+            assert_as_good_as(g, oracle=o, formula=f, name=f"gradient of {name} by ATen")
+        formula = [
+            max(pair, key=lambda x, o=o: relative_error(x, o)) for *pair, o in zip(formula, plain, oracle)
+        ]
+    for name, g, f, o in zip(names, got, formula, oracle):
         assert g.dtype == dtype
         assert_as_good_as(g, oracle=o, formula=f, name=f"gradient of {name}")
 

@@ -43,12 +43,13 @@ class TileGradients {
     std::fill(grad_rows.begin(), grad_rows.end(), 0.f);
     for (int64_t r = 0; r < QT; r++) {
       lse[r] = std::numeric_limits<float>::infinity();  // weights of 0 where there is no query, or nothing was seen
-      slope[r] = 0.f;
+      slope[r] = of_lse[r] = 0.f;
       if (r >= count) continue;
       if (a.log_sum_exp[place + r] != NEG_INF) lse[r] = a.log_sum_exp[place + r] * LOG2E;
       widen_row(dout + r * a.grad_out_strides[2], a.e, &grad_rows[r * dv]);
       widen_row(q + r * a.query_strides[2], a.d, &query_rows[r * dk]);
-      slope[r] = dot(&grad_rows[r * dv], as_floats(o + r * a.out_strides[2], a.e, rows.data()), a.e) - (a.grad_lse ? a.grad_lse[place + r] : 0.f);
+      of_lse[r] = a.grad_lse ? a.grad_lse[place + r] : 0.f;
+      if (!a.closed) slope[r] = dot(&grad_rows[r * dv], as_floats(o + r * a.out_strides[2], a.e, rows.data()), a.e) - of_lse[r];
     }
   }
 
@@ -61,9 +62,15 @@ class TileGradients {
     weigh(runs);
     float* tables = a.grad_tables ? a.grad_tables + (batch * a.h + head) * (levels + 1) * a.table + a.table_zero + token : nullptr;
     for (const Run& run : runs) {
+      const int64_t lane = run.vector * W;
+      by_vectors(run, [&](auto v) {
+        product_packed<v.value>(slots.value_packed.data(), run.slot, grads.data() + lane, &slopes[run.slot * QT + lane], run.rows, a.e);
+      });
+    }
+    if (a.closed) balance(runs);
+    for (const Run& run : runs) {
       const int64_t lane = run.vector * W, depth = QT - lane;
       float *p = &weights[run.slot * QT + lane], *s = &slopes[run.slot * QT + lane];
-      by_vectors(run, [&](auto v) { product_packed<v.value>(slots.value_packed.data(), run.slot, grads.data() + lane, s, run.rows, a.e); });
       for (int64_t r = 0; r < run.rows; r++) {
         float* to = tables ? tables + slots.level[run.slot + r] * a.table - slots.from[run.slot + r] + lane : nullptr;
         for (int64_t j = 0; j < depth; j += W) {
@@ -100,6 +107,7 @@ class TileGradients {
  private:
   const int64_t batch, g;
   int64_t block = 0, head = 0, first = 0, count = 0;
+  alignas(64) float of_lse[QT], by[QT];  // dlse; what weights are to be multiplied with so that they add up to 1
   Floats weights, slopes, rows, slot_key, slot_value;
   Ahead ahead;
 
@@ -122,14 +130,22 @@ class TileGradients {
           }
       });
     if (!a.closed) return;
-    alignas(64) float by[QT];
-    for (int j = 0; j < NV; j++) {
-      store(by + j * W, total[j] > 0.f ? 1.f / total[j] : vec{} + 1.f);
-      store(slope + j * W, load(slope + j * W) * load(by + j * W));
-    }
+    for (int j = 0; j < NV; j++) store(by + j * W, total[j] > 0.f ? 1.f / total[j] : vec{} + 1.f);
     for (int64_t c = 0; c < a.e; c++)
       for (int j = 0; j < NV; j++) store(&grads[c * QT + j * W], load(&grads[c * QT + j * W]) * load(by + j * W));
     for (int64_t r = 0; r < count; r++) scale_row(&grad_rows[r * dv], dv, by[r]);
+  }
+
+  // Where the log-sum-exp is of what is met here, dO . o from the weights at hand: gradients of a query's scores then add up to 0 but for
+  // their own rounding, not for that of the output.
+  void balance(const std::vector<Run>& runs) {
+    vec mean[NV] = {};
+    for (const Run& run : runs)
+      by_vectors(run, [&](auto v) {
+        for (int64_t at = run.slot * QT; at < (run.slot + run.rows) * QT; at += QT)
+          for (int j = NV - v.value; j < NV; j++) mean[j] += load(&weights[at + j * W]) * load(&slopes[at + j * W]);
+      });
+    for (int j = 0; j < NV; j++) store(slope + j * W, (mean[j] - load(of_lse + j * W)) * load(by + j * W));
   }
 
   void empty(int64_t first_slot) {
