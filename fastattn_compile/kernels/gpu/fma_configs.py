@@ -209,6 +209,11 @@ _ROWS = """
     window_fwd gfx942 float 64 64 64 0 4 2
     window_dq gfx942 float 64 64 64 0 4 2
     window_dkv gfx942 float 64 32 64 0 8 1
+    fma_fwd gfx942 float 64 64 64 64 4 2
+    fma_dq gfx942 float 64 64 64 64 4 2
+    fma_far gfx942 float 64 64 0 64 4 1
+    fma_dkv gfx942 float 64 32 64 0 8 1
+    fma_sinks gfx942 float 64 64 0 0 4 2
 """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps.
