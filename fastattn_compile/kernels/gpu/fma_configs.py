@@ -195,6 +195,23 @@ _ROWS = """
     window_fwd gfx942 half 256 64 32 0 4 2
     window_dq gfx942 half 256 32 32 0 4 1
     window_dkv gfx942 half 256 32 32 0 4 1
+    fma_dq sm_80 float 64 16 32 32 8 2
+    fma_far sm_80 float 64 32 0 32 8 1
+    fma_dkv sm_80 float 64 32 32 0 8 1
+    fma_sinks sm_80 float 64 64 0 0 4 2
+    window_fwd sm_80 float 64 64 16 0 8 2
+    window_dkv sm_80 float 64 32 32 0 8 1
+    window_fwd sm_100 float 64 64 64 0 8 2
+    window_dq sm_100 float 64 64 64 0 8 2
+    window_dkv sm_100 float 64 32 64 0 8 2
+    window_fwd gfx942 float 64 64 64 0 4 2
+    window_dq gfx942 float 64 64 64 0 4 2
+    window_dkv gfx942 float 64 32 64 0 8 1
+    fma_fwd gfx942 float 64 64 64 64 4 2
+    fma_dq gfx942 float 64 64 64 64 4 2
+    fma_far gfx942 float 64 64 0 64 4 1
+    fma_dkv gfx942 float 64 32 64 0 8 1
+    fma_sinks gfx942 float 64 64 0 0 4 2
 """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps.
@@ -202,6 +219,7 @@ _NONE = """
     fma_dq sm_90 float 128
     fma_decode sm_100 half 256
     window_fwd sm_90 float 128
+    window_dq sm_80 float 64
     window_dq sm_90 float 64 128
 """
 

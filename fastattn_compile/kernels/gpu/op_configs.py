@@ -28,12 +28,15 @@ _ROWS = """
     leaf_fwd sm_100 half 64 64 64 4 2 164
     leaf_fwd sm_100 half 128 64 64 4 2 202
     leaf_fwd sm_100 half 256 64 64 8 2 190
+    leaf_fwd sm_100 float 64 64 64 8 2 189
     leaf_fwd gfx942 half 64 64 64 4 1 199
     leaf_fwd gfx942 half 128 64 64 4 1 328
     leaf_fwd gfx942 half 256 64 64 4 2 505
+    leaf_fwd gfx942 float 64 64 64 4 2 208
     leaf_dq sm_80 half 64 64 64 4 2 213
     leaf_dq sm_80 half 128 64 64 8 2 182
     leaf_dq sm_80 half 256 64 16 8 1 255
+    leaf_dq sm_80 float 64 32 32 4 1 178
     leaf_dq sm_90 half 64 64 64 4 2 138
     leaf_dq sm_90 half 128 64 64 4 2 236
     leaf_dq sm_90 half 256 32 64 8 2 162
@@ -41,12 +44,15 @@ _ROWS = """
     leaf_dq sm_100 half 64 64 64 8 2 99
     leaf_dq sm_100 half 128 64 64 4 2 210
     leaf_dq sm_100 half 256 64 64 8 2 251
+    leaf_dq sm_100 float 64 64 64 8 2 242
     leaf_dq gfx942 half 64 64 64 4 1 256
     leaf_dq gfx942 half 128 64 64 4 1 418
     leaf_dq gfx942 half 256 64 32 4 1 511
+    leaf_dq gfx942 float 64 64 64 4 2 330
     leaf_dkv sm_80 half 64 64 64 8 2 255
     leaf_dkv sm_80 half 128 64 64 8 1 192
     leaf_dkv sm_80 half 256 32 32 8 2 210
+    leaf_dkv sm_80 float 64 32 32 8 2 221
     leaf_dkv sm_90 half 64 64 64 4 2 212
     leaf_dkv sm_90 half 128 64 64 8 2 238
     leaf_dkv sm_90 half 256 64 32 8 2 210
@@ -55,12 +61,15 @@ _ROWS = """
     leaf_dkv sm_100 half 64 64 64 4 2 135
     leaf_dkv sm_100 half 128 64 64 4 2 151
     leaf_dkv sm_100 half 256 32 64 4 2 208
+    leaf_dkv sm_100 float 64 32 64 8 2 248
     leaf_dkv gfx942 half 64 64 64 4 1 349
     leaf_dkv gfx942 half 128 64 64 4 1 505
     leaf_dkv gfx942 half 256 32 32 4 1 480
+    leaf_dkv gfx942 float 64 64 64 4 1 497
     bh_fwd sm_80 half 64 64 64 4 2 255
     bh_fwd sm_80 half 128 64 64 8 2 178
     bh_fwd sm_80 half 256 64 32 8 1 254
+    bh_fwd sm_80 float 64 64 16 8 2 255
     bh_fwd sm_90 half 64 64 64 4 2 193
     bh_fwd sm_90 half 128 64 64 8 2 201
     bh_fwd sm_90 half 256 64 16 8 2 255
@@ -68,12 +77,15 @@ _ROWS = """
     bh_fwd sm_100 half 64 64 64 4 2 210
     bh_fwd sm_100 half 128 64 64 8 2 182
     bh_fwd sm_100 half 256 64 64 8 2 201
+    bh_fwd sm_100 float 64 64 64 8 2 255
     bh_fwd gfx942 half 64 64 64 4 1 236
     bh_fwd gfx942 half 128 64 64 4 1 333
     bh_fwd gfx942 half 256 64 32 4 2 415
+    bh_fwd gfx942 float 64 64 64 4 2 334
     bh_fwd_few sm_80 half 64 16 64 4 2 128
     bh_fwd_few sm_80 half 128 16 64 4 2 148
     bh_fwd_few sm_80 half 256 16 64 4 2 255
+    bh_fwd_few sm_80 float 64 16 64 8 2 255
     bh_fwd_few sm_90 half 64 16 64 4 2 114
     bh_fwd_few sm_90 half 128 16 64 4 2 143
     bh_fwd_few sm_90 half 256 16 64 8 2 146
@@ -81,9 +93,11 @@ _ROWS = """
     bh_fwd_few sm_100 half 64 16 64 8 2 86
     bh_fwd_few sm_100 half 128 16 64 4 2 143
     bh_fwd_few sm_100 half 256 16 64 4 2 193
+    bh_fwd_few sm_100 float 64 16 64 8 2 253
     bh_fwd_few gfx942 half 64 16 64 4 1 165
     bh_fwd_few gfx942 half 128 16 64 4 1 219
     bh_fwd_few gfx942 half 256 16 64 4 1 361
+    bh_fwd_few gfx942 float 64 16 64 4 2 255
     bh_dq sm_80 half 64 64 32 4 2 255
     bh_dq sm_80 half 128 64 64 8 1 242
     bh_dq sm_80 half 256 32 32 8 1 188
@@ -93,9 +107,11 @@ _ROWS = """
     bh_dq sm_100 half 64 64 64 4 2 166
     bh_dq sm_100 half 128 64 64 8 2 163
     bh_dq sm_100 half 256 64 32 8 2 249
+    bh_dq sm_100 float 64 64 32 8 2 242
     bh_dq gfx942 half 64 64 64 4 1 255
     bh_dq gfx942 half 128 64 64 4 1 455
     bh_dq gfx942 half 256 32 32 4 1 417
+    bh_dq gfx942 float 64 64 64 4 2 487
     bh_dq_few sm_80 half 64 16 64 4 2 128
     bh_dq_few sm_80 half 128 16 64 8 2 170
     bh_dq_few sm_80 half 256 16 64 8 1 180
@@ -108,9 +124,11 @@ _ROWS = """
     bh_dq_few gfx942 half 64 16 64 4 1 187
     bh_dq_few gfx942 half 128 16 64 4 1 255
     bh_dq_few gfx942 half 256 16 32 4 2 370
+    bh_dq_few gfx942 float 64 16 64 4 2 345
     bh_dkv sm_80 half 64 32 64 4 2 241
     bh_dkv sm_80 half 128 64 64 8 1 219
     bh_dkv sm_80 half 256 32 32 8 2 253
+    bh_dkv sm_80 float 64 32 32 8 2 255
     bh_dkv sm_90 half 64 64 64 8 2 241
     bh_dkv sm_90 half 128 32 64 8 2 235
     bh_dkv sm_90 half 256 32 32 8 2 250
@@ -118,12 +136,15 @@ _ROWS = """
     bh_dkv sm_100 half 64 64 64 4 2 254
     bh_dkv sm_100 half 128 64 64 8 1 155
     bh_dkv sm_100 half 256 32 32 8 2 250
+    bh_dkv sm_100 float 64 32 64 8 1 246
     bh_dkv gfx942 half 64 64 64 4 1 280
     bh_dkv gfx942 half 128 64 64 4 1 446
     bh_dkv gfx942 half 256 32 32 4 1 460
+    bh_dkv gfx942 float 64 64 64 4 1 392
     bh_far_dkv sm_80 half 64 64 0 4 2 126
     bh_far_dkv sm_80 half 128 64 0 4 2 186
     bh_far_dkv sm_80 half 256 32 0 4 2 210
+    bh_far_dkv sm_80 float 64 64 0 8 2 204
     bh_far_dkv sm_90 half 64 64 0 4 2 124
     bh_far_dkv sm_90 half 128 64 0 4 2 168
     bh_far_dkv sm_90 half 256 64 0 8 2 176
@@ -132,9 +153,11 @@ _ROWS = """
     bh_far_dkv sm_100 half 64 64 0 8 2 100
     bh_far_dkv sm_100 half 128 64 0 4 2 174
     bh_far_dkv sm_100 half 256 64 0 8 2 170
+    bh_far_dkv sm_100 float 64 64 0 8 2 200
     bh_far_dkv gfx942 half 64 64 0 4 1 172
     bh_far_dkv gfx942 half 128 64 0 4 1 280
     bh_far_dkv gfx942 half 256 32 0 4 2 494
+    bh_far_dkv gfx942 float 64 64 0 4 2 442
     bh_fwd_pool sm_80 half 64 64 64 4 2 255
     bh_fwd_pool sm_80 half 128 32 64 8 2 222
     bh_fwd_pool sm_90 half 64 64 64 4 2 185
@@ -179,11 +202,16 @@ _ROWS = """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps, and are what serves.
 _NONE = """
-    leaf_dq sm_90 float 128
-    bh_fwd sm_90 float 128
-    bh_fwd_few sm_90 float 128
-    bh_dq sm_90 float 128
+    leaf_fwd sm_90 float 256
+    leaf_dq sm_90 float 128 256
+    leaf_dkv sm_90 float 256
+    bh_fwd sm_90 float 128 256
+    bh_fwd_few sm_90 float 128 256
+    bh_dq sm_80 float 64
+    bh_dq sm_90 float 64 128
+    bh_dq_few sm_80 float 64
     bh_dq_few sm_90 float 64 128
+    bh_dq_few sm_100 float 64
     bh_dkv sm_90 float 128
 """
 
