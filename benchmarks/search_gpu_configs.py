@@ -74,6 +74,7 @@ CANDIDATES = {
     "fma_decode": _STEPS, "window_fwd": _BANDS, "window_dq": _BANDS, "window_dkv": _KEYS,
     "leaf_fwd": _TILES, "leaf_dq": _TILES, "leaf_dkv": _OF_KEYS, "bh_fwd": _TILES, "bh_fwd_few": _FEW,
     "bh_dq": _TILES, "bh_dq_few": _FEW, "bh_dkv": _OF_KEYS, "bh_far_dkv": _LEAVES,
+    "bh_fwd_pool": _TILES, "bh_fwd_few_pool": _FEW, "bh_dq_pool": _TILES, "bh_dq_few_pool": _FEW, "bh_far_dkv_pool": _LEAVES,
 }  # fmt: skip
 
 
