@@ -13,12 +13,15 @@ from fastattn_compile.operators.registry import make_operator
 pytestmark = pytest.mark.gpu
 
 OPERATORS = {
+    "fma": {"block": 64},
+    "window": {"width": 100},
     "barnes_hut": {"group": 16},
     "barnes_hut-single": {"group": 1},
     "barnes_hut-pool": {"group": 16, "rest": "pool"},
     "tf_attention": {"height": 4},
     "tc_attention": {"height": 4},
     "cast": {"clusters": 8, "clustering": "topk"},
+    "cast-causal": {"clusters": 8, "clustering": "token_choice", "cluster_size": 64},
     "conv_basis": {"k": 16, "form": "buckets"},
 }
 
