@@ -235,7 +235,8 @@ _NONE = """
     fma_decode sm_100 half 256
     window_fwd sm_90 float 128 256
     window_dq sm_80 float 64
-    window_dq sm_90 float 64 128
+    window_dq sm_90 float 64 128 256
+    window_dkv sm_90 float 256
 """
 
 # What serves where there is no row: they may spill, and are right all the same.
