@@ -212,15 +212,29 @@ _ROWS = """
     fma_far gfx942 float 64 64 0 64 4 1
     fma_dkv gfx942 float 64 32 64 0 8 1
     fma_sinks gfx942 float 64 64 0 0 4 2
+    fma_fwd gfx942 float 128 64 64 64 4 1
+    fma_dq gfx942 float 128 32 32 32 4 1
+    fma_far gfx942 float 128 32 0 32 4 1
+    fma_dkv gfx942 float 128 32 32 0 4 1
+    fma_sinks gfx942 float 128 32 0 0 4 2
+    window_fwd gfx942 float 128 64 64 0 4 2
+    window_dq gfx942 float 128 32 32 0 4 1
+    window_dkv gfx942 float 128 32 32 0 4 1
 """
 
 # Where the search found none: tiles of 16 spill already, with 4 and 8 warps.
 _NONE = """
-    fma_dq sm_90 float 128
+    fma_fwd sm_90 float 256
+    fma_dq sm_90 float 128 256
+    fma_far sm_90 float 256
+    fma_dkv sm_90 float 256
+    fma_sinks sm_90 float 256
+    fma_decode sm_90 float 256
     fma_decode sm_100 half 256
-    window_fwd sm_90 float 128
+    window_fwd sm_90 float 128 256
     window_dq sm_80 float 64
-    window_dq sm_90 float 64 128
+    window_dq sm_90 float 64 128 256
+    window_dkv sm_90 float 256
 """
 
 # What serves where there is no row: they may spill, and are right all the same.

@@ -33,6 +33,7 @@ _ROWS = """
     leaf_fwd gfx942 half 128 64 64 4 1 328
     leaf_fwd gfx942 half 256 64 64 4 2 505
     leaf_fwd gfx942 float 64 64 64 4 2 208
+    leaf_fwd gfx942 float 128 64 64 4 2 329
     leaf_dq sm_80 half 64 64 64 4 2 213
     leaf_dq sm_80 half 128 64 64 8 2 182
     leaf_dq sm_80 half 256 64 16 8 1 255
@@ -49,6 +50,7 @@ _ROWS = """
     leaf_dq gfx942 half 128 64 64 4 1 418
     leaf_dq gfx942 half 256 64 32 4 1 511
     leaf_dq gfx942 float 64 64 64 4 2 330
+    leaf_dq gfx942 float 128 64 32 4 2 413
     leaf_dkv sm_80 half 64 64 64 8 2 255
     leaf_dkv sm_80 half 128 64 64 8 1 192
     leaf_dkv sm_80 half 256 32 32 8 2 210
@@ -66,6 +68,7 @@ _ROWS = """
     leaf_dkv gfx942 half 128 64 64 4 1 505
     leaf_dkv gfx942 half 256 32 32 4 1 480
     leaf_dkv gfx942 float 64 64 64 4 1 497
+    leaf_dkv gfx942 float 128 32 32 4 1 451
     bh_fwd sm_80 half 64 64 64 4 2 255
     bh_fwd sm_80 half 128 64 64 8 2 178
     bh_fwd sm_80 half 256 64 32 8 1 254
@@ -82,6 +85,7 @@ _ROWS = """
     bh_fwd gfx942 half 128 64 64 4 1 333
     bh_fwd gfx942 half 256 64 32 4 2 415
     bh_fwd gfx942 float 64 64 64 4 2 334
+    bh_fwd gfx942 float 128 64 64 4 1 479
     bh_fwd_few sm_80 half 64 16 64 4 2 128
     bh_fwd_few sm_80 half 128 16 64 4 2 148
     bh_fwd_few sm_80 half 256 16 64 4 2 255
@@ -98,6 +102,7 @@ _ROWS = """
     bh_fwd_few gfx942 half 128 16 64 4 1 219
     bh_fwd_few gfx942 half 256 16 64 4 1 361
     bh_fwd_few gfx942 float 64 16 64 4 2 255
+    bh_fwd_few gfx942 float 128 16 64 4 2 407
     bh_dq sm_80 half 64 64 32 4 2 255
     bh_dq sm_80 half 128 64 64 8 1 242
     bh_dq sm_80 half 256 32 32 8 1 188
@@ -112,6 +117,7 @@ _ROWS = """
     bh_dq gfx942 half 128 64 64 4 1 455
     bh_dq gfx942 half 256 32 32 4 1 417
     bh_dq gfx942 float 64 64 64 4 2 487
+    bh_dq gfx942 float 128 32 32 4 1 364
     bh_dq_few sm_80 half 64 16 64 4 2 128
     bh_dq_few sm_80 half 128 16 64 8 2 170
     bh_dq_few sm_80 half 256 16 64 8 1 180
@@ -125,6 +131,7 @@ _ROWS = """
     bh_dq_few gfx942 half 128 16 64 4 1 255
     bh_dq_few gfx942 half 256 16 32 4 2 370
     bh_dq_few gfx942 float 64 16 64 4 2 345
+    bh_dq_few gfx942 float 128 16 64 4 1 422
     bh_dkv sm_80 half 64 32 64 4 2 241
     bh_dkv sm_80 half 128 64 64 8 1 219
     bh_dkv sm_80 half 256 32 32 8 2 253
@@ -141,6 +148,7 @@ _ROWS = """
     bh_dkv gfx942 half 128 64 64 4 1 446
     bh_dkv gfx942 half 256 32 32 4 1 460
     bh_dkv gfx942 float 64 64 64 4 1 392
+    bh_dkv gfx942 float 128 32 32 4 1 405
     bh_far_dkv sm_80 half 64 64 0 4 2 126
     bh_far_dkv sm_80 half 128 64 0 4 2 186
     bh_far_dkv sm_80 half 256 32 0 4 2 210
@@ -158,6 +166,7 @@ _ROWS = """
     bh_far_dkv gfx942 half 128 64 0 4 1 280
     bh_far_dkv gfx942 half 256 32 0 4 2 494
     bh_far_dkv gfx942 float 64 64 0 4 2 442
+    bh_far_dkv gfx942 float 128 64 0 4 1 482
     bh_fwd_pool sm_80 half 64 64 64 4 2 255
     bh_fwd_pool sm_80 half 128 32 64 8 2 222
     bh_fwd_pool sm_90 half 64 64 64 4 2 185
@@ -208,11 +217,12 @@ _NONE = """
     bh_fwd sm_90 float 128 256
     bh_fwd_few sm_90 float 128 256
     bh_dq sm_80 float 64
-    bh_dq sm_90 float 64 128
+    bh_dq sm_90 float 64 128 256
     bh_dq_few sm_80 float 64
-    bh_dq_few sm_90 float 64 128
+    bh_dq_few sm_90 float 64 128 256
     bh_dq_few sm_100 float 64
-    bh_dkv sm_90 float 128
+    bh_dkv sm_90 float 128 256
+    bh_far_dkv sm_90 float 256
 """
 
 
