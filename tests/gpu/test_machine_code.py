@@ -33,7 +33,7 @@ def each_row():
         yield pytest.param(row, id="-".join(map(str, row)), marks=[pytest.mark.slow] if long else [])
 
 
-@pytest.mark.parametrize("row", each_row())
+@pytest.mark.parametrize("row", list(each_row()))
 def test_every_row_of_the_table(row):
     name, architecture, kind, width = row
     config = configs()[row]

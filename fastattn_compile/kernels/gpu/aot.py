@@ -128,7 +128,8 @@ def _of_nvidia(cubin: bytes, shared: int) -> Report:
 
 def _of_amd(code: str, shared: int) -> Report:
     spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", code)
-    return Report(_number(r"\.vgpr_count:\s+(\d+)", code), 0, spilled, shared, _products(code))
+    scratch = _number(r"\.private_segment_fixed_size:\s+(\d+)", code)
+    return Report(_number(r"\.vgpr_count:\s+(\d+)", code), scratch, spilled, shared, _products(code))
 
 
 def _products(code: str) -> dict[str, int]:
