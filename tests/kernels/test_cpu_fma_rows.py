@@ -70,7 +70,7 @@ def test_biases_near_and_far(bias: str, basis: str, mask: str, dtype: torch.dtyp
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    # Of a few numbers the typical error of a gradient is one of them, not an average.
+    # Of a few numbers the typical error of a gradient is one of them, not an average; so is that of few learned rows, below.
     st.integers(64, 300), st.sampled_from([(2, 1), (4, 4), (6, 2)]), st.integers(16, 37), st.integers(16, 37),
     st.sampled_from([(8, 2), (12, 3), (5, 5), (7, 1), (20, 20)]), st.booleans(), st.integers(0, 5),
     st.sampled_from(["mean", "depthwise"]), st.sampled_from(BIASES),
@@ -79,6 +79,9 @@ def test_any_shape(
     length: int, heads: tuple[int, int], d: int, e: int, block: tuple[int, int], causal: bool, sinks: int, basis: str,
     bias: str,
 ) -> None:  # fmt: skip
+    torch.manual_seed(length)  # an example is the same whatever came before it
+    if basis == "depthwise":
+        length = max(length, 8 * block[0])
     inputs = make_inputs(
         "causal" if causal else "none", batch=1, heads=heads[0], kv_heads=heads[1], length=length, head_dim=d,
         value_dim=e,

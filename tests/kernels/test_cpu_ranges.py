@@ -81,9 +81,10 @@ def test_ranges_longer_than_a_chunk(name: str) -> None:
     assert not wrong(deviations)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(sorted(OPERATORS)), st.integers(24, 200), st.sampled_from([(2, 1), (3, 3), (6, 2)]),
+    # Leaves of a few keys: the typical error of a key's gradient is then one draw, not an average, of ATen's as of ours.
+    st.sampled_from(sorted(OPERATORS)), st.integers(100, 260), st.sampled_from([(2, 1), (3, 3), (6, 2)]),
     st.integers(8, 40), st.integers(8, 40), st.booleans(),
 )  # fmt: skip
 def test_any_shape(name: str, length: int, heads: tuple[int, int], d: int, e: int, causal: bool) -> None:
