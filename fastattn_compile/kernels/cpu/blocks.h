@@ -334,7 +334,7 @@ static inline void sum_rows(const std::vector<Run>& runs, const float* rows, int
     vec total[R][NV] = {};
     for (const Run& run : runs)
       by_vectors(run, [&](auto v) {
-        add_products<R, NV - v.value>(rows + run.slot * wide + c, wide, by + run.slot * QT, QT, run.rows, total);
+        add_products<1, NV - v.value>(rows + run.slot * wide + c, wide, by + run.slot * QT, QT, run.rows, total);
       });
     for (int r = 0; r < R; r++)
       for (int j = 0; j < NV; j++) store(out + (c + r) * QT + j * W, total[r][j]);
@@ -354,14 +354,7 @@ void weigh(const Slots<T>& slots, const std::vector<Run>& runs, float* scores, f
     });
   for (int j = 0; j < NV; j++) top[j] = top[j] == NEG_INF ? vec{} : top[j];
   for (const Run& run : runs)
-    by_vectors(run, [&](auto v) {
-      for (float *row = scores + run.slot * QT, *end = row + run.rows * QT; row < end; row += QT)
-        for (int j = NV - v.value; j < NV; j++) {
-          const vec weight = exp2v(load(row + j * W) - top[j]);
-          store(row + j * W, weight);
-          weights[j] += weight;
-        }
-    });
+    by_vectors(run, [&](auto v) { make_weights<NV - v.value>(scores + run.slot * QT, run.rows, top, weights); });
   for (int j = 0; j < NV; j++) most[j] = top[j], sum[j] = weights[j];
   sum_rows(runs, slots.v.data(), slots.dv, slots.a.e, scores, out);
 }

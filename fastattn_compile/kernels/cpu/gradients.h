@@ -119,16 +119,10 @@ class TileGradients {
   // Weights from scores. A number of 4 to 8 is stored to 2e-7, several times what a softmax errs: where the log-sum-exp is of what is
   // met here, what rounding it did to all weights of a query alike is taken back from what they are multiplied with.
   void weigh(const std::vector<Run>& runs) {
-    vec total[NV] = {};
+    vec total[NV] = {}, over[NV];
+    for (int j = 0; j < NV; j++) over[j] = load(lse + j * W);
     for (const Run& run : runs)
-      by_vectors(run, [&](auto v) {
-        for (float *row = &weights[run.slot * QT], *end = row + run.rows * QT; row < end; row += QT)
-          for (int j = NV - v.value; j < NV; j++) {
-            const vec weight = exp2v(load(row + j * W) - load(lse + j * W));
-            store(row + j * W, weight);
-            total[j] += weight;
-          }
-      });
+      by_vectors(run, [&](auto v) { make_weights<NV - v.value>(&weights[run.slot * QT], run.rows, over, total); });
     if (!a.closed) return;
     for (int j = 0; j < NV; j++) store(by + j * W, total[j] > 0.f ? 1.f / total[j] : vec{} + 1.f);
     for (int64_t c = 0; c < a.e; c++)

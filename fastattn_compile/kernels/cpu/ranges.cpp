@@ -46,12 +46,7 @@ static inline void meet(const RangeArgs& a, const Keys& keys, int64_t slot, int6
   }
   vec over[NV], total[NV];  // of our own, so that they stay in registers
   for (int j = 0; j < NV; j++) sums.most[j] = top[j], over[j] = top[j] == NEG_INF ? vec{} : top[j], total[j] = sums.sum[j];
-  for (float *row = b.scores.data(), *end = row + rows * QT; row < end; row += QT)
-    for (int j = 0; j < NV; j++) {
-      const vec weight = exp2v(load(row + j * W) - over[j]);
-      store(row + j * W, weight);
-      total[j] += weight;
-    }
+  make_weights<0>(b.scores.data(), rows, over, total);
   for (int j = 0; j < NV; j++) sums.sum[j] = total[j];
   product_transposed(&keys.value[slot * keys.dv], keys.dv, b.scores.data(), b.out.data(), rows, a.e, sums.any);
   sums.any = true;

@@ -191,37 +191,41 @@ static inline void transpose_rows(const float* from, int64_t stride, int64_t col
     for (int r = 0; r < 4; r++) to[r] = from[r * stride];
 }
 
-// C (N rows of stride ldc, V vectors) = or += sum over k < depth of A[r * LDA + k * step] * B[k * ldb + column].
+// total (N rows, V vectors) += sum over k < depth of A[r * LDA + k * step] * B[k * ldb + column], in vectors from FROM on.
 // A is read along rows that lie side by side (LDA 1: rows packed in groups, or a matrix read transposed) or apart by a number
 // the compiler knows, so that every address is a base and a constant.
+template <int LDA, int FROM, int N, int V>
+static inline void add_products(const float* A, int64_t step, const float* B, int64_t ldb, int64_t depth, vec (&total)[N][V]) {
+  for (int64_t k = 0; k < depth; k++, A += step, B += ldb) {
+    vec b[V];
+    for (int j = FROM; j < V; j++) b[j] = load(B + j * W);
+    for (int r = 0; r < N; r++) {
+      const vec a = splat(A[r * LDA]);
+      for (int j = FROM; j < V; j++) total[r][j] += a * b[j];
+    }
+  }
+}
+
+// C (N rows of stride ldc, V vectors) = or += those sums.
 template <int N, int V, int LDA, bool ADD>
 static inline void product_rows(const float* A, int64_t step, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t depth) {
   vec c[N][V];
   for (int r = 0; r < N; r++)
     for (int j = 0; j < V; j++) c[r][j] = ADD ? load(C + r * ldc + j * W) : vec{};
-  for (int64_t k = 0; k < depth; k++, A += step, B += ldb) {
-    vec b[V];
-    for (int j = 0; j < V; j++) b[j] = load(B + j * W);
-    for (int r = 0; r < N; r++) {
-      const vec a = splat(A[r * LDA]);
-      for (int j = 0; j < V; j++) c[r][j] += a * b[j];
-    }
-  }
+  add_products<LDA, 0>(A, step, B, ldb, depth, c);
   for (int r = 0; r < N; r++)
     for (int j = 0; j < V; j++) store(C + r * ldc + j * W, c[r][j]);
 }
 
-// total (N rows, NV vectors) += sum over k < depth of A[k * step + r] * B[k * ldb + column], in vectors from FROM on.
-template <int N, int FROM>
-static inline void add_products(const float* A, int64_t step, const float* B, int64_t ldb, int64_t depth, vec (&total)[N][NV]) {
-  for (int64_t k = 0; k < depth; k++, A += step, B += ldb) {
-    vec b[NV];
-    for (int j = FROM; j < NV; j++) b[j] = load(B + j * W);
-    for (int r = 0; r < N; r++) {
-      const vec a = splat(A[r]);
-      for (int j = FROM; j < NV; j++) total[r][j] += a * b[j];
+// Scores (row, query) become weights: 2 to what they are over `over`, in vectors from FROM on; `total` takes their sums.
+template <int FROM>
+static inline void make_weights(float* scores, int64_t rows, const vec (&over)[NV], vec (&total)[NV]) {
+  for (float *row = scores, *end = row + rows * QT; row < end; row += QT)
+    for (int j = FROM; j < NV; j++) {
+      const vec weight = exp2v(load(row + j * W) - over[j]);
+      store(row + j * W, weight);
+      total[j] += weight;
     }
-  }
 }
 
 // Rows are packed in groups of G: element (row, k) at (row / G * depth + k) * G + row % G. Work goes by fours of rows.
@@ -255,13 +259,11 @@ static inline void product_packed(const float* A, int64_t first, const float* B,
   product_packed<V>(A, first, B, C, rows, depth, [] {});
 }
 
-// C (columns, V vectors of QT lanes) = or += the transpose of A (rows, columns of stride lda), times B (rows, V vectors of QT
-// lanes); whole groups of columns.
-template <int V = NV>
+// C (columns, QT lanes) = or += the transpose of A (rows, columns of stride lda), times B (rows, QT lanes); whole groups of columns.
 static inline void product_transposed(const float* A, int64_t lda, const float* B, float* C, int64_t rows, int64_t columns, bool add) {
   for (int64_t c = 0; c < columns; c += R)
-    if (add) product_rows<R, V, 1, true>(A + c, lda, B, QT, C + c * QT, QT, rows);
-    else product_rows<R, V, 1, false>(A + c, lda, B, QT, C + c * QT, QT, rows);
+    if (add) product_rows<R, NV, 1, true>(A + c, lda, B, QT, C + c * QT, QT, rows);
+    else product_rows<R, NV, 1, false>(A + c, lda, B, QT, C + c * QT, QT, rows);
 }
 
 // C (rows, columns of stride ldc) += A (rows, `depth` of QT lanes) times B (depth, columns of stride ldc); columns a multiple of W,

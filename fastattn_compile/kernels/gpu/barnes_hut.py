@@ -19,6 +19,7 @@ from fastattn_compile.kernels.gpu.barnes_hut_pool import NO_NODES, Pooled, pool_
 from fastattn_compile.kernels.gpu.barnes_hut_tree import Closed, build_tree, choose
 from fastattn_compile.kernels.gpu.launch import LOG2_E, channels, padded, precision, step, tensor_obstacle
 from fastattn_compile.kernels.gpu.op_configs import chosen
+from fastattn_compile.kernels.gpu.sinks import give_to_sinks
 
 # Stretches of queries whose gradients of the sinks are summed apart.
 _STRETCH = 1024
@@ -189,8 +190,9 @@ def _of_keys(
             *given, *parts, call.fine, call.sink, *call.sizes, _STRETCH, *tail, SINKS=pattern.sinks, **constants,
             **{**config.launch, "BN": columns},
         )  # fmt: skip
-        # Sinks stand at different places; those that do not exist bring 0 to the first token.
-        place = call.sink.clamp(min=0).long().expand(key.shape[0], -1).repeat_interleave(call.kv_heads, 0)
-        for total, part in zip((dk, dv), parts):
-            total.scatter_add_(1, place[..., None].expand(-1, -1, total.shape[2]), part.sum(1))
+        give_to_sinks(
+            [x.unflatten(0, (-1, call.kv_heads)) for x in (dk, dv)],
+            [x.unflatten(0, (-1, call.kv_heads)) for x in parts],
+            call.sink,
+        )
     return dk.view(key.shape).to(key.dtype), dv.view(value.shape).to(value.dtype)
